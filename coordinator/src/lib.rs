@@ -1,0 +1,1 @@
+//! Owns requests: frontends, scheduler, groups, journal, policy. No tensor math.

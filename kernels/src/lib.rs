@@ -1,0 +1,7 @@
+//! Math on a device: CPU kernels chosen at run time, weight layouts, and collectives between ranks.
+//!
+//! This crate knows tensors, layouts and devices; it knows nothing of models, requests or gRPC. Start with [`ops`].
+
+pub mod collective;
+pub mod error;
+pub mod ops;

@@ -1,0 +1,13 @@
+//! The wire of Phalanx: generated types of the `.proto` files, no logic.
+//!
+//! `common.proto` holds what several conversations share, `step.proto` the plan and result of a step,
+//! `cluster.proto` how shards join and are told what to do, `generate.proto` what clients call.
+
+/// Types of the package `phalanx.v1`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod v1 {
+    tonic::include_proto!("phalanx.v1");
+
+    /// Encoded `FileDescriptorSet` of the package, for the gRPC reflection service.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+}

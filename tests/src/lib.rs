@@ -1,0 +1,1 @@
+//! Everything, as a user would: real processes, real sockets, golden data.
