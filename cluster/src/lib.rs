@@ -1,1 +1,6 @@
 //! Who is in the cluster and who does what: membership stores, the partition plan, checkpoint reading, tokenizers.
+
+pub mod checkpoint;
+pub mod id;
+pub mod model_config;
+pub mod partition;
