@@ -1,0 +1,65 @@
+//! Every metric name with its help text. Code records through the `metrics` macros with these constants.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+/// Requests, by `endpoint` and `status` (HTTP status, or gRPC code in lower case).
+pub const REQUESTS: &str = "inference_requests_total";
+/// Wall time of requests.
+pub const LATENCY: &str = "inference_latency_seconds";
+/// Tokens generated.
+pub const TOKENS: &str = "tokens_generated_total";
+/// Prompt tokens received.
+pub const PROMPT_TOKENS: &str = "prompt_tokens_total";
+/// Sequences in the last step.
+pub const BATCH_SIZE: &str = "batch_size";
+/// Requests that wait for admission.
+pub const QUEUE_LENGTH: &str = "queue_length";
+/// Sequences that run.
+pub const RUNNING: &str = "sequences_running";
+/// From arrival to the first token.
+pub const TTFT: &str = "time_to_first_token_seconds";
+/// Between tokens of a sequence.
+pub const ITL: &str = "inter_token_latency_seconds";
+/// KV blocks in use (referenced by live sequences).
+pub const KV_USED: &str = "kv_blocks_used";
+/// KV blocks there are.
+pub const KV_TOTAL: &str = "kv_blocks_total";
+/// Prompt tokens found in the prefix cache.
+pub const PREFIX_HITS: &str = "prefix_cache_hit_tokens_total";
+/// Prompt tokens looked up in the prefix cache.
+pub const PREFIX_QUERIES: &str = "prefix_cache_query_tokens_total";
+/// Sequences put back to waiting because blocks ran out.
+pub const PREEMPTIONS: &str = "preemptions_total";
+/// Wall time of a step as rank 0 measures it.
+pub const STEP_SECONDS: &str = "step_seconds";
+/// Memory per shard, by `shard`, `rank` and `kind` (weights, kv, resident).
+pub const SHARD_MEMORY: &str = "shard_memory_bytes";
+/// Epoch of the group.
+pub const EPOCH: &str = "phalanx_epoch";
+/// Groups formed again after a loss, by `cause`.
+pub const FAILOVERS: &str = "phalanx_failovers_total";
+/// Messages of an old epoch that were dropped.
+pub const FENCED: &str = "phalanx_fenced_messages_total";
+
+/// Tells the recorder all names, units and help texts.
+pub fn describe() {
+    describe_counter!(REQUESTS, Unit::Count, "Requests, by endpoint and status");
+    describe_histogram!(LATENCY, Unit::Seconds, "Wall time of requests, by endpoint");
+    describe_counter!(TOKENS, Unit::Count, "Tokens generated");
+    describe_counter!(PROMPT_TOKENS, Unit::Count, "Prompt tokens received");
+    describe_gauge!(BATCH_SIZE, Unit::Count, "Sequences in the last step");
+    describe_gauge!(QUEUE_LENGTH, Unit::Count, "Requests that wait for admission");
+    describe_gauge!(RUNNING, Unit::Count, "Sequences that run");
+    describe_histogram!(TTFT, Unit::Seconds, "From a request's arrival to its first token");
+    describe_histogram!(ITL, Unit::Seconds, "Between tokens of a sequence");
+    describe_gauge!(KV_USED, Unit::Count, "KV blocks that live sequences hold");
+    describe_gauge!(KV_TOTAL, Unit::Count, "KV blocks there are");
+    describe_counter!(PREFIX_HITS, Unit::Count, "Prompt tokens found in the prefix cache");
+    describe_counter!(PREFIX_QUERIES, Unit::Count, "Prompt tokens looked up in the prefix cache");
+    describe_counter!(PREEMPTIONS, Unit::Count, "Sequences put back to waiting because KV blocks ran out");
+    describe_histogram!(STEP_SECONDS, Unit::Seconds, "Wall time of a step, measured by rank 0");
+    describe_gauge!(SHARD_MEMORY, Unit::Bytes, "Memory of a shard, by shard, rank and kind (weights, kv, resident)");
+    describe_gauge!(EPOCH, Unit::Count, "Epoch of the group");
+    describe_counter!(FAILOVERS, Unit::Count, "Groups formed again after a loss, by cause");
+    describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");
+}

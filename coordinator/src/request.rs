@@ -1,0 +1,131 @@
+//! A request as the scheduler takes it: parsed, tokenized and checked. Frontends make it; nothing after them validates again.
+
+use std::time::Instant;
+
+use phalanx_cluster::id::TokenId;
+use phalanx_proto::v1::{SamplingParams, TokenScore};
+
+/// Work for the scheduler. Every limit has been checked against the served model.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Name of the request in logs and answers; unique.
+    pub id: String,
+    /// Prompt tokens, at least one, fewer than the model's context.
+    pub prompt: Vec<TokenId>,
+    /// Independent choices, at least 1. Choice i draws with [`Request::seed_of`].
+    pub n: u32,
+    /// How tokens are chosen. `seed` is choice 0's; `suppressed_token_ids` is filled in by the scheduler from the stop ids.
+    pub sampling: SamplingParams,
+    /// Most tokens per choice, at least 1 unless `prompt_logprobs` alone is asked for; prompt and output fit the context.
+    pub max_tokens: u32,
+    /// What ends a choice before `max_tokens`.
+    pub stop: StopConditions,
+    /// When to give up; `None` is never.
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// Seed of choice `index`: choice 0 has the request's own, so that `n` does not change the first choice.
+    pub fn seed_of(&self, index: u32) -> u64 {
+        // Odd multiplier of SplitMix64 (Steele et al., 2014): distinct for distinct indices.
+        self.sampling.seed.wrapping_add(u64::from(index).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+}
+
+/// What ends a choice.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StopConditions {
+    /// Strings that end the output wherever they appear in its text, across token borders too.
+    pub strings: Vec<String>,
+    /// Token ids that end the output.
+    pub token_ids: Vec<TokenId>,
+    /// Whether the model's end-of-sequence ids are ordinary tokens.
+    pub ignore_eos: bool,
+    /// Whether the matched stop string stays in the text.
+    pub include_in_output: bool,
+    /// Whether special tokens are left out of the text.
+    pub skip_special_tokens: bool,
+}
+
+/// What a request's stream carries, in order: `PromptScored` (if asked for), then `Output`s of all choices as they come,
+/// then exactly one of `Finished` and `Failed`.
+#[derive(Debug, Clone)]
+pub enum RequestEvent {
+    /// Scores of the prompt's tokens from the second on.
+    PromptScored(Vec<TokenScore>),
+    /// New tokens and text of a choice.
+    Output(Output),
+    /// All choices are finished.
+    Finished(Usage),
+    /// The request ended without an answer.
+    Failed(RequestError),
+}
+
+/// New tokens and text of one choice.
+#[derive(Debug, Clone, Default)]
+pub struct Output {
+    /// Which choice.
+    pub index: u32,
+    /// New text: whole UTF-8, never the beginning of a stop string. May lag behind the tokens.
+    pub text: String,
+    /// New tokens.
+    pub token_ids: Vec<TokenId>,
+    /// Scores of the new tokens, if asked for.
+    pub scores: Vec<TokenScore>,
+    /// Set on the choice's last output.
+    pub finish: Option<Finish>,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finish {
+    /// End of sequence.
+    EndOfSequence,
+    /// A stop token of the request.
+    StopToken(TokenId),
+    /// A stop string of the request.
+    StopString(String),
+    /// `max_tokens` or the context is reached.
+    Length,
+}
+
+/// Tokens that a request cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Prompt tokens, counted once whatever `n`.
+    pub prompt_tokens: u32,
+    /// Tokens generated in all choices.
+    pub completion_tokens: u32,
+    /// Prompt tokens of choice 0 whose KV rows came from the prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// Why a request ended without an answer.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum RequestError {
+    /// The queue is full.
+    #[error("the server is busy: {waiting} requests wait, the limit is {limit}: retry later")]
+    Overloaded {
+        /// Requests that wait.
+        waiting: usize,
+        /// Most that may wait.
+        limit: usize,
+    },
+    /// The deadline passed.
+    #[error("the request's deadline passed")]
+    DeadlineExceeded,
+    /// The request can never run.
+    #[error("the request needs {need} KV blocks, the server has {have}: shorten the prompt or raise --kv-cache-memory")]
+    TooLarge {
+        /// Blocks of prompt and output.
+        need: usize,
+        /// Blocks there are.
+        have: usize,
+    },
+    /// The cluster can't serve and won't soon.
+    #[error("no shards are serving: {0}")]
+    Unavailable(String),
+    /// A fault of ours.
+    #[error("internal error: {0}")]
+    Internal(String),
+}

@@ -1,0 +1,3 @@
+//! Continuous batching: which rows of which sequences run in the next step.
+
+pub mod handle;

@@ -1,0 +1,24 @@
+//! What frontends need to know of the model that the cluster serves.
+
+use std::sync::Arc;
+
+use phalanx_cluster::{chat_template::ChatTemplate, id::TokenId, tokenizer::Tokenizer};
+
+/// The served model, fixed for the life of the process.
+#[derive(Clone)]
+pub struct ServedModel {
+    /// Names that requests may use; the first is the one in answers.
+    pub names: Vec<String>,
+    /// Most tokens of prompt and output together.
+    pub max_model_len: usize,
+    /// Rows of the output matrix: token ids are below.
+    pub vocab: usize,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// How chats are rendered; `None` if the model has none.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Ids that end a sequence.
+    pub eos: Vec<TokenId>,
+    /// When the process began to serve it, Unix seconds.
+    pub created: u64,
+}
