@@ -1,1 +1,8 @@
-//! Everything, as a user would: real processes, real sockets, golden data.
+//! Harness of the end-to-end tests: starts real processes on free ports, talks to them as a client would, and compares
+//! with golden data. Nothing here knows the inside of a process.
+
+pub mod client;
+pub mod golden;
+pub mod model_cache;
+pub mod process;
+pub mod workload;

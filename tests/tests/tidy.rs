@@ -1,0 +1,77 @@
+//! The structure as a test: which crate may import which, where `unsafe` may be, how long a file may grow.
+
+use std::{fs, path::PathBuf};
+
+use phalanx_tests::process::repository;
+
+/// Rust files under a folder.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![repository().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display())).flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn text(path: &PathBuf) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+#[test]
+fn crates_import_only_what_the_design_allows() {
+    let allowed = [
+        ("proto", &[][..]),
+        ("kernels", &[][..]),
+        ("cluster", &[][..]),
+        ("shard", &["proto", "kernels", "cluster"][..]),
+        ("coordinator", &["proto", "cluster"][..]),
+    ];
+    for (folder, may) in allowed {
+        for path in sources(&format!("{folder}/src")) {
+            // The binary embeds the shard, so that one file serves a model: docs/adr/0002.
+            if path.ends_with("coordinator/src/main.rs") {
+                continue;
+            }
+            for (other, _) in allowed {
+                let name = format!("phalanx_{other}::");
+                let imports = other != folder && !may.contains(&other) && text(&path).contains(&name);
+                assert!(!imports, "{} imports {other}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_stays_in_its_rooms() {
+    for folder in ["proto", "cluster", "shard", "coordinator", "tests"] {
+        for path in sources(&format!("{folder}/src")) {
+            let opens = text(&path).lines().any(|l| l.contains("unsafe {") || l.contains("allow(unsafe_code)"));
+            assert!(!opens, "{} has unsafe code", path.display());
+        }
+    }
+    for path in sources("kernels/src") {
+        let opens = text(&path).lines().any(|l| l.trim_start().starts_with("#![allow(unsafe_code)]"));
+        let room = path.components().any(|c| c.as_os_str() == "cpu") || path.ends_with("collective/shm.rs")
+            || path.components().any(|c| c.as_os_str() == "shm") || path.ends_with("tensor.rs");
+        assert!(!opens || room, "{} has unsafe code", path.display());
+    }
+}
+
+#[test]
+fn files_stay_short() {
+    for folder in ["proto", "kernels", "cluster", "shard", "coordinator", "tests"] {
+        for path in sources(folder) {
+            let lines = text(&path).lines().count();
+            assert!(lines <= 800, "{} has {lines} lines: it wants a wall", path.display());
+        }
+    }
+}
