@@ -1,0 +1,55 @@
+"""Talks to a cluster with the stock openai client. Usage: openai_client.py http://HOST:PORT. Prints one JSON object."""
+
+import json
+import sys
+
+import openai
+
+client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
+model = client.models.list().data[0].id
+messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "What is the capital of France?"}]
+shared = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 24}
+
+whole = client.chat.completions.create(**shared, logprobs=True, top_logprobs=2)
+pieces, usage, roles, finish = [], None, [], None
+for chunk in client.chat.completions.create(**shared, stream=True, stream_options={"include_usage": True}):
+    usage = chunk.usage or usage
+    for choice in chunk.choices:
+        if choice.delta.role:
+            roles.append(choice.delta.role)
+        pieces.append(choice.delta.content or "")
+        finish = choice.finish_reason or finish
+
+two = client.chat.completions.create(**{**shared, "temperature": 1.0}, n=2, seed=7)
+legacy = client.completions.create(model=model, prompt="The capital of France is", max_tokens=5, temperature=0, logprobs=1, echo=True)
+stopped = client.completions.create(model=model, prompt="1, 2, 3, 4,", max_tokens=40, temperature=0, stop=[" 9"])
+try:
+    client.chat.completions.create(model="no-such-model", messages=messages)
+    wrong = "no error"
+except openai.NotFoundError as error:
+    wrong = error.code
+try:
+    client.chat.completions.create(**{**shared, "temperature": 99})
+    bad = "no error"
+except openai.BadRequestError as error:
+    bad = error.param
+
+print(json.dumps({
+    "model": model,
+    "whole": whole.choices[0].message.content,
+    "whole_tokens": len(whole.choices[0].logprobs.content),
+    "whole_usage": whole.usage.completion_tokens,
+    "streamed": "".join(pieces),
+    "streamed_chunks": len([p for p in pieces if p]),
+    "streamed_usage": usage.completion_tokens,
+    "roles": roles,
+    "finish": finish,
+    "choices": [c.index for c in two.choices],
+    "legacy": legacy.choices[0].text,
+    "legacy_first_logprob": legacy.choices[0].logprobs.token_logprobs[0],
+    "legacy_logprobs": len(legacy.choices[0].logprobs.token_logprobs),
+    "stopped": stopped.choices[0].text,
+    "stopped_reason": stopped.choices[0].finish_reason,
+    "wrong_model": wrong,
+    "bad_parameter": bad,
+}))
