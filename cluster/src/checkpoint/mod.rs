@@ -3,13 +3,64 @@
 //! Tensors go by one set of names whatever the format: GGUF's (`token_embd.weight`, `blk.3.attn_q.weight`,
 //! `output_norm.weight`, ...). A format that has others translates.
 
-use std::{borrow::Cow, path::PathBuf};
+//!
+//! A format is one module and one line in [`FORMATS`]. Files are taken for hostile: every count, offset and size is
+//! checked against the file's length before anything is allocated or sliced, and what is wrong is an error that names
+//! file and field.
+
+pub mod gguf;
+mod map;
+
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
 
 use crate::model_config::ModelConfig;
 
+/// A way in which checkpoints are published.
+pub trait Format: Sync {
+    /// What people call it.
+    fn name(&self) -> &'static str;
+
+    /// Whether the file or folder claims to be of this format. Looks at the first bytes or at file names only.
+    fn recognizes(&self, path: &Path) -> bool;
+
+    /// Reads and checks the header.
+    fn open(&self, path: &Path) -> Result<Box<dyn Checkpoint>, CheckpointError>;
+}
+
+/// All formats that can be opened.
+pub static FORMATS: &[&dyn Format] = &[&gguf::GgufFormat];
+
+/// Opens a checkpoint of any known format: a `.gguf` file, or a Hugging Face folder.
+pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>, CheckpointError> {
+    // A missing file should say so rather than be of unknown format.
+    std::fs::metadata(path).map_err(|source| CheckpointError::Io { file: path.to_owned(), source })?;
+    match FORMATS.iter().find(|f| f.recognizes(path)) {
+        Some(format) => format.open(path),
+        None => Err(CheckpointError::UnknownFormat {
+            file: path.to_owned(),
+            reason: format!(
+                "not a checkpoint of a known format; give one of: {}",
+                FORMATS.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ")
+            ),
+        }),
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _infallible = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 /// How a tensor's numbers are stored. The quantized ones are GGUF's block formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "the names are the formats' own")]
+#[expect(missing_docs, reason = "the names are the formats' own")]
 pub enum TensorType {
     F32,
     F16,
@@ -85,6 +136,18 @@ pub trait Checkpoint: Send + Sync {
     /// The tensor of that name.
     fn find(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors().iter().find(|t| t.name == name)
+    }
+
+    /// The tensor of that name, if it has that shape.
+    fn require(&self, name: &str, rows: usize, cols: usize) -> Result<&TensorInfo, CheckpointError> {
+        let error = |reason| CheckpointError::Tensor { file: self.path().clone(), tensor: name.to_owned(), reason };
+        let tensor =
+            self.find(name).ok_or_else(|| error(format!("missing; the model needs it as [{rows}, {cols}]")))?;
+        if (tensor.rows, tensor.cols) == (rows, cols) {
+            Ok(tensor)
+        } else {
+            Err(error(format!("want [{rows}, {cols}], the file has [{}, {}]", tensor.rows, tensor.cols)))
+        }
     }
 
     /// Bytes of some rows of a tensor. Borrowed from the memory map where the format allows it.
