@@ -3,5 +3,12 @@
 //! This crate knows tensors, layouts and devices; it knows nothing of models, requests or gRPC. Start with [`ops`].
 
 pub mod collective;
+pub mod cpu;
 pub mod error;
+mod layout;
 pub mod ops;
+pub mod reference;
+pub mod rng;
+mod tensor;
+
+pub use cpu::{CpuConfig, CpuOps, Isa};

@@ -1,0 +1,173 @@
+//! AVX-512 F, BW, DQ, VL and VNNI. Sixteen f32 are one register; a tile of weights is done at once.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::simd::{FIXED_LIMIT, Simd};
+use crate::ops::FIXED_ONE;
+
+/// AVX-512 with VNNI.
+pub(crate) struct Avx512Vnni;
+
+// SAFETY (all methods): the trait's contract gives the instruction set and the pointers' validity; unaligned loads and
+// stores are used throughout.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx512Vnni {
+    type F = __m512;
+    const ROWS: usize = 8;
+    const HEAD_VECTORS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> __m512 {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn scale2(p: __m512, n: __m512) -> __m512 {
+        unsafe {
+            let n = _mm512_cvtps_epi32(n);
+            let n1 = _mm512_srai_epi32::<1>(n);
+            let n2 = _mm512_sub_epi32(n, n1);
+            let bias = _mm512_set1_epi32(127);
+            let s1 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(n1, bias)));
+            let s2 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(n2, bias)));
+            _mm512_mul_ps(_mm512_mul_ps(p, s1), s2)
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_fixed(sums: *mut i64, v: __m512) {
+        unsafe {
+            let v = _mm512_mul_ps(v, _mm512_set1_ps(FIXED_ONE));
+            let v = _mm512_max_ps(v, _mm512_set1_ps(-FIXED_LIMIT));
+            let v = _mm512_min_ps(v, _mm512_set1_ps(FIXED_LIMIT));
+            for (i, half) in [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)].into_iter().enumerate() {
+                let p = sums.add(8 * i);
+                let sum = _mm512_add_epi64(_mm512_loadu_si512(p.cast()), _mm512_cvtps_epi64(half));
+                _mm512_storeu_si512(p.cast(), sum);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    type H = __m512;
+    type I4 = __m512i;
+    type I8 = __m512i;
+    type W4 = __m512i;
+    type W8 = __m512i;
+    const PARTS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn h_zero() -> __m512 {
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn h_splat(v: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn h_load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn h_load_f16(p: *const u16) -> __m512 {
+        unsafe { Self::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn h_store(p: *mut f32, v: __m512) {
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn h_mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn h_fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    unsafe fn i4_zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn w4_load(p: *const u8) -> (__m512i, __m512i) {
+        unsafe {
+            let bytes = _mm512_loadu_si512(p.cast());
+            let low = _mm512_set1_epi8(15);
+            (_mm512_and_si512(bytes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), low))
+        }
+    }
+    #[inline(always)]
+    unsafe fn i4_dot(sum: __m512i, w: __m512i, x: *const i8) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn i4_finish(sum: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(sum) }
+    }
+    #[inline(always)]
+    unsafe fn i8_start(bias: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(bias) }
+    }
+    #[inline(always)]
+    unsafe fn w8_load(p: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn i8_dot(sum: __m512i, w: __m512i, x: *const i8) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn i8_finish(sum: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(sum) }
+    }
+}

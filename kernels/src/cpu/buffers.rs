@@ -1,0 +1,85 @@
+//! Buffers behind handles, and the checks before a kernel gets a pointer.
+
+use super::shape_error;
+use crate::{
+    error::KernelError,
+    ops::{Buf, FixedBuf},
+    tensor::Aligned,
+};
+
+/// All buffers of a device.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    floats: Vec<Aligned<f32>>,
+    fixed: Vec<Aligned<i64>>,
+}
+
+impl Buffers {
+    pub fn bytes(&self) -> u64 {
+        self.floats.iter().map(Aligned::bytes).sum::<u64>() + self.fixed.iter().map(Aligned::bytes).sum::<u64>()
+    }
+
+    pub fn add(&mut self, buffer: Aligned<f32>) -> Buf {
+        self.floats.push(buffer);
+        Buf((self.floats.len() - 1) as u32)
+    }
+
+    pub fn add_fixed(&mut self, buffer: Aligned<i64>) -> FixedBuf {
+        self.fixed.push(buffer);
+        FixedBuf((self.fixed.len() - 1) as u32)
+    }
+
+    /// Number of elements of a buffer.
+    pub fn len(&self, op: &'static str, buf: Buf) -> Result<usize, KernelError> {
+        let buffer = self.floats.get(buf.0 as usize);
+        Ok(buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{buf:?}")))?.len())
+    }
+
+    /// The first `len` elements.
+    pub fn floats(&mut self, op: &'static str, buf: Buf, len: usize) -> Result<&mut [f32], KernelError> {
+        let buffer = self.floats.get_mut(buf.0 as usize);
+        let buffer = buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{buf:?}")))?;
+        let have = buffer.len();
+        let too_short = || shape_error(op, format!("{len} elements"), format!("a buffer of {have}"));
+        buffer.as_mut_slice().get_mut(..len).ok_or_else(too_short)
+    }
+
+    /// The first `len` elements.
+    pub fn fixed(&mut self, op: &'static str, buf: FixedBuf, len: usize) -> Result<&mut [i64], KernelError> {
+        let buffer = self.fixed.get_mut(buf.0 as usize);
+        let buffer = buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{buf:?}")))?;
+        let have = buffer.len();
+        let too_short = || shape_error(op, format!("{len} elements"), format!("a buffer of {have}"));
+        buffer.as_mut_slice().get_mut(..len).ok_or_else(too_short)
+    }
+
+    /// A pointer to the first `len` elements.
+    pub fn pointer(&mut self, op: &'static str, buf: Buf, len: usize) -> Result<*mut f32, KernelError> {
+        Ok(self.floats(op, buf, len)?.as_mut_ptr())
+    }
+
+    /// A pointer to the first `len` elements.
+    pub fn fixed_pointer(&mut self, op: &'static str, buf: FixedBuf, len: usize) -> Result<*mut i64, KernelError> {
+        Ok(self.fixed(op, buf, len)?.as_mut_ptr())
+    }
+}
+
+/// Checks that no buffer in `outputs` is also in `inputs` or there twice.
+pub(super) fn check_distinct(
+    op: &'static str,
+    inputs: &[Buf],
+    outputs: impl Iterator<Item = Buf> + Clone,
+) -> Result<(), KernelError> {
+    for (i, output) in outputs.clone().enumerate() {
+        if inputs.contains(&output) || outputs.clone().skip(i + 1).any(|other| other == output) {
+            return Err(shape_error(op, "different buffers for inputs and outputs", format!("{output:?} twice")));
+        }
+    }
+    Ok(())
+}
+
+/// The product of sizes, or an error that names them.
+pub(super) fn product(op: &'static str, sizes: &[usize]) -> Result<usize, KernelError> {
+    let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+    product.ok_or_else(|| shape_error(op, "sizes whose product can be counted", format!("{sizes:?}")))
+}

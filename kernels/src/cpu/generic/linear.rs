@@ -1,0 +1,138 @@
+//! Products of activations and weights: blocks of rows times tiles, and what becomes of the sums.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::{
+    super::simd::{LANES, Line, Simd},
+    tile::{Sums, Tile},
+};
+
+/// Where sums go.
+#[derive(Clone, Copy)]
+pub(crate) enum Out {
+    /// Plus the bias, `[n_rows, n_out]`.
+    Floats(*mut f32),
+    /// As fixed-point numbers, slice by slice, `[n_rows, n_out]`.
+    Fixed(*mut i64),
+}
+
+/// Part of a product: some tiles of the weights times some blocks of rows.
+#[derive(Clone)]
+pub(crate) struct LinearTask {
+    /// Packed weights, all tiles.
+    pub weights: *const u8,
+    pub tile_bytes: usize,
+    pub n_steps: usize,
+    /// Steps that are summed in f32: a slice for `Out::Fixed`, all for `Out::Floats`.
+    pub steps_per_slice: usize,
+    /// Packed activations, all blocks of rows.
+    pub x: *const u8,
+    pub n_rows: usize,
+    pub n_out: usize,
+    /// Padded to whole tiles; null for none.
+    pub bias: *const f32,
+    pub out: Out,
+    pub tiles: Range<usize>,
+    pub row_blocks: Range<usize>,
+}
+
+/// Does a task.
+///
+/// # Safety
+/// The CPU has `S`; pointers are valid for what the task's shapes say; nobody else touches the task's outputs.
+#[inline(always)]
+pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
+    for block in task.row_blocks.clone() {
+        let n_rows = (task.n_rows - block * S::ROWS).min(S::ROWS);
+        // SAFETY: the contract above. Arms above `ROWS` are never taken.
+        unsafe {
+            match n_rows {
+                1 => row_block::<S, K, 1>(task, block),
+                2 => row_block::<S, K, 2>(task, block),
+                3 => row_block::<S, K, 3>(task, block),
+                4 => row_block::<S, K, 4>(task, block),
+                5 if S::ROWS >= 5 => row_block::<S, K, 5>(task, block),
+                6 if S::ROWS >= 6 => row_block::<S, K, 6>(task, block),
+                7 if S::ROWS >= 7 => row_block::<S, K, 7>(task, block),
+                8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block),
+                _ => unreachable!("a block has 1 to {} rows", S::ROWS),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`linear`]; the block has `R` rows.
+#[inline(always)]
+unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, block: usize) {
+    // SAFETY: all blocks before this one have `ROWS` rows.
+    let x = unsafe { task.x.add(block * S::ROWS * task.n_steps * K::X_BYTES) };
+    let mut tile = task.tiles.start;
+    if R == 1 {
+        // One row alone keeps few sums in flight: two tiles at once hide the latency of the additions.
+        while tile + 2 <= task.tiles.end {
+            // SAFETY: the contract above.
+            unsafe { tiles::<S, K, R, 2>(task, x, block * S::ROWS, tile) };
+            tile += 2;
+        }
+    }
+    while tile < task.tiles.end {
+        // SAFETY: the contract above.
+        unsafe { tiles::<S, K, R, 1>(task, x, block * S::ROWS, tile) };
+        tile += 1;
+    }
+}
+
+/// # Safety
+/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `T` tiles from `tile` on exist.
+#[inline(always)]
+unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
+    task: &LinearTask,
+    x: *const u8,
+    first_row: usize,
+    tile: usize,
+) {
+    let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
+    let mut fixed = Line([[[0i64; LANES]; R]; T]);
+    let mut step = 0;
+    // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
+    unsafe {
+        let w = task.weights.add(tile * task.tile_bytes);
+        while step < task.n_steps {
+            let n_steps = task.steps_per_slice.min(task.n_steps - step);
+            let (w, x) = (w.add(step * K::STEP_BYTES), x.add(step * R * K::X_BYTES));
+            K::sums::<S, R, T>(w, task.tile_bytes, x, n_steps, &mut sums);
+            step += n_steps;
+            if let Out::Fixed(_) = task.out {
+                for t in 0..T {
+                    for r in 0..R {
+                        S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(sums.0[t][r].as_ptr()));
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            let column = (tile + t) * LANES;
+            let n = LANES.min(task.n_out - column);
+            for r in 0..R {
+                let at = (first_row + r) * task.n_out + column;
+                match task.out {
+                    Out::Fixed(out) => out.add(at).copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n),
+                    Out::Floats(out) => {
+                        let mut v = S::load(sums.0[t][r].as_ptr());
+                        if !task.bias.is_null() {
+                            v = S::add(v, S::load(task.bias.add(column)));
+                        }
+                        if n == LANES {
+                            S::store(out.add(at), v);
+                        } else {
+                            S::store(sums.0[t][r].as_mut_ptr(), v);
+                            out.add(at).copy_from_nonoverlapping(sums.0[t][r].as_ptr(), n);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Activations as the linear kernels want them.
+//!
+//! Rows are taken in blocks of `Simd::ROWS`; the last block has only the rows that are left. Within a block of R rows
+//! all that one step of the weights meets lies together:
+//!
+//! - for dense weights (`pack_rows`), a step is one input: R f32. One row alone needs no packing;
+//! - for quantized weights (`quantize_row`), a step is 32 inputs: R x 32 i8, R scales d (f32), R products s = d * sum
+//!   (f32), and R each of -128 * sum of all 32, of the first 16, of the last 16 quants (i32).
+//!
+//! **Quantization** of 32 activations: `a` = the largest magnitude. If `a` is below 2^-100, d = 0 and all quants are 0. If
+//! any activation is not finite, d is NaN, which makes NaN of every output that meets it. Otherwise d = a / 127,
+//! quants = x * (127 / a), rounded half to even, and s = d * (sum of the quants as f32); each step rounded to f32.
+#![allow(unsafe_code)]
+
+use crate::layout::GROUP;
+
+/// Bytes of one row in one step of quantized activations.
+pub(crate) const QUANT_ROW_BYTES: usize = GROUP + 5 * 4;
+
+/// Activations below this magnitude are zero to quantization: 2^-100.
+const TINY: f32 = f32::from_bits((127 - 100) << 23);
+
+/// Adding and subtracting it rounds a small f32 to a whole number: 1.5 * 2^23.
+const ROUND: f32 = 12_582_912.0;
+
+/// 32 quantized activations.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QuantGroup {
+    pub quants: [i8; GROUP],
+    pub scale: f32,
+    /// Sums of the first and last 16 quants.
+    pub sums: [i32; 2],
+}
+
+/// Quantizes a group.
+#[inline(always)]
+pub(crate) fn quantize_group(x: &[f32; GROUP]) -> QuantGroup {
+    // Magnitudes order as their bits do, infinity and NaN above all numbers.
+    let mut largest = 0;
+    for x in x {
+        largest = largest.max(x.to_bits() & 0x7fff_ffff);
+    }
+    let amax = f32::from_bits(largest);
+    if !amax.is_finite() {
+        return QuantGroup { quants: [0; GROUP], scale: f32::NAN, sums: [0; 2] };
+    }
+    if amax < TINY {
+        return QuantGroup { quants: [0; GROUP], scale: 0.0, sums: [0; 2] };
+    }
+    let inverse = 127.0 / amax;
+    let mut quants = [0; GROUP];
+    let mut sums = [0; 2];
+    for half in 0..2 {
+        let mut sum = 0;
+        for i in 0..GROUP / 2 {
+            let quant = (x[16 * half + i] * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
+            quants[16 * half + i] = quant as i8;
+            sum += quant;
+        }
+        sums[half] = sum;
+    }
+    QuantGroup { quants, scale: amax / 127.0, sums }
+}
+
+/// Quantizes row `row` of a block of `block_rows`, `n_groups` groups at `x`, into the block at `out`.
+///
+/// # Safety
+/// `x` is valid for `n_groups * 32` f32, `out` for writing `n_groups * block_rows * QUANT_ROW_BYTES` bytes and aligned to
+/// 4; `row < block_rows`.
+#[inline(always)]
+pub(crate) unsafe fn quantize_row(x: *const f32, n_groups: usize, row: usize, block_rows: usize, out: *mut u8) {
+    for group in 0..n_groups {
+        // SAFETY: the contract above: groups lie one after another in both.
+        unsafe {
+            let q = quantize_group(&*x.add(group * GROUP).cast::<[f32; GROUP]>());
+            let step = out.add(group * block_rows * QUANT_ROW_BYTES);
+            step.add(row * GROUP).cast::<[i8; GROUP]>().write_unaligned(q.quants);
+            let floats = step.add(block_rows * GROUP).cast::<f32>().add(row);
+            floats.write(q.scale);
+            floats.add(block_rows).write(q.scale * (q.sums[0] + q.sums[1]) as f32);
+            let biases = floats.add(2 * block_rows).cast::<i32>();
+            biases.write(-128 * (q.sums[0] + q.sums[1]));
+            biases.add(block_rows).write(-128 * q.sums[0]);
+            biases.add(2 * block_rows).write(-128 * q.sums[1]);
+        }
+    }
+}
+
+/// Interleaves `block_rows` rows of `n_in` f32 at `x`: `out[k * block_rows + row] = x[row * n_in + k]`.
+///
+/// # Safety
+/// `x` is valid for reading and `out` for writing `block_rows * n_in` f32.
+#[inline(always)]
+pub(crate) unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {
+    for k in 0..n_in {
+        for row in 0..block_rows {
+            // SAFETY: the contract above.
+            unsafe { *out.add(k * block_rows + row) = *x.add(row * n_in + k) };
+        }
+    }
+}

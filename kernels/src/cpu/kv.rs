@@ -1,0 +1,150 @@
+//! The pages of the KV cache and the way into them. Their layout: `generic/attention.rs`.
+#![allow(unsafe_code)]
+
+use half::f16;
+
+use crate::{
+    error::KernelError,
+    layout::TILE,
+    ops::{KvShape, Precision, RowChunk},
+    tensor::Aligned,
+};
+
+/// The paged KV cache of all layers.
+#[derive(Debug)]
+pub(crate) struct KvCache {
+    pub shape: KvShape,
+    pub precision: Precision,
+    /// A layer each.
+    layers: Vec<Aligned<u8>>,
+}
+
+/// Bytes of a number in the cache.
+pub(crate) fn element_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::Auto => 2,
+        Precision::Float32 => 4,
+    }
+}
+
+/// Bytes of the keys of one head in a page.
+fn key_bytes(shape: KvShape, precision: Precision) -> usize {
+    shape.block_size.saturating_mul(shape.head_dim).saturating_mul(element_bytes(precision))
+}
+
+/// Bytes of keys and values of one head in a page.
+fn head_bytes(shape: KvShape, precision: Precision) -> usize {
+    let elements = shape.head_dim.saturating_add(shape.head_dim.saturating_add(TILE - 1) / TILE * TILE);
+    shape.block_size.saturating_mul(elements).saturating_mul(element_bytes(precision))
+}
+
+/// Bytes of a page: a block in one layer.
+pub(crate) fn page_bytes(shape: KvShape, precision: Precision) -> usize {
+    head_bytes(shape, precision).saturating_mul(shape.n_kv_heads)
+}
+
+impl KvCache {
+    /// Zeroed pages. The block size is a multiple of 16.
+    pub fn new(shape: KvShape, precision: Precision) -> Result<Self, KernelError> {
+        if shape.block_size == 0 || !shape.block_size.is_multiple_of(TILE) {
+            return Err(KernelError::Shape {
+                op: "alloc_kv",
+                want: format!("a block size that is a multiple of {TILE}"),
+                got: shape.block_size.to_string(),
+            });
+        }
+        if shape.n_kv_heads == 0 || shape.head_dim == 0 || u32::try_from(shape.n_blocks).is_err() {
+            return Err(KernelError::Shape {
+                op: "alloc_kv",
+                want: "at least one KV head of at least one element, fewer than 2^32 blocks".into(),
+                got: format!("{shape:?}"),
+            });
+        }
+        let bytes = page_bytes(shape, precision).saturating_mul(shape.n_blocks);
+        let layers = (0..shape.n_layers).map(|_| Aligned::zeroed("KV cache", bytes)).collect::<Result<_, _>>()?;
+        Ok(Self { shape, precision, layers })
+    }
+
+    /// Bytes taken.
+    pub fn bytes(&self) -> u64 {
+        self.layers.iter().map(Aligned::bytes).sum()
+    }
+
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        page_bytes(self.shape, self.precision)
+    }
+
+    /// Offsets in a page of a head's keys and values.
+    pub fn head_offsets(&self, head: usize) -> (usize, usize) {
+        let keys = head * head_bytes(self.shape, self.precision);
+        (keys, keys + key_bytes(self.shape, self.precision))
+    }
+
+    /// A layer's pages.
+    pub fn layer(&self, layer: usize) -> Option<&[u8]> {
+        self.layers.get(layer).map(Aligned::as_slice)
+    }
+
+    /// A layer's pages.
+    pub fn layer_mut(&mut self, layer: usize) -> Option<&mut [u8]> {
+        self.layers.get_mut(layer).map(Aligned::as_mut_slice)
+    }
+
+    /// Checks that the chunk's positions have pages in this cache.
+    pub fn check_chunk(&self, chunk: &RowChunk) -> Result<(), KernelError> {
+        let shape = |want: String, got: String| KernelError::Shape { op: "begin_step", want, got };
+        let need = chunk
+            .start
+            .checked_add(chunk.n_rows)
+            .ok_or_else(|| shape("a position that can be counted".into(), chunk.start.to_string()))?
+            .div_ceil(self.shape.block_size);
+        if chunk.blocks.len() < need {
+            return Err(shape(
+                format!("{need} blocks of {} for {} positions", self.shape.block_size, chunk.start + chunk.n_rows),
+                format!("{} blocks", chunk.blocks.len()),
+            ));
+        }
+        match chunk.blocks.iter().find(|&&block| block as usize >= self.shape.n_blocks) {
+            None => Ok(()),
+            Some(block) => Err(shape(format!("blocks below {}", self.shape.n_blocks), block.to_string())),
+        }
+    }
+}
+
+/// Writes one row of one head to its slot in a page.
+///
+/// # Safety
+/// `keys` and `values` are the head's in the page of `slot`'s block; `k` and `v` are valid for `head_dim` elements; nobody
+/// else touches the slot.
+pub(crate) unsafe fn store_head(
+    precision: Precision,
+    head_dim: usize,
+    slot: usize,
+    keys: *mut u8,
+    values: *mut u8,
+    k: &[f32],
+    v: &[f32],
+) {
+    let key_at = |d: usize| (slot / TILE * head_dim + d) * TILE + slot % TILE;
+    let value_at = slot * head_dim.next_multiple_of(TILE);
+    // SAFETY: the contract above; pages are aligned to 64 bytes, and heads begin at whole elements.
+    unsafe {
+        match precision {
+            Precision::Auto => {
+                let (keys, values) = (keys.cast::<f16>(), values.cast::<f16>());
+                for (d, (&k, &v)) in k.iter().zip(v).enumerate() {
+                    *keys.add(key_at(d)) = f16::from_f32(k);
+                    *values.add(value_at + d) = f16::from_f32(v);
+                }
+            }
+            Precision::Float32 => {
+                let (keys, values) = (keys.cast::<f32>(), values.cast::<f32>());
+                for (d, (&k, &v)) in k.iter().zip(v).enumerate() {
+                    *keys.add(key_at(d)) = k;
+                    *values.add(value_at + d) = v;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The few vector instructions that the kernels are written in, once for every instruction set.
+//!
+//! A kernel is a generic function over [`Simd`]; a wrapper with `#[target_feature]` makes it machine code of one
+//! instruction set (see `table.rs`). Every method here is exact or rounded once as IEEE 754 says, so that all instruction
+//! sets compute the same bits. (A NaN stays a NaN, but which NaN is not promised.)
+#![allow(unsafe_code)]
+
+/// Lanes of a vector, which is also the number of output rows in a tile of weights.
+pub(crate) const LANES: usize = 16;
+
+/// Fixed-point sums are clamped to this many units of 2^-24 either way before they are added: 2^51.
+pub(crate) const FIXED_LIMIT: f32 = 2_251_799_813_685_248.0;
+
+/// An array on a cache-line boundary.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line<T>(pub T);
+
+/// Instructions of one instruction set.
+///
+/// # Safety
+/// All methods: the CPU has the instruction set, and pointers are valid for what the method reads or writes. No alignment
+/// is needed. `load*` read and `store*` write [`LANES`] elements.
+pub(crate) trait Simd {
+    /// 16 f32.
+    type F: Copy;
+    /// Activation rows in a register block: the most for which one weight vector is unpacked.
+    const ROWS: usize;
+    /// Vectors of a head that attention sums at once.
+    const HEAD_VECTORS: usize;
+
+    unsafe fn splat(v: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn store(p: *mut f32, v: Self::F);
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`: `b` where either is NaN.
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// `if a < b { a } else { b }`: `b` where either is NaN.
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    /// `p * 2^n` for whole `n` in -150..=128, as `(p * 2^(n >> 1)) * 2^(n - (n >> 1))`.
+    unsafe fn scale2(p: Self::F, n: Self::F) -> Self::F;
+    /// `sums[i] += round_half_even(clamp(v[i] * 2^24, -2^51, 2^51))`, wrapping; NaN counts as -2^51.
+    unsafe fn add_fixed(sums: *mut i64, v: Self::F);
+    /// Hints that the cache line at `p` (any address) will be read.
+    unsafe fn prefetch(p: *const u8);
+
+    // ---- quantized dot products: a tile's 16 lanes are done in `PARTS` vectors ---------------------------------------
+
+    /// `LANES / PARTS` f32.
+    type H: Copy;
+    /// Sums of products with 4-bit weights.
+    type I4: Copy;
+    /// Sums of products with 8-bit weights.
+    type I8: Copy;
+    /// 4-bit weights, one per byte, 4 per lane.
+    type W4: Copy;
+    /// 8-bit weights, 4 per lane, prepared for products.
+    type W8: Copy;
+    const PARTS: usize;
+
+    unsafe fn h_zero() -> Self::H;
+    unsafe fn h_splat(v: f32) -> Self::H;
+    /// Reads `LANES / PARTS` elements.
+    unsafe fn h_load(p: *const f32) -> Self::H;
+    /// Reads `LANES / PARTS` elements.
+    unsafe fn h_load_f16(p: *const u16) -> Self::H;
+    /// Writes `LANES / PARTS` elements.
+    unsafe fn h_store(p: *mut f32, v: Self::H);
+    unsafe fn h_mul(a: Self::H, b: Self::H) -> Self::H;
+    unsafe fn h_fma(a: Self::H, b: Self::H, c: Self::H) -> Self::H;
+
+    unsafe fn i4_zero() -> Self::I4;
+    /// Splits `64 / PARTS` bytes into low and high nibbles.
+    unsafe fn w4_load(p: *const u8) -> (Self::W4, Self::W4);
+    /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 8 times a sum.
+    unsafe fn i4_dot(sum: Self::I4, w: Self::W4, x: *const i8) -> Self::I4;
+    unsafe fn i4_finish(sum: Self::I4) -> Self::H;
+
+    /// A sum to start with; `bias` is -128 times the sum of the activations to come.
+    unsafe fn i8_start(bias: i32) -> Self::I8;
+    /// Reads `64 / PARTS` weights, each stored as an unsigned byte: weight + 128.
+    unsafe fn w8_load(p: *const u8) -> Self::W8;
+    /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`.
+    unsafe fn i8_dot(sum: Self::I8, w: Self::W8, x: *const i8) -> Self::I8;
+    unsafe fn i8_finish(sum: Self::I8) -> Self::H;
+}

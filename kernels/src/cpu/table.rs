@@ -1,0 +1,154 @@
+//! The kernels of each instruction set, as a table of functions chosen once.
+#![allow(unsafe_code)]
+
+use super::{
+    generic::{
+        attention::{self, AttentionTask},
+        elementwise,
+        linear::{self, LinearTask},
+        quantize,
+        tile::{Bf16, Dense, F16, F32, Q4, Q8, Q8Half, Tile},
+    },
+    isa::Isa,
+    scalar::Scalar,
+    simd::Simd,
+};
+use crate::{
+    layout::{Kind, Scale},
+    ops::RopeStyle,
+};
+
+pub(crate) type LinearFn = unsafe fn(&LinearTask);
+pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
+
+/// Kernels of one instruction set. Safety: the CPU has it, and as the functions in `generic` say.
+#[derive(Clone, Copy)]
+pub(crate) struct Table {
+    /// Rows of a block of activations.
+    pub rows: usize,
+    pub quantize_row: unsafe fn(*const f32, usize, usize, usize, *mut u8),
+    pub pack_rows: unsafe fn(*const f32, usize, usize, *mut f32),
+    pub linear: fn(Kind) -> LinearFn,
+    pub attention_f16: AttentionFn,
+    pub attention_f32: AttentionFn,
+    pub attention_scratch_len: fn(usize, usize) -> usize,
+    pub rms_norm: unsafe fn(*const f32, *const f32, f32, *mut f32, usize),
+    pub silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
+    pub add_fixed: unsafe fn(*mut f32, *const i64, usize),
+    pub rope: unsafe fn(*mut f32, usize, usize, RopeStyle, &[f32], &[f32]),
+    pub argmax: unsafe fn(*const f32, usize) -> (f32, u32),
+    #[cfg(test)]
+    pub exp: unsafe fn(&[f32; 16]) -> [f32; 16],
+}
+
+/// The table of an instruction set. Panics if this build has no such kernels, which [`Isa::is_available`] says.
+pub(crate) fn table(isa: Isa) -> Table {
+    match isa {
+        Isa::Scalar => scalar::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni => avx512::TABLE,
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 | Isa::Avx512Vnni => unreachable!("not available on this architecture"),
+    }
+}
+
+macro_rules! kernels {
+    ($module:ident, $simd:ty $(, #[$features:meta])?) => {
+        #[allow(clippy::undocumented_unsafe_blocks)] // Each only passes its caller's promise on.
+        mod $module {
+            use super::*;
+
+            $(#[$features])?
+            unsafe fn quantize_row(x: *const f32, n_groups: usize, row: usize, block_rows: usize, out: *mut u8) {
+                unsafe { quantize::quantize_row(x, n_groups, row, block_rows, out) }
+            }
+            $(#[$features])?
+            unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {
+                unsafe { quantize::pack_rows(x, n_in, block_rows, out) }
+            }
+            $(#[$features])?
+            unsafe fn linear_of<K: Tile>(task: &LinearTask) {
+                unsafe { linear::linear::<$simd, K>(task) }
+            }
+            fn linear(kind: Kind) -> LinearFn {
+                match kind {
+                    Kind::F32 => linear_of::<Dense<F32>>,
+                    Kind::F16 => linear_of::<Dense<F16>>,
+                    Kind::Bf16 => linear_of::<Dense<Bf16>>,
+                    Kind::Q4(Scale::F32) => linear_of::<Q4<false>>,
+                    Kind::Q4(Scale::F16) => linear_of::<Q4<true>>,
+                    Kind::Q8(Scale::F32) => linear_of::<Q8<false, false>>,
+                    Kind::Q8(Scale::F16) => linear_of::<Q8<true, false>>,
+                    Kind::Q8Min(Scale::F32) => linear_of::<Q8<false, true>>,
+                    Kind::Q8Min(Scale::F16) => linear_of::<Q8<true, true>>,
+                    Kind::Q8Half(Scale::F32) => linear_of::<Q8Half<false>>,
+                    Kind::Q8Half(Scale::F16) => linear_of::<Q8Half<true>>,
+                }
+            }
+            $(#[$features])?
+            unsafe fn attention_f16(task: &AttentionTask, scratch: *mut f32) {
+                unsafe { attention::attention::<$simd, F16>(task, scratch) }
+            }
+            $(#[$features])?
+            unsafe fn attention_f32(task: &AttentionTask, scratch: *mut f32) {
+                unsafe { attention::attention::<$simd, F32>(task, scratch) }
+            }
+            $(#[$features])?
+            unsafe fn rms_norm(x: *const f32, weight: *const f32, eps: f32, out: *mut f32, width: usize) {
+                unsafe { elementwise::rms_norm::<$simd>(x, weight, eps, out, width) }
+            }
+            $(#[$features])?
+            unsafe fn silu_mul(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
+                unsafe { elementwise::silu_mul::<$simd>(gate, up, out, len) }
+            }
+            $(#[$features])?
+            unsafe fn add_fixed(x: *mut f32, delta: *const i64, len: usize) {
+                unsafe { elementwise::add_fixed(x, delta, len) }
+            }
+            $(#[$features])?
+            unsafe fn rope(x: *mut f32, n_heads: usize, head_dim: usize, style: RopeStyle, cos: &[f32], sin: &[f32]) {
+                unsafe { elementwise::rope(x, n_heads, head_dim, style, cos, sin) }
+            }
+            $(#[$features])?
+            unsafe fn argmax(x: *const f32, width: usize) -> (f32, u32) {
+                unsafe { elementwise::argmax::<$simd>(x, width) }
+            }
+            #[cfg(test)]
+            $(#[$features])?
+            unsafe fn exp(x: &[f32; 16]) -> [f32; 16] {
+                let mut out = [0.0; 16];
+                unsafe { <$simd>::store(out.as_mut_ptr(), elementwise::exp::<$simd>(<$simd>::load(x.as_ptr()))) };
+                out
+            }
+
+            pub(super) const TABLE: Table = Table {
+                rows: <$simd as Simd>::ROWS,
+                quantize_row,
+                pack_rows,
+                linear,
+                attention_f16,
+                attention_f32,
+                attention_scratch_len: attention::scratch_len::<$simd>,
+                rms_norm,
+                silu_mul,
+                add_fixed,
+                rope,
+                argmax,
+                #[cfg(test)]
+                exp,
+            };
+        }
+    };
+}
+
+kernels!(scalar, Scalar);
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2, crate::cpu::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avx512,
+    crate::cpu::avx512::Avx512Vnni,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
