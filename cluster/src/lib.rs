@@ -1,6 +1,9 @@
 //! Who is in the cluster and who does what: membership stores, the partition plan, checkpoint reading, tokenizers.
 
+pub mod chat_template;
 pub mod checkpoint;
 pub mod id;
 pub mod model_config;
 pub mod partition;
+pub mod store;
+pub mod tokenizer;
