@@ -1,3 +1,23 @@
 //! A rank of a tensor-parallel group: owns a device, a slice of the weights and of the KV cache, and executes step plans.
+//!
+//! - [`model`]: families of models, loading a rank's slice. [`layer`]: what layers are made of.
+//! - [`step`]: from a plan to tokens. [`sampler`]: from logits to a token.
+//! - [`engine`]: epochs, the thread that computes. [`link`]: the stream to the coordinator.
+//! - [`offline`]: a group in one process, for tests and benchmarks.
 
+pub mod config;
+pub mod device;
+pub mod engine;
+mod heartbeat;
+mod host;
+pub mod layer;
+pub mod link;
+mod memory;
+pub mod model;
+pub mod offline;
+mod run;
+pub mod sampler;
+pub mod step;
 pub mod weights;
+
+pub use run::main_from;

@@ -1,2 +1,7 @@
-//! x
-fn main() {}
+//! The `shard` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    phalanx_shard::main_from(std::env::args_os())
+}

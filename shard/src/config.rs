@@ -1,0 +1,308 @@
+//! Flags, environment and file become one checked configuration.
+//!
+//! Precedence: flags, then environment, then file, then defaults.
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr};
+
+use clap::{Parser, error::ErrorKind};
+use figment::{
+    Figment,
+    providers::{Format, Serialized, Toml},
+};
+use phalanx_kernels::{collective, ops::Precision};
+use serde::{Deserialize, Serialize};
+use tonic::transport::Uri;
+
+use crate::device::{self, DeviceConfig};
+
+/// Holds a slice of a model on a device, joins a coordinator, and computes the steps that it plans.
+#[derive(Debug, Clone, Parser, Serialize)]
+#[command(
+    name = "shard",
+    version,
+    after_help = "Every option can be given as an environment variable and as a key of the file (with underscores). \
+                  Flags come before the environment, the environment before the file. PHALANX_LOG filters the log \
+                  (error, warn, info, debug, trace, or per target) [default: info]."
+)]
+pub struct Flags {
+    /// Coordinators to join, as http://HOST:PORT separated by commas; the first that answers is taken
+    #[arg(long, env = "PHALANX_COORDINATOR", value_name = "URL[,URL]", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    coordinator: Option<Vec<String>>,
+
+    /// Device that computes: cpu [default: cpu]
+    #[arg(long, env = "PHALANX_DEVICE", value_name = "cpu|cuda:N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<String>,
+
+    /// Threads of a CPU device [default: the cores that this process may use]
+    #[arg(long, env = "PHALANX_THREADS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    threads: Option<usize>,
+
+    /// Address on which ranks of other hosts reach this shard; port 0 takes a free one [default: 127.0.0.1:0]
+    #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    listen: Option<String>,
+
+    /// Stable name of this shard [default: host name and a random number]
+    #[arg(long, env = "PHALANX_SHARD_ID", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shard_id: Option<String>,
+
+    /// Instruction set of a CPU device, for tests: all compute the same bits [default: auto]
+    #[arg(long, env = "PHALANX_ISA", value_name = "auto|scalar|avx2|avx512")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    isa: Option<String>,
+
+    /// How ranks exchange sums [default: auto, which takes the fastest that fits]
+    #[arg(long, env = "PHALANX_COLLECTIVE", value_name = "auto|shm|tcp")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    collective: Option<String>,
+
+    /// TOML file with any of these options
+    #[arg(long, env = "PHALANX_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+
+    /// End when the process that started this one ends
+    #[arg(long, hide = true)]
+    #[serde(skip)]
+    exit_with_parent: bool,
+}
+
+/// The options of all sources together, as text.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Merged {
+    #[serde(default)]
+    coordinator: Addresses,
+    device: String,
+    threads: Option<usize>,
+    listen: String,
+    shard_id: Option<String>,
+    isa: String,
+    collective: String,
+}
+
+/// A list, or one text with commas.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Addresses {
+    List(Vec<String>),
+    Text(String),
+}
+
+impl Default for Addresses {
+    fn default() -> Self {
+        Self::List(Vec::new())
+    }
+}
+
+#[derive(Serialize)]
+struct Defaults {
+    device: &'static str,
+    listen: &'static str,
+    isa: &'static str,
+    collective: &'static str,
+}
+
+const DEFAULTS: Defaults = Defaults { device: "cpu", listen: "127.0.0.1:0", isa: "auto", collective: "auto" };
+
+/// What a shard runs with; checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Coordinators, in the order in which they are tried.
+    pub coordinators: Vec<Uri>,
+    /// Device.
+    pub device: DeviceConfig,
+    /// Where ranks of other hosts connect.
+    pub listen: SocketAddr,
+    /// Stable name.
+    pub shard_id: String,
+    /// Collective; `None` for the fastest that fits.
+    pub collective: Option<String>,
+    /// Whether to end with the parent process.
+    pub exit_with_parent: bool,
+}
+
+/// An option that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Help or version was asked for, or the command line can't be parsed.
+    #[error(transparent)]
+    CommandLine(#[from] clap::Error),
+    /// The file, or a value in it.
+    #[error("configuration: {0}")]
+    Merge(Box<figment::Error>),
+    /// A value.
+    #[error("--{option} {value}: {reason}")]
+    Value {
+        /// Name of the flag.
+        option: &'static str,
+        /// As given.
+        value: String,
+        /// What is wrong and what would do.
+        reason: String,
+    },
+    /// An option that has no default is not there.
+    #[error("--{option} is missing: {hint}")]
+    Missing {
+        /// Name of the flag.
+        option: &'static str,
+        /// What to give.
+        hint: &'static str,
+    },
+}
+
+impl Config {
+    /// Of a command line (the program's name first), the environment and the file that they name.
+    ///
+    /// # Errors
+    /// Says which option is wrong and what would do.
+    pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+        Self::from_flags(&Flags::try_parse_from(args)?)
+    }
+
+    fn from_flags(flags: &Flags) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Serialized::defaults(DEFAULTS));
+        if let Some(file) = &flags.config {
+            // figment takes a missing file for an empty one.
+            if let Err(error) = std::fs::metadata(file) {
+                return Err(value("config", file.display().to_string(), error.to_string()));
+            }
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        let merged: Merged = figment
+            .merge(Serialized::defaults(flags))
+            .extract()
+            .map_err(|error| ConfigError::Merge(Box::new(error)))?;
+        merged.check(flags.exit_with_parent)
+    }
+}
+
+impl Merged {
+    fn check(self, exit_with_parent: bool) -> Result<Config, ConfigError> {
+        let texts = match self.coordinator {
+            Addresses::List(texts) => texts,
+            Addresses::Text(text) => text.split(',').map(str::to_owned).collect(),
+        };
+        let coordinators = texts.iter().map(|text| coordinator(text.trim())).collect::<Result<Vec<_>, _>>()?;
+        if coordinators.is_empty() {
+            let hint = "give the coordinator's gRPC address, such as http://127.0.0.1:50051";
+            return Err(ConfigError::Missing { option: "coordinator", hint });
+        }
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads = self.threads.unwrap_or_else(cores);
+        if !(1..=1024).contains(&threads) {
+            return Err(value("threads", threads.to_string(), "want 1 to 1024"));
+        }
+        let isa = device::isa_of(&self.isa).map_err(|error| value("isa", self.isa.clone(), error.to_string()))?;
+        let device = DeviceConfig { name: self.device, threads, isa };
+        // A device that is not here should be known before the coordinator counts on it.
+        device.open(Precision::Auto).map_err(|error| value("device", device.name.clone(), error.to_string()))?;
+        let listen = SocketAddr::from_str(&self.listen)
+            .map_err(|_| value("listen", self.listen.clone(), "want ADDRESS:PORT, such as 0.0.0.0:7000"))?;
+        let kinds: Vec<&str> = collective::KINDS.iter().map(|kind| kind.name).collect();
+        let collective = match self.collective.as_str() {
+            "auto" => None,
+            name if kinds.contains(&name) => Some(self.collective),
+            _ => return Err(value("collective", self.collective, format!("want auto, {}", kinds.join(", ")))),
+        };
+        let shard_id = self.shard_id.unwrap_or_else(crate::host::default_shard_id);
+        if shard_id.is_empty() || shard_id.len() > 128 || shard_id.chars().any(|c| c.is_control() || c == '/') {
+            let reason = "want 1 to 128 characters without slashes and control characters";
+            return Err(value("shard-id", shard_id, reason));
+        }
+        Ok(Config { coordinators, device, listen, shard_id, collective, exit_with_parent })
+    }
+}
+
+fn coordinator(text: &str) -> Result<Uri, ConfigError> {
+    let wrong = |reason: String| value("coordinator", text.to_owned(), reason);
+    let uri = Uri::from_str(text).map_err(|error| wrong(format!("{error}: want http://HOST:PORT")))?;
+    match (uri.scheme_str(), uri.port_u16()) {
+        (Some("http"), Some(_)) => Ok(uri),
+        _ => Err(wrong("want http://HOST:PORT".to_owned())),
+    }
+}
+
+fn value(option: &'static str, value: impl Into<String>, reason: impl Into<String>) -> ConfigError {
+    ConfigError::Value { option, value: value.into(), reason: reason.into() }
+}
+
+impl ConfigError {
+    /// Prints the error, or the help that was asked for. Returns whether it was help.
+    pub fn print(&self) -> bool {
+        match self {
+            Self::CommandLine(error) => {
+                // Nothing can be done where the terminal is gone.
+                let _gone = error.print();
+                matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion)
+            }
+            error => {
+                eprintln!("shard: {error}");
+                false
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    fn config(args: &[&str]) -> Result<Config, ConfigError> {
+        Config::from_args(std::iter::once("shard").chain(args.iter().copied()).map(OsString::from))
+    }
+
+    fn refused(args: &[&str]) -> String {
+        config(args).expect_err("the options are wrong").to_string()
+    }
+
+    const JOIN: &str = "--coordinator=http://127.0.0.1:50051";
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let config = config(&[JOIN, "--threads", "3"]).expect("good options");
+        assert_eq!(config.coordinators, ["http://127.0.0.1:50051"]);
+        assert_eq!(config.device, DeviceConfig { name: "cpu".into(), threads: 3, isa: None });
+        assert_eq!(config.listen.port(), 0);
+        assert_eq!(config.collective, None);
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        write!(file, "coordinator = 'http://a:1,http://b:2'\nthreads = 1\nshard_id = 'file'\n").expect("written");
+        let path = file.path().to_str().expect("a path");
+        let merged = config(&["--config", path, "--threads", "2"]).expect("good options");
+        assert_eq!(merged.coordinators, ["http://a:1", "http://b:2"]);
+        assert_eq!(merged.device.threads, 2);
+        assert_eq!(merged.shard_id, "file");
+    }
+
+    #[test]
+    fn unknown_keys_and_files_are_refused() {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        writeln!(file, "thraeds = 1").expect("written");
+        let path = file.path().to_str().expect("a path");
+        assert!(refused(&[JOIN, "--config", path]).contains("thraeds"));
+        assert!(refused(&[JOIN, "--config", "/does/not/exist.toml"]).contains("exist.toml"));
+        assert!(refused(&[JOIN, "--thraeds", "1"]).contains("thraeds"));
+    }
+
+    #[test]
+    fn bad_values_say_what_would_do() {
+        assert!(refused(&[]).contains("--coordinator is missing"));
+        assert!(refused(&["--coordinator", "127.0.0.1:1"]).contains("want http://HOST:PORT"));
+        assert!(refused(&["--coordinator", "http://host"]).contains("want http://HOST:PORT"));
+        assert!(refused(&[JOIN, "--threads", "0"]).contains("1 to 1024"));
+        assert!(refused(&[JOIN, "--device", "cuda:0"]).contains("no CUDA backend"));
+        assert!(refused(&[JOIN, "--isa", "sse"]).contains("sse"));
+        assert!(refused(&[JOIN, "--collective", "pigeon"]).contains("shm"));
+        assert!(refused(&[JOIN, "--listen", "here"]).contains("ADDRESS:PORT"));
+        assert!(refused(&[JOIN, "--shard-id", "a/b"]).contains("slashes"));
+    }
+}

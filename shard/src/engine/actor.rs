@@ -1,0 +1,110 @@
+//! The engine as an actor: a mailbox in front of its thread. Knows what interrupts what.
+
+use std::{sync::mpsc, thread};
+
+use phalanx_proto::v1::{ShardMessage, coordinator_message::Message};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{
+    interrupt::Interrupt,
+    rank::RankConfig,
+    worker::{self, Command, EnginePanic, Envelope},
+};
+
+/// What the engine is told. The coordinator bounds its mailbox: it has a few plans in flight.
+pub enum EngineMsg {
+    /// There is a coordinator; answers go there.
+    Attached(UnboundedSender<ShardMessage>),
+    /// It is gone.
+    Detached,
+    /// It said something.
+    Coordinator(Message),
+}
+
+/// The actor.
+pub struct Engine;
+
+/// Its state.
+pub struct EngineState {
+    thread: mpsc::Sender<Envelope>,
+    interrupt: Interrupt,
+    /// Of the last group; a form that is not later is stale and must not interrupt.
+    epoch: u64,
+}
+
+/// A started engine.
+pub struct EngineHandle {
+    /// Its mailbox.
+    pub actor: ActorRef<EngineMsg>,
+    /// Ends what it does.
+    pub interrupt: Interrupt,
+    /// Its thread.
+    pub thread: thread::JoinHandle<Result<(), EnginePanic>>,
+}
+
+/// Starts thread and actor.
+///
+/// # Errors
+/// If the system has no thread left.
+pub async fn start(config: RankConfig) -> anyhow::Result<EngineHandle> {
+    let interrupt = Interrupt::default();
+    let (sender, thread) = worker::spawn(config, interrupt.clone())?;
+    let (actor, _ends_with_the_process) = Actor::spawn(None, Engine, (sender, interrupt.clone())).await?;
+    Ok(EngineHandle { actor, interrupt, thread })
+}
+
+impl Actor for Engine {
+    type Msg = EngineMsg;
+    type State = EngineState;
+    type Arguments = (mpsc::Sender<Envelope>, Interrupt);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<Self::Msg>,
+        (thread, interrupt): Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(EngineState { thread, interrupt, epoch: 0 })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        let command = match message {
+            EngineMsg::Attached(answers) => Command::Attached(answers),
+            EngineMsg::Detached => {
+                state.epoch = 0;
+                state.interrupt.advance();
+                Command::Detached
+            }
+            EngineMsg::Coordinator(Message::Form(form)) => {
+                if form.epoch <= state.epoch {
+                    tracing::warn!(epoch = form.epoch, known = state.epoch, "a form of an old epoch is ignored");
+                    return Ok(());
+                }
+                state.epoch = form.epoch;
+                state.interrupt.advance();
+                Command::Form(form)
+            }
+            EngineMsg::Coordinator(Message::Retire(retire)) => {
+                if retire.epoch == state.epoch {
+                    state.interrupt.advance();
+                }
+                Command::Retire(retire)
+            }
+            EngineMsg::Coordinator(Message::Serve(serve)) => Command::Serve(serve),
+            EngineMsg::Coordinator(Message::StepPlan(plan)) => Command::Plan(plan),
+            // The link's own.
+            EngineMsg::Coordinator(Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_)) => return Ok(()),
+        };
+        let generation = state.interrupt.generation();
+        if state.thread.send(Envelope { generation, command }).is_err() {
+            // The thread has ended: the process is about to.
+            myself.stop(Some("the engine thread has ended".to_owned()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! The engine thread: takes commands in order and answers the coordinator.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use phalanx_proto::v1::{Failed, Form, LoadProgress, Retire, Serve, ShardMessage, StepPlan, shard_message::Message};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{
+    interrupt::Interrupt,
+    machine::{Action, EngineMachine, Event},
+    rank::{EngineError, Rank, RankConfig, Weights},
+};
+use crate::model::LoadError;
+
+/// Least time between two reports of loading.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What the engine thread is told.
+pub enum Command {
+    /// There is a coordinator; answers go there. It has as many answers in flight as the coordinator has sent plans.
+    Attached(UnboundedSender<ShardMessage>),
+    /// The coordinator is gone: forget the group, keep the weights.
+    Detached,
+    /// Take a rank.
+    Form(Form),
+    /// Allocate pages.
+    Serve(Serve),
+    /// Execute a step.
+    Plan(StepPlan),
+    /// Leave the group.
+    Retire(Retire),
+}
+
+/// A command, and when it was given.
+pub struct Envelope {
+    /// [`Interrupt::generation`] at that time.
+    pub generation: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// Starts the engine thread. It ends when the sender is dropped, or when it panics; its result says which.
+///
+/// # Errors
+/// If the system has no thread left.
+pub fn spawn(
+    config: RankConfig,
+    interrupt: Interrupt,
+) -> std::io::Result<(mpsc::Sender<Envelope>, thread::JoinHandle<Result<(), EnginePanic>>)> {
+    let (sender, commands) = mpsc::channel();
+    let mut worker =
+        Worker { config, interrupt, machine: EngineMachine::default(), answers: None, rank: None, weights: None };
+    let thread = thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run(&commands))?;
+    Ok((sender, thread))
+}
+
+/// The engine thread panicked: a bug. The process should end.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine panicked: {0}")]
+pub struct EnginePanic(String);
+
+struct Worker {
+    config: RankConfig,
+    interrupt: Interrupt,
+    machine: EngineMachine,
+    answers: Option<UnboundedSender<ShardMessage>>,
+    rank: Option<Rank>,
+    /// While there is no rank.
+    weights: Option<Weights>,
+}
+
+impl Worker {
+    fn run(&mut self, commands: &mpsc::Receiver<Envelope>) -> Result<(), EnginePanic> {
+        while let Ok(envelope) = commands.recv() {
+            let step = match &envelope.command {
+                Command::Plan(plan) => plan.step,
+                _ => 0,
+            };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take(envelope))) {
+                let panic = EnginePanic(message_of(panic.as_ref()));
+                tracing::error!("{panic}");
+                self.answer(Message::Failed(Failed { epoch: self.machine.epoch(), step, error: panic.to_string() }));
+                return Err(panic);
+            }
+        }
+        self.leave();
+        Ok(())
+    }
+
+    fn take(&mut self, Envelope { generation, command }: Envelope) {
+        let event = match &command {
+            Command::Attached(answers) => {
+                self.answers = Some(answers.clone());
+                return;
+            }
+            Command::Detached => {
+                self.answers = None;
+                Event::Detached
+            }
+            Command::Retire(retire) => Event::Retire { epoch: retire.epoch },
+            // What has been overtaken is not begun.
+            Command::Form(_) | Command::Serve(_) | Command::Plan(_) if self.is_over(generation) => return,
+            Command::Form(form) => Event::Form { epoch: form.epoch },
+            Command::Serve(serve) => Event::Serve { epoch: serve.epoch },
+            Command::Plan(plan) => Event::Plan { epoch: plan.epoch, step: plan.step },
+        };
+        let action = self.machine.step(&event);
+        let step = if let Event::Plan { step, .. } = event { step } else { 0 };
+        let result = match (action, command) {
+            (Action::Load, Command::Form(form)) => self.form(&form, generation),
+            (Action::Allocate, Command::Serve(serve)) => self.serve(&serve),
+            (Action::Run, Command::Plan(plan)) => self.plan(plan),
+            (Action::Refuse(reason), _) => Err(EngineError::OutOfOrder(reason)),
+            (Action::Leave, _) => {
+                self.leave();
+                return;
+            }
+            _ => return,
+        };
+        match result {
+            Ok(answer) => {
+                self.machine.step(&Event::Done);
+                self.answer(answer);
+            }
+            Err(error) => {
+                self.machine.step(&Event::Failed);
+                let interrupted =
+                    self.is_over(generation) || matches!(error, EngineError::Load(LoadError::Interrupted));
+                self.leave();
+                if !interrupted {
+                    let epoch = self.machine.epoch();
+                    tracing::error!(epoch, step, "{error}");
+                    self.answer(Message::Failed(Failed { epoch, step, error: error.to_string() }));
+                }
+            }
+        }
+    }
+
+    fn form(&mut self, form: &Form, generation: u64) -> Result<Message, EngineError> {
+        self.leave();
+        let begun = Instant::now();
+        let abort = self.interrupt.abort_flag(generation);
+        let (answers, epoch) = (self.answers.clone(), form.epoch);
+        let mut reported = begun;
+        let mut progress = |p: crate::model::loader::Progress| {
+            if reported.elapsed() >= PROGRESS_INTERVAL || p.done_bytes == p.total_bytes {
+                reported = Instant::now();
+                let message = LoadProgress { epoch, done_bytes: p.done_bytes, total_bytes: p.total_bytes };
+                send(answers.as_ref(), Message::LoadProgress(message));
+            }
+        };
+        let (rank, loaded) = Rank::form(form, &self.config, &mut self.weights, &abort, &mut progress)?;
+        tracing::info!(
+            epoch,
+            rank = form.rank,
+            world_size = form.world_size,
+            collective = rank.collective_name(),
+            weight_bytes = loaded.weight_bytes,
+            kv_blocks = loaded.kv_blocks,
+            elapsed_ms = begun.elapsed().as_millis() as u64,
+            "loaded"
+        );
+        self.rank = Some(rank);
+        Ok(Message::Loaded(loaded))
+    }
+
+    fn serve(&mut self, serve: &Serve) -> Result<Message, EngineError> {
+        let rank = self.rank.take().ok_or_else(|| EngineError::OutOfOrder("serve without a rank".to_owned()))?;
+        let (rank, ready) = rank.serve(serve)?;
+        tracing::info!(
+            epoch = serve.epoch,
+            kv_blocks = serve.kv_blocks,
+            kv_bytes = ready.kv_bytes,
+            resident_bytes = ready.resident_bytes,
+            "ready"
+        );
+        self.rank = Some(rank);
+        Ok(Message::Ready(ready))
+    }
+
+    fn plan(&mut self, plan: StepPlan) -> Result<Message, EngineError> {
+        let rank = self.rank.as_mut().ok_or_else(|| EngineError::OutOfOrder("step without a rank".to_owned()))?;
+        rank.run(plan).map(Message::StepResult)
+    }
+
+    /// Gives up the rank; keeps the weights.
+    fn leave(&mut self) {
+        if let Some(rank) = self.rank.take() {
+            self.weights = Some(rank.into_weights());
+        }
+    }
+
+    fn is_over(&self, generation: u64) -> bool {
+        self.interrupt.generation() != generation
+    }
+
+    fn answer(&self, message: Message) {
+        send(self.answers.as_ref(), message);
+    }
+}
+
+fn send(answers: Option<&UnboundedSender<ShardMessage>>, message: Message) {
+    if let Some(answers) = answers {
+        // A closed channel means that the link is gone: `Detached` is on its way.
+        let _gone = answers.send(ShardMessage { message: Some(message) });
+    }
+}
+
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let text =
+        panic.downcast_ref::<&str>().map(ToString::to_string).or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_else(|| "no message".to_owned())
+}

@@ -1,0 +1,73 @@
+//! Attention with grouped queries (Ainslie et al., 2023, arXiv:2305.13245) over this rank's heads.
+
+use phalanx_kernels::{
+    error::KernelError,
+    ops::{Attention, Buf, Linear, Rope},
+};
+
+use super::{Pass, tensors::LayerTensors};
+use crate::model::{LoadError, RankShape};
+
+/// Projections, rotation, KV pages, attention and output projection of one layer.
+///
+/// A family with norms on queries and keys adds them between projection and rotation, as optional fields here.
+pub struct AttentionBlock {
+    layer: usize,
+    rope: Rope,
+    head_dim: usize,
+    scale: f32,
+    kv_head_of: Vec<u32>,
+    n_kv_heads: usize,
+    /// `None` on a rank without heads.
+    projections: Option<Projections>,
+}
+
+struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    output: Linear,
+}
+
+impl AttentionBlock {
+    /// Of the tensors `attn_{q,k,v,output}`.
+    ///
+    /// # Errors
+    /// If the family does not list them.
+    pub fn new(tensors: &LayerTensors, shape: &RankShape) -> Result<Self, LoadError> {
+        let projections = match (
+            tensors.matrix("attn_q")?,
+            tensors.matrix("attn_k")?,
+            tensors.matrix("attn_v")?,
+            tensors.matrix("attn_output")?,
+        ) {
+            (Some(q), Some(k), Some(v), Some(output)) => Some(Projections { q, k, v, output }),
+            _ => None,
+        };
+        Ok(Self {
+            layer: tensors.place.idx,
+            rope: tensors.place.rope,
+            head_dim: shape.config.head_dim,
+            scale: 1.0 / (shape.config.head_dim as f32).sqrt(),
+            kv_head_of: shape.kv_head_of.clone(),
+            n_kv_heads: shape.n_kv_heads(),
+            projections,
+        })
+    }
+
+    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`.
+    pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
+        let scratch = pass.scratch;
+        if let Some(weights) = &self.projections {
+            let n_heads = self.kv_head_of.len();
+            let outputs = [(weights.q, scratch.q), (weights.k, scratch.k), (weights.v, scratch.v)];
+            pass.ops.linear(x, pass.n_rows, &outputs)?;
+            pass.ops.rope(scratch.q, n_heads, self.head_dim, self.rope)?;
+            pass.ops.rope(scratch.k, self.n_kv_heads, self.head_dim, self.rope)?;
+            pass.ops.store_kv(self.layer, scratch.k, scratch.v)?;
+            let attention = Attention { layer: self.layer, n_heads, kv_head_of: &self.kv_head_of, scale: self.scale };
+            pass.ops.attention(attention, scratch.q, scratch.attended)?;
+        }
+        pass.reduce(scratch.attended, self.projections.as_ref().map(|weights| weights.output))
+    }
+}

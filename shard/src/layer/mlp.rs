@@ -1,0 +1,46 @@
+//! Gated feed-forward block (Shazeer, 2020, arXiv:2002.05202) over this rank's columns.
+
+use phalanx_kernels::{
+    error::KernelError,
+    ops::{Buf, Linear},
+};
+
+use super::{Pass, tensors::LayerTensors};
+use crate::model::{LoadError, RankShape};
+
+/// `down(silu(gate(x)) * up(x))`.
+pub struct GatedMlp {
+    ffn: usize,
+    /// `None` on a rank without feed-forward columns.
+    weights: Option<Weights>,
+}
+
+struct Weights {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl GatedMlp {
+    /// Of the tensors `ffn_{gate,up,down}`.
+    ///
+    /// # Errors
+    /// If the family does not list them.
+    pub fn new(tensors: &LayerTensors, shape: &RankShape) -> Result<Self, LoadError> {
+        let weights = match (tensors.matrix("ffn_gate")?, tensors.matrix("ffn_up")?, tensors.matrix("ffn_down")?) {
+            (Some(gate), Some(up), Some(down)) => Some(Weights { gate, up, down }),
+            _ => None,
+        };
+        Ok(Self { ffn: shape.ffn(), weights })
+    }
+
+    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`.
+    pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
+        let scratch = pass.scratch;
+        if let Some(weights) = &self.weights {
+            pass.ops.linear(x, pass.n_rows, &[(weights.gate, scratch.gate), (weights.up, scratch.up)])?;
+            pass.ops.silu_mul(scratch.gate, scratch.up, scratch.gate, pass.n_rows * self.ffn)?;
+        }
+        pass.reduce(scratch.gate, self.weights.as_ref().map(|weights| weights.down))
+    }
+}

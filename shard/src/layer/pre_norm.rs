@@ -1,0 +1,42 @@
+//! The layer of Llama and its relatives: norm, attention, add; norm, feed-forward, add.
+
+use phalanx_kernels::error::KernelError;
+
+use super::{Pass, attention::AttentionBlock, mlp::GatedMlp, norm::RmsNorm, tensors::LayerTensors};
+use crate::model::{DecoderLayer, LoadError, RankShape};
+
+/// A layer that norms each block's input and adds each block's output as it is.
+pub struct PreNormLayer {
+    attention_norm: RmsNorm,
+    attention: AttentionBlock,
+    ffn_norm: RmsNorm,
+    ffn: GatedMlp,
+}
+
+impl PreNormLayer {
+    /// Of the tensors `attn_norm`, `ffn_norm` and those of [`AttentionBlock`] and [`GatedMlp`].
+    ///
+    /// # Errors
+    /// If the family does not list them.
+    pub fn new(tensors: &LayerTensors, shape: &RankShape) -> Result<Self, LoadError> {
+        let norm = |name| Ok::<_, LoadError>(RmsNorm { weight: tensors.vector(name)?, eps: shape.config.norm_eps });
+        Ok(Self {
+            attention_norm: norm("attn_norm")?,
+            attention: AttentionBlock::new(tensors, shape)?,
+            ffn_norm: norm("ffn_norm")?,
+            ffn: GatedMlp::new(tensors, shape)?,
+        })
+    }
+}
+
+impl DecoderLayer for PreNormLayer {
+    fn run(&self, pass: &mut Pass<'_>) -> Result<(), KernelError> {
+        let scratch = pass.scratch;
+        self.attention_norm.run(pass, scratch.residual, scratch.normed)?;
+        self.attention.run(pass, scratch.normed)?;
+        pass.add_delta()?;
+        self.ffn_norm.run(pass, scratch.residual, scratch.normed)?;
+        self.ffn.run(pass, scratch.normed)?;
+        pass.add_delta()
+    }
+}

@@ -1,0 +1,179 @@
+//! The process: configuration, log, engine, link, and how it ends.
+
+use std::{ffi::OsString, io, net::TcpListener, process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use phalanx_kernels::ops::Precision;
+use phalanx_proto::v1::Hello;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    process::{PidfdFlags, pidfd_open},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    config::Config,
+    engine::{
+        RankConfig,
+        actor::{self, EngineHandle},
+    },
+    host, link, memory,
+};
+
+/// Longest wait for the engine to end its step and release its shared memory.
+const ENGINE_END_LIMIT: Duration = Duration::from_secs(2);
+/// Time that a last message has to leave.
+const FLUSH: Duration = Duration::from_millis(200);
+
+/// Runs a shard: what the program `shard` does, for programs that embed it. `args` begins with the program's name.
+///
+/// The process is called `shard` in the process list from then on.
+pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // Not being renamed hurts nobody.
+    let _unnamed = rustix::thread::set_name(c"shard");
+    let config = match Config::from_args(args) {
+        Ok(config) => config,
+        Err(error) => return if error.print() { ExitCode::SUCCESS } else { ExitCode::from(2) },
+    };
+    init_log();
+    // One thread is enough for a stream; the cores are the engine's.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!("no asynchronous runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(config)) {
+        Ok(code) => code,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init_log() {
+    let filter = EnvFilter::try_from_env("PHALANX_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // A program that embeds the shard may have a log already.
+    let _has_log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .try_init();
+}
+
+async fn run(config: Config) -> anyhow::Result<ExitCode> {
+    let parent_gone = parent_gone(config.exit_with_parent)?;
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM can't be watched")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT can't be watched")?;
+    let listener = TcpListener::bind(config.listen).with_context(|| format!("--listen {}", config.listen))?;
+    let collective_address = listener.local_addr().context("--listen: no local address")?.to_string();
+    let hello = hello(&config, collective_address)?;
+    tracing::info!(
+        shard = %hello.shard_id,
+        device = %hello.device,
+        threads = hello.threads,
+        collective = %hello.collective_address,
+        "starting"
+    );
+    let engine = actor::start(RankConfig {
+        device: config.device.clone(),
+        collective: config.collective.clone(),
+        listener,
+        host_id: hello.host_id.clone(),
+    })
+    .await?;
+
+    let ended = tokio::select! {
+        end = link::run(&config.coordinators, &hello, &engine.actor) => {
+            let link::End::Shutdown(reason) = end;
+            format!("told to shut down: {reason}")
+        }
+        _ = terminate.recv() => "SIGTERM".to_owned(),
+        _ = interrupt.recv() => "SIGINT".to_owned(),
+        () = parent_gone => "the parent process has ended".to_owned(),
+        () = thread_ended(&engine) => "the engine has ended".to_owned(),
+    };
+    tracing::info!("ending: {ended}");
+    Ok(end(engine).await)
+}
+
+fn hello(config: &Config, collective_address: String) -> anyhow::Result<Hello> {
+    // The precision is the group's; what else decides bits is the device's.
+    let fingerprint = config.device.open(Precision::Auto)?.fingerprint();
+    Ok(Hello {
+        shard_id: config.shard_id.clone(),
+        incarnation: host::incarnation(),
+        host_id: host::host_id(),
+        pid: std::process::id(),
+        device: config.device.name.clone(),
+        threads: config.device.threads as u32,
+        memory_bytes: memory::free_bytes().unwrap_or(0),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        fingerprint,
+        collective_address,
+    })
+}
+
+/// Ends the engine and says with which code the process should end.
+async fn end(engine: EngineHandle) -> ExitCode {
+    // Its last message may still be on its way to the coordinator.
+    if engine.thread.is_finished() {
+        tokio::time::sleep(FLUSH).await;
+    }
+    engine.interrupt.advance();
+    // The thread ends when the actor drops its sender.
+    engine.actor.stop(None);
+    let begun = tokio::time::Instant::now();
+    while !engine.thread.is_finished() && begun.elapsed() < ENGINE_END_LIMIT {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    if !engine.thread.is_finished() {
+        tracing::warn!("the engine is busy; ending without it");
+        return ExitCode::SUCCESS;
+    }
+    match engine.thread.join() {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(_)) | Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Waits for the engine thread to end of itself, which it does only after a panic.
+async fn thread_ended(engine: &EngineHandle) {
+    while !engine.thread.is_finished() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Resolves when the parent process is gone; never if that is not wanted.
+///
+/// A process descriptor is watched, because the kernel's death signal comes when the parent's *thread* ends.
+fn parent_gone(wanted: bool) -> anyhow::Result<impl Future<Output = ()>> {
+    let (gone, watch) = tokio::sync::oneshot::channel::<()>();
+    let parent = if wanted { rustix::process::getppid() } else { None };
+    let watched = match parent {
+        Some(parent) => {
+            let descriptor = pidfd_open(parent, PidfdFlags::empty())
+                .with_context(|| format!("the parent process {parent:?} can't be watched"))?;
+            let wait = move || {
+                // A descriptor of a process is readable when the process has ended. An error other than a signal is as
+                // good a reason to end as that.
+                while poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None) == Err(Errno::INTR) {}
+                drop(gone);
+            };
+            std::thread::Builder::new().name("parent-watch".to_owned()).spawn(wait)?;
+            true
+        }
+        None => false,
+    };
+    Ok(async move {
+        if watched {
+            let _dropped = watch.await;
+        } else {
+            std::future::pending().await
+        }
+    })
+}

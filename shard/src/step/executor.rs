@@ -1,0 +1,384 @@
+//! Runs a plan: embedding, layers, logits, choice of tokens.
+//!
+//! **Invariant.** What a sequence's tokens and scores are depends on its own tokens and parameters only: not on the
+//! other rows of the step, the chunking, the world size or which rank computes. Ops promise it of every operation; the
+//! choice of a token looks at one whole row of logits, or compares its slices' largest elements.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use phalanx_kernels::{
+    collective::Collective,
+    error::KernelError,
+    ops::{Ops, RowChunk, StepRows},
+};
+use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult, TokenScore};
+
+use super::{
+    StepError,
+    plan::{self, CheckedPlan, Limits},
+    sampling::{self, Candidate},
+    sequence::Sequence,
+    timed::Timed,
+};
+use crate::{
+    layer::{
+        Pass,
+        scratch::{LOGIT_ROWS, Scratch},
+    },
+    model::LoadedModel,
+    sampler,
+};
+
+/// Executes plans on one rank.
+pub struct Executor {
+    ops: Box<dyn Ops>,
+    model: LoadedModel,
+    scratch: Scratch,
+    host: HostScratch,
+    rows: StepRows,
+    limits: Limits,
+    sequences: BTreeMap<u32, Sequence>,
+}
+
+/// Memory of the host for one step, kept between steps.
+#[derive(Default)]
+struct HostScratch {
+    ids: Vec<u32>,
+    local_ids: Vec<u32>,
+    wanted: Vec<Wanted>,
+    row_indices: Vec<u32>,
+    argmax: Vec<(f32, u32)>,
+    /// Of the greedy rows of the step, in order.
+    candidates: Vec<Candidate>,
+    /// This rank's logits of the rows of a block that rank 0 looks at.
+    mine: Vec<f32>,
+    /// Rank 0: the same of all ranks.
+    all: Vec<f32>,
+    /// Rank 0: one whole row.
+    row: Vec<f32>,
+    lens: Vec<usize>,
+    sampler: sampler::Scratch,
+}
+
+/// A row whose logits are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Wanted {
+    row: u32,
+    sequence: u32,
+    purpose: Purpose,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Rank 0 scores the prompt token of this position, which follows the row.
+    Score { position: usize },
+    /// Every rank finds the largest logit of its slice.
+    Greedy,
+    /// Rank 0 chooses.
+    Sample,
+}
+
+impl Executor {
+    /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already.
+    pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, limits: Limits) -> Self {
+        Self {
+            ops,
+            model,
+            scratch,
+            host: HostScratch::default(),
+            rows: StepRows::default(),
+            limits,
+            sequences: BTreeMap::new(),
+        }
+    }
+
+    /// Gives back what the executor was made of; sequences are forgotten.
+    pub fn into_parts(self) -> (Box<dyn Ops>, LoadedModel, Scratch) {
+        (self.ops, self.model, self.scratch)
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &dyn Ops {
+        self.ops.as_ref()
+    }
+
+    /// Executes a plan; all ranks do so with the same plan. Rank 0's result has the tokens.
+    ///
+    /// # Errors
+    /// If the plan is bad, or the device or another rank fails. The executor is of no use after an error: sequences may
+    /// have been changed already.
+    pub fn run(&mut self, plan: StepPlan, collective: &mut dyn Collective) -> Result<StepResult, StepError> {
+        let begun = Instant::now();
+        let (epoch, step) = (plan.epoch, plan.step);
+        let plan = plan::check(plan, &self.sequences, &self.limits)?;
+        let mut collective = Timed::new(collective);
+        let plan = self.admit(plan);
+        let (samples, prompt_scores) = if plan.n_rows == 0 {
+            (Vec::new(), Vec::new())
+        } else {
+            self.forward(&plan, &mut collective)?;
+            self.choose(&plan, &mut collective)?
+        };
+        let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        Ok(StepResult {
+            epoch,
+            step,
+            samples,
+            prompt_scores,
+            compute_us: micros(begun.elapsed()),
+            collective_us: micros(collective.spent),
+        })
+    }
+
+    /// Applies the plan's changes to the sequences.
+    fn admit(&mut self, mut plan: CheckedPlan) -> CheckedPlan {
+        for id in &plan.dropped {
+            self.sequences.remove(id);
+        }
+        self.sequences.extend(plan.started.drain(..));
+        for (id, blocks) in plan.appended.drain(..) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.blocks.extend(blocks);
+            }
+        }
+        plan
+    }
+
+    /// Runs the rows through all layers; leaves the residual stream in the scratch, and notes which rows' logits are
+    /// wanted.
+    fn forward(&mut self, plan: &CheckedPlan, collective: &mut dyn Collective) -> Result<(), KernelError> {
+        let host = &mut self.host;
+        host.ids.clear();
+        host.wanted.clear();
+        self.rows.chunks.resize_with(plan.chunks.len(), || RowChunk {
+            first_row: 0,
+            n_rows: 0,
+            start: 0,
+            blocks: Vec::new(),
+        });
+        for (chunk, rows) in plan.chunks.iter().zip(&mut self.rows.chunks) {
+            let Some(sequence) = self.sequences.get_mut(&chunk.sequence) else { continue };
+            let first_row = host.ids.len();
+            let end = chunk.start + chunk.len;
+            host.ids.extend_from_slice(&sequence.tokens[chunk.start..end]);
+            rows.first_row = first_row;
+            rows.n_rows = chunk.len;
+            rows.start = chunk.start;
+            rows.blocks.clear();
+            rows.blocks.extend_from_slice(&sequence.blocks[..end.div_ceil(self.limits.block_size)]);
+            sequence.computed = Some(end);
+            let wanted = |position: usize, purpose| Wanted {
+                row: (first_row + position - chunk.start) as u32,
+                sequence: chunk.sequence,
+                purpose,
+            };
+            if sequence.prompt_logprobs.is_some() {
+                let scored = chunk.start..end.min(sequence.prompt_len - 1);
+                host.wanted.extend(scored.map(|p| wanted(p, Purpose::Score { position: p + 1 })));
+            }
+            if chunk.sample {
+                let purpose = if sequence.is_plain_greedy() { Purpose::Greedy } else { Purpose::Sample };
+                host.wanted.push(wanted(end - 1, purpose));
+            }
+        }
+        let vocab = self.model.shape.slice.vocab.clone();
+        let local = |id: &u32| if vocab.contains(&(*id as usize)) { *id - vocab.start as u32 } else { u32::MAX };
+        host.local_ids.clear();
+        host.local_ids.extend(host.ids.iter().map(local));
+
+        let (hidden, n_rows) = (self.model.shape.config.hidden, plan.n_rows);
+        let ops = self.ops.as_mut();
+        ops.begin_step(&self.rows)?;
+        let table = self.model.embedding.unwrap_or(self.scratch.nothing);
+        ops.embed(table, &host.local_ids, self.scratch.delta)?;
+        let mut pass = Pass { ops, collective, scratch: &self.scratch, n_rows, hidden };
+        pass.all_reduce_delta()?;
+        pass.ops.bits_to_f32(self.scratch.delta, self.scratch.residual, n_rows * hidden)?;
+        for layer in &self.model.layers {
+            layer.run(&mut pass)?;
+        }
+        Ok(())
+    }
+
+    /// Computes the wanted logits block by block and chooses tokens. Every rank appends them to its sequences.
+    fn choose(
+        &mut self,
+        plan: &CheckedPlan,
+        collective: &mut dyn Collective,
+    ) -> Result<(Vec<Sample>, Vec<PromptScores>), StepError> {
+        let wanted = std::mem::take(&mut self.host.wanted);
+        self.host.candidates.clear();
+        let mut chosen = Vec::new();
+        let mut prompt_scores: Vec<PromptScores> = Vec::new();
+        for block in wanted.chunks(LOGIT_ROWS.min(self.scratch.max_rows)) {
+            self.logits(block)?;
+            self.greedy_candidates(block)?;
+            self.rank_zero_choices(block, collective, &mut chosen, &mut prompt_scores)?;
+        }
+        let greedy = self.agree_on_greedy(collective)?;
+        let sampled = self.broadcast_chosen(&wanted, &chosen, collective)?;
+
+        let is_rank_zero = collective.rank() == 0;
+        let (mut greedy, mut sampled, mut chosen) = (greedy.into_iter(), sampled.into_iter(), chosen.into_iter());
+        let mut samples = Vec::with_capacity(if is_rank_zero { plan.chunks.len() } else { 0 });
+        for w in &wanted {
+            let token = match w.purpose {
+                Purpose::Score { .. } => continue,
+                Purpose::Greedy => greedy.next(),
+                Purpose::Sample => sampled.next(),
+            };
+            let score = if w.purpose == Purpose::Sample { chosen.next().and_then(|(_, score)| score) } else { None };
+            let (Some(token), Some(sequence)) = (token, self.sequences.get_mut(&w.sequence)) else { continue };
+            sequence.push(token);
+            if is_rank_zero {
+                samples.push(Sample { sequence: w.sequence, token_id: token, score });
+            }
+        }
+        self.host.wanted = wanted;
+        Ok((samples, prompt_scores))
+    }
+
+    /// This rank's logits of some rows into the scratch.
+    fn logits(&mut self, block: &[Wanted]) -> Result<(), KernelError> {
+        let host = &mut self.host;
+        host.row_indices.clear();
+        host.row_indices.extend(block.iter().map(|w| w.row));
+        let (scratch, model, ops) = (&self.scratch, &self.model, self.ops.as_mut());
+        ops.gather_rows(scratch.residual, &host.row_indices, model.shape.config.hidden, scratch.gathered)?;
+        let norm = model.output_norm;
+        ops.rms_norm(scratch.gathered, norm.weight, norm.eps, scratch.gathered_normed, block.len())?;
+        match model.output {
+            Some(output) => ops.linear(scratch.gathered_normed, block.len(), &[(output, scratch.logits)]),
+            None => Ok(()),
+        }
+    }
+
+    /// The best token of this rank's slice for each greedy row.
+    fn greedy_candidates(&mut self, block: &[Wanted]) -> Result<(), KernelError> {
+        if block.iter().all(|w| w.purpose != Purpose::Greedy) {
+            return Ok(());
+        }
+        let (host, logits) = (&mut self.host, self.scratch.logits);
+        let slice = &self.model.shape.slice.vocab;
+        let width = slice.len();
+        host.argmax.clear();
+        host.argmax.resize(block.len(), (f32::NEG_INFINITY, 0));
+        if width > 0 {
+            for (idx, w) in block.iter().enumerate() {
+                let Some(sequence) = self.sequences.get(&w.sequence) else { continue };
+                if w.purpose == Purpose::Greedy && sequence.counts.is_some() {
+                    host.row.resize(width, 0.0);
+                    self.ops.read(logits, idx * width, &mut host.row)?;
+                    sampling::adjust(sequence, slice.start, &mut host.row);
+                    self.ops.write(logits, idx * width, &host.row)?;
+                }
+            }
+            self.ops.argmax(logits, block.len(), width, &mut host.argmax)?;
+        }
+        for (w, (logit, local_id)) in block.iter().zip(&host.argmax) {
+            if w.purpose == Purpose::Greedy {
+                host.candidates.push(Candidate::new(*logit, slice.start as u32 + local_id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows that rank 0 looks at as a whole: it scores prompt tokens and chooses.
+    fn rank_zero_choices(
+        &mut self,
+        block: &[Wanted],
+        collective: &mut dyn Collective,
+        chosen: &mut Vec<(u32, Option<TokenScore>)>,
+        prompt_scores: &mut Vec<PromptScores>,
+    ) -> Result<(), StepError> {
+        let host = &mut self.host;
+        let width = self.model.shape.vocab();
+        let whole = |w: &&Wanted| w.purpose != Purpose::Greedy;
+        let n_whole = block.iter().filter(whole).count();
+        if n_whole == 0 {
+            return Ok(());
+        }
+        host.mine.resize(n_whole * width, 0.0);
+        if width > 0 {
+            let indices = block.iter().enumerate().filter(|(_, w)| whole(w)).map(|(idx, _)| idx);
+            for (slot, idx) in indices.enumerate() {
+                let row = &mut host.mine[slot * width..(slot + 1) * width];
+                self.ops.read(self.scratch.logits, idx * width, row)?;
+            }
+        }
+        let vocab_of_ranks = &self.model.shape.vocab_of_ranks;
+        let is_rank_zero = collective.rank() == 0;
+        if collective.world_size() > 1 {
+            host.lens.clear();
+            host.lens.extend(vocab_of_ranks.iter().map(|v| v.len() * n_whole * size_of::<f32>()));
+            let n_all = if is_rank_zero { self.model.shape.config.vocab * n_whole } else { 0 };
+            host.all.resize(n_all, 0.0);
+            collective.gather(bytemuck::cast_slice(&host.mine), &host.lens, bytemuck::cast_slice_mut(&mut host.all))?;
+        }
+        if !is_rank_zero {
+            return Ok(());
+        }
+        for (slot, w) in block.iter().filter(whole).enumerate() {
+            let Some(sequence) = self.sequences.get(&w.sequence) else { continue };
+            host.row.clear();
+            if collective.world_size() > 1 {
+                // Rank r's part is [n_whole, its width], after the parts of the ranks before it.
+                for vocab in vocab_of_ranks {
+                    let at = vocab.start * n_whole + slot * vocab.len();
+                    host.row.extend_from_slice(&host.all[at..at + vocab.len()]);
+                }
+            } else {
+                host.row.extend_from_slice(&host.mine[slot * width..(slot + 1) * width]);
+            }
+            match w.purpose {
+                Purpose::Score { position } => {
+                    let n_top = sequence.prompt_logprobs.unwrap_or(0);
+                    let score = sampling::score(&host.row, sequence.tokens[position], n_top)?;
+                    match prompt_scores.last_mut().filter(|scores| scores.sequence == w.sequence) {
+                        Some(scores) => scores.scores.push(score),
+                        None => prompt_scores.push(PromptScores {
+                            sequence: w.sequence,
+                            start: position as u32,
+                            scores: vec![score],
+                        }),
+                    }
+                }
+                Purpose::Sample => chosen.push(sampling::choose(sequence, &mut host.row, &mut host.sampler)?),
+                Purpose::Greedy => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// All ranks compare their slices' candidates: every rank knows the winners.
+    fn agree_on_greedy(&mut self, collective: &mut dyn Collective) -> Result<Vec<u32>, StepError> {
+        let mine = &self.host.candidates;
+        let vocab_size = self.model.shape.config.vocab;
+        if mine.is_empty() || collective.world_size() == 1 {
+            return Ok(mine.iter().map(|candidate| candidate.token(vocab_size)).collect::<Result<_, _>>()?);
+        }
+        let mut all = vec![Candidate::NONE; mine.len() * collective.world_size()];
+        let lens = vec![size_of_val(mine.as_slice()); collective.world_size()];
+        collective.all_gather(bytemuck::cast_slice(mine), &lens, bytemuck::cast_slice_mut(&mut all))?;
+        let best = |row: usize| {
+            all.chunks(mine.len()).map(|rank| rank[row]).fold(Candidate::NONE, Candidate::better).token(vocab_size)
+        };
+        Ok((0..mine.len()).map(best).collect::<Result<_, _>>()?)
+    }
+
+    /// Tells all ranks what rank 0 chose.
+    fn broadcast_chosen(
+        &self,
+        wanted: &[Wanted],
+        chosen: &[(u32, Option<TokenScore>)],
+        collective: &mut dyn Collective,
+    ) -> Result<Vec<u32>, StepError> {
+        let n_sampled = wanted.iter().filter(|w| w.purpose == Purpose::Sample).count();
+        let mut tokens: Vec<u32> = chosen.iter().map(|(token, _)| *token).collect();
+        tokens.resize(n_sampled, 0);
+        if n_sampled > 0 && collective.world_size() > 1 {
+            collective.broadcast(bytemuck::cast_slice_mut(&mut tokens))?;
+        }
+        Ok(tokens)
+    }
+}

@@ -1,0 +1,105 @@
+//! From rows of logits to the tokens and scores of the wire.
+
+use bytemuck::{Pod, Zeroable};
+use phalanx_proto::v1::{TokenScore, TopToken};
+
+use super::sequence::Sequence;
+use crate::sampler::{self, SamplingError, Score, Scratch, penalties};
+
+/// The best token of a rank's slice of the vocabulary, as ranks send it to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Candidate {
+    logit: f32,
+    /// Index in the whole vocabulary.
+    token: u32,
+}
+
+impl Candidate {
+    /// Loses to every token that can be chosen.
+    pub(super) const NONE: Self = Self { logit: f32::NEG_INFINITY, token: u32::MAX };
+
+    /// A token; NaN is as bad as minus infinity: neither can be chosen.
+    pub(super) fn new(logit: f32, token: u32) -> Self {
+        if logit > f32::NEG_INFINITY { Self { logit, token } } else { Self::NONE }
+    }
+
+    /// The one with the larger logit, or the lower id. Any order of comparing candidates finds the same one.
+    pub(super) fn better(self, other: Self) -> Self {
+        if other.logit > self.logit || (other.logit == self.logit && other.token < self.token) { other } else { self }
+    }
+
+    /// The token.
+    pub(super) fn token(self, vocab_size: usize) -> Result<u32, SamplingError> {
+        if self == Self::NONE { Err(SamplingError::NoCandidate { vocab_size }) } else { Ok(self.token) }
+    }
+}
+
+/// Applies penalties and biases to the logits of the vocabulary from `vocab_start` on.
+pub(super) fn adjust(sequence: &Sequence, vocab_start: usize, logits: &mut [f32]) {
+    if let Some(counts) = &sequence.counts {
+        penalties::apply(&sequence.sampling, counts, vocab_start as u32, logits);
+    }
+}
+
+/// Chooses the next token of a sequence and scores it, if that is asked for. `logits`: raw, over the whole vocabulary;
+/// changed.
+pub(super) fn choose(
+    sequence: &Sequence,
+    logits: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<(u32, Option<TokenScore>), SamplingError> {
+    let n_output = sequence.n_output() as u64;
+    match sequence.logprobs {
+        None => {
+            adjust(sequence, 0, logits);
+            Ok((sampler::choose(&sequence.sampling, n_output, logits, scratch)?, None))
+        }
+        Some(n_top) if sequence.counts.is_none() => {
+            let token = sampler::choose(&sequence.sampling, n_output, logits, scratch)?;
+            Ok((token, Some(score(logits, token, n_top)?)))
+        }
+        Some(n_top) => {
+            // Scores are of the model, not of what penalties make of it.
+            let mut adjusted = logits.to_vec();
+            adjust(sequence, 0, &mut adjusted);
+            let token = sampler::choose(&sequence.sampling, n_output, &adjusted, scratch)?;
+            Ok((token, Some(score(logits, token, n_top)?)))
+        }
+    }
+}
+
+/// Scores a token. `logits`: raw, over the whole vocabulary.
+pub(super) fn score(logits: &[f32], token: u32, n_top: usize) -> Result<TokenScore, SamplingError> {
+    sampler::score(logits, token, n_top).map(to_wire)
+}
+
+fn to_wire(score: Score) -> TokenScore {
+    TokenScore {
+        token_id: score.token_id,
+        logprob: score.logprob,
+        rank: score.rank,
+        top: score.top.into_iter().map(|(token_id, logprob)| TopToken { token_id, logprob }).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_larger_logit_wins_and_then_the_lower_id() {
+        let (a, b, c) = (Candidate::new(1.0, 7), Candidate::new(2.0, 9), Candidate::new(2.0, 3));
+        for order in [[a, b, c], [c, b, a], [b, a, c]] {
+            assert_eq!(order.into_iter().fold(Candidate::NONE, Candidate::better), c);
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_cant_be_chosen() {
+        let nan = Candidate::new(f32::NAN, 0);
+        assert_eq!(nan.better(Candidate::new(-1e30, 5)).token(8), Ok(5));
+        assert_eq!(Candidate::NONE.better(nan).token(8), Err(SamplingError::NoCandidate { vocab_size: 8 }));
+        assert!(Candidate::new(f32::NEG_INFINITY, 1).token(8).is_err());
+    }
+}
