@@ -1,0 +1,137 @@
+//! Speed of the CPU's operations: `cargo bench -p phalanx-kernels --bench ops [-- FILTER [THREADS [ISA]]]`.
+//!
+//! Prints billions of products a second, and how many bytes of packed weights pass by in that time.
+
+use std::time::Instant;
+
+use half::f16;
+use phalanx_kernels::{
+    CpuConfig, CpuOps, Isa,
+    ops::{Attention, Buf, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData},
+};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Seconds of the fastest call: one that no other process interrupted.
+fn time(mut call: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    let (begin, mut calls) = (Instant::now(), 0);
+    while calls < 5 || (begin.elapsed().as_secs_f64() < 0.1 && calls < 1000) {
+        let begin = Instant::now();
+        call()?;
+        best = best.min(begin.elapsed().as_secs_f64());
+        calls += 1;
+    }
+    Ok(best)
+}
+
+/// Numbers without meaning, about evenly in -1 ..= 1.
+fn numbers(n: usize) -> Vec<f32> {
+    (0..n as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+fn vector(ops: &mut CpuOps, n: usize) -> Result<Buf> {
+    Ok(ops.load_vector(&numbers(n))?)
+}
+
+fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Result<()> {
+    let n = n_out * n_in;
+    let values = numbers(n);
+    let quants4: Vec<u8> = (0..n).map(|i| (i * 7 % 16) as u8).collect();
+    let quants8: Vec<i8> = (0..n).map(|i| (i * 37 % 256) as u8 as i8).collect();
+    let (scales, short) = (numbers(n / 16), vec![0.5; n / 32]);
+    let half: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
+    let data = match name {
+        "q4" => WeightData::Q4 { quants: &quants4, scales: &short, mins: &short },
+        "q4-f32-scales" => WeightData::Q4 { quants: &quants4, scales: &scales[..n / 32], mins: &short },
+        "q8" => WeightData::Q8 { quants: &quants8, group: 32, scales: &short, mins: None },
+        "q8-groups-of-16" => WeightData::Q8 { quants: &quants8, group: 16, scales: &scales, mins: None },
+        "f16" => WeightData::F16(&half),
+        _ => WeightData::F32(&values),
+    };
+    let before = ops.resident_bytes();
+    let weight = ops.load_linear(LinearSource { n_out, n_in, data, bias: None, slice_width: None })?;
+    let bytes = (ops.resident_bytes() - before) as f64;
+    let exact = ops.load_linear(LinearSource { n_out, n_in, data, bias: None, slice_width: Some(n_in / 2) })?;
+    let (x, out, fixed) = (vector(ops, 512 * n_in)?, ops.alloc(512 * n_out)?, ops.alloc_fixed(512 * n_out)?);
+    for n_rows in [1, 4, 8, 32, 128, 512] {
+        let products = (n_rows * n) as f64;
+        let plain = time(|| Ok(ops.linear(x, n_rows, &[(weight, out)])?))?;
+        let sliced = time(|| Ok(ops.linear_exact(x, n_rows, exact, fixed)?))?;
+        println!(
+            "{name:>16} {n_out:>5} x {n_in:<5} {n_rows:>4} rows: {:8.1} GMAC/s {:7.1} GB/s {:9.1} us; exact {:8.1} GMAC/s",
+            products / plain / 1e9,
+            bytes / plain / 1e9,
+            plain * 1e6,
+            products / sliced / 1e9
+        );
+    }
+    Ok(())
+}
+
+fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Result<()> {
+    let (block_size, max) = (16, 2048);
+    ops.alloc_kv(KvShape { n_layers: 1, n_blocks: max / block_size, block_size, n_kv_heads, head_dim })?;
+    let kv_head_of: Vec<u32> = (0..n_heads).map(|h| (h * n_kv_heads / n_heads) as u32).collect();
+    let (q, out) = (vector(ops, max * n_heads * head_dim)?, ops.alloc(max * n_heads * head_dim)?);
+    let (k, v) = (vector(ops, max * n_kv_heads * head_dim)?, vector(ops, max * n_kv_heads * head_dim)?);
+    let blocks: Vec<u32> = (0..(max / block_size) as u32).collect();
+    let step =
+        |start, n_rows| StepRows { chunks: vec![RowChunk { first_row: 0, n_rows, start, blocks: blocks.clone() }] };
+    ops.begin_step(&step(0, max))?;
+    let store = time(|| Ok(ops.store_kv(0, k, v)?))?;
+    println!("       store_kv {n_kv_heads} heads of {head_dim}, {max} rows: {:.1} us", store * 1e6);
+    for (start, n_rows) in [(511, 1), (2047, 1), (0, 128), (0, 512), (1536, 512)] {
+        ops.begin_step(&step(start, n_rows))?;
+        let attention = Attention { layer: 0, n_heads, kv_head_of: &kv_head_of, scale: 0.125 };
+        let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;
+        let pairs: usize = (start..start + n_rows).map(|p| p + 1).sum();
+        println!(
+            "      attention {n_heads:>2} of {n_kv_heads} heads of {head_dim:<3} {n_rows:>4} rows from {start:>4}: {:8.1} GMAC/s {:9.1} us",
+            (2 * pairs * n_heads * head_dim) as f64 / seconds / 1e9,
+            seconds * 1e6
+        );
+    }
+    Ok(())
+}
+
+fn bench_elementwise(ops: &mut CpuOps) -> Result<()> {
+    for (n_rows, width) in [(1, 1536), (512, 1536)] {
+        let n = n_rows * width;
+        let (x, w, out, fixed) = (vector(ops, n)?, vector(ops, width)?, ops.alloc(n)?, ops.alloc_fixed(n)?);
+        let norm = time(|| Ok(ops.rms_norm(x, w, 1e-5, out, n_rows)?))?;
+        let silu = time(|| Ok(ops.silu_mul(x, out, x, n)?))?;
+        let add = time(|| Ok(ops.add_fixed(x, fixed, n)?))?;
+        let mut best = vec![(0.0, 0); n_rows];
+        let argmax = time(|| Ok(ops.argmax(x, n_rows, width, &mut best)?))?;
+        let [norm, silu, add, argmax] = [norm, silu, add, argmax].map(|s| s * 1e6);
+        println!(
+            "  {n_rows} x {width}: rms_norm {norm:.1} us, silu_mul {silu:.1} us, add_fixed {add:.1} us, argmax {argmax:.1} us"
+        );
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let filter = args.first().map_or("", String::as_str);
+    let threads = args.get(1).map_or(Ok(1), |arg| arg.parse())?;
+    let isa = args.get(2).map(|arg| arg.parse::<Isa>()).transpose()?;
+    let mut device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
+    println!("{}", device()?.name());
+    for name in ["q4", "q4-f32-scales", "q8", "q8-groups-of-16", "f16", "f32"] {
+        for (n_out, n_in) in [(1536, 8960), (8960, 1536), (576, 1536), (1536, 576)] {
+            if name.starts_with(filter) {
+                bench_linear(&mut device()?, name, n_out, n_in)?;
+            }
+        }
+    }
+    if "attention".starts_with(filter) {
+        bench_attention(&mut device()?, 9, 3, 64)?;
+        bench_attention(&mut device()?, 12, 2, 128)?;
+    }
+    if "elementwise".starts_with(filter) {
+        bench_elementwise(&mut device()?)?;
+    }
+    Ok(())
+}
