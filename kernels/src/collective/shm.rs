@@ -264,15 +264,19 @@ impl Exchange {
         if reached(self.segment.lane(peer), rounds) {
             return self.check_abort();
         }
-        let start = Instant::now();
-        let lane = self.segment.lane(peer);
+        let budget = self.spin.next();
         let mut came = false;
-        while !came && start.elapsed() < self.spin.budget {
-            for _ in 0..16 {
-                std::hint::spin_loop();
+        if !budget.is_zero() {
+            let start = Instant::now();
+            let lane = self.segment.lane(peer);
+            while !came && start.elapsed() < budget {
+                for _ in 0..16 {
+                    std::hint::spin_loop();
+                }
+                came = reached(lane, rounds);
+                self.check_abort()?;
             }
-            came = reached(lane, rounds);
-            self.check_abort()?;
+            self.spin.learn(came);
         }
         while !came {
             self.check_abort()?;
@@ -291,7 +295,6 @@ impl Exchange {
             sleep(self.segment.lane(peer), rounds, left.min(WAKE_INTERVAL));
             came = reached(self.segment.lane(peer), rounds);
         }
-        self.spin.learn(start.elapsed());
         Ok(())
     }
 
@@ -356,24 +359,62 @@ fn sleep(lane: &Lane, rounds: u32, limit: Duration) {
     lane.sleepers.fetch_sub(1, Ordering::SeqCst);
 }
 
-/// How long to spin before sleeping: long where waits end soon, short where they don't or where a spinning rank takes the
-/// core from the one that it waits for.
+/// Whether to spin before sleeping.
+///
+/// Spinning is fastest where every rank has a core. Where the peer waits for a core itself, a spinning rank uses up the
+/// time that the scheduler would have given it on waking, and both get slower; so after a spin in vain the next waits
+/// sleep at once, up to [`Spin::MOST_SKIPPED`] of them while spins go on failing.
 struct Spin {
     budget: Duration,
-    most: Duration,
+    /// Waits that are still to sleep at once.
+    skip: u32,
+    /// Waits to skip after the last failure.
+    penalty: u32,
 }
 
 impl Spin {
-    const LEAST: Duration = Duration::from_micros(2);
+    const MOST_SKIPPED: u32 = 64;
 
     fn new(world_size: usize, n_cores: usize) -> Self {
-        let most = if world_size <= n_cores { Duration::from_micros(100) } else { Self::LEAST };
-        Self { budget: most, most }
+        let budget = if world_size <= n_cores { Duration::from_micros(50) } else { Duration::from_micros(2) };
+        Self { budget, skip: 0, penalty: 0 }
     }
 
-    /// A wait took this long.
-    fn learn(&mut self, waited: Duration) {
-        self.budget =
-            if waited <= self.most { (self.budget * 2).min(self.most) } else { self.budget / 2 }.max(Self::LEAST);
+    /// How long the next wait spins.
+    fn next(&mut self) -> Duration {
+        if self.skip == 0 {
+            return self.budget;
+        }
+        self.skip -= 1;
+        Duration::ZERO
+    }
+
+    /// Whether a spin saw what it waited for.
+    fn learn(&mut self, came: bool) {
+        self.penalty = if came { self.penalty / 2 } else { (2 * self.penalty + 1).min(Self::MOST_SKIPPED) };
+        self.skip = if came { 0 } else { self.penalty };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spins_in_vain_become_rare_and_come_back() {
+        let mut spin = Spin::new(2, 2);
+        let spins = |spin: &mut Spin, came: bool| {
+            let mut n_spins = 0;
+            for _ in 0..1000 {
+                if !spin.next().is_zero() {
+                    n_spins += 1;
+                    spin.learn(came);
+                }
+            }
+            n_spins
+        };
+        assert!(spins(&mut spin, false) < 30);
+        assert!(spins(&mut spin, true) > 900);
+        assert!(Spin::new(3, 2).next() < Spin::new(2, 2).next());
     }
 }
