@@ -9,13 +9,19 @@ use super::{
     Sampling,
     exp::exp,
     score::distance,
-    select::{Candidate, candidates, largest},
+    select::{Candidate, largest},
 };
 
 /// Up to so many tokens are sorted right away.
 const FEW: usize = 1024;
 
 const N_BUCKETS: usize = 1024;
+
+/// Bucket of tokens that can't be chosen.
+const NO_BUCKET: u16 = u16::MAX;
+
+/// Weights that are computed at a time, as vector code.
+const CHUNK: usize = 64;
 
 /// Buckets reach this far below the largest (scaled) logit, or to the smallest one; the last bucket takes the rest. e^-32
 /// is so small that the rest of any vocabulary is next to never drawn.
@@ -53,23 +59,35 @@ impl Filter {
 #[derive(Debug, Default)]
 pub struct Scratch {
     kept: Vec<Candidate>,
+    kept_logits: Vec<f32>,
+    /// Bucket of each token.
+    buckets: Vec<u16>,
+    /// The tokens of one bucket.
     bucket: Vec<Candidate>,
+    /// Sum of the weights in each bucket.
     sums: Vec<f64>,
 }
 
 /// The token at `draw`, a point in `[0, 1)`.
 pub(super) fn draw(filter: &Filter, best: Candidate, logits: &[f32], draw: f64, scratch: &mut Scratch) -> u32 {
-    let Scratch { kept, bucket, sums } = scratch;
-    match filter.top_k.filter(|k| *k < logits.len()) {
-        Some(k) => {
-            largest(logits, k, kept);
-            if k <= FEW {
-                return draw_sorted(filter, best, kept, draw);
-            }
-            draw_bucketed(filter, best, kept.iter().copied(), draw, bucket, sums)
-        }
-        None => draw_bucketed(filter, best, candidates(logits), draw, bucket, sums),
-    }
+    let Some(k) = filter.top_k.filter(|k| *k < logits.len()) else {
+        // An index is below the length of the row, and ids are 32 bits wide.
+        return draw_bucketed(filter, best, logits, |idx| idx as u32, draw, scratch);
+    };
+    let mut kept = std::mem::take(&mut scratch.kept);
+    largest(logits, k, &mut kept);
+    let token_id = if k <= FEW {
+        draw_sorted(filter, best, &kept, draw)
+    } else {
+        let mut kept_logits = std::mem::take(&mut scratch.kept_logits);
+        kept_logits.clear();
+        kept_logits.extend(kept.iter().map(|token| token.logit));
+        let token_id = draw_bucketed(filter, best, &kept_logits, |idx| kept[idx].token_id, draw, scratch);
+        scratch.kept_logits = kept_logits;
+        token_id
+    };
+    scratch.kept = kept;
+    token_id
 }
 
 /// Draws from few tokens, best first.
@@ -110,34 +128,24 @@ fn point(sorted: &[Candidate], weight: impl Fn(&Candidate) -> f64, goal: f64) ->
     last
 }
 
-/// Draws from many tokens, in any order.
+/// Draws from many tokens, in any order. `id_of` is the token at an index of `logits`.
 fn draw_bucketed(
     filter: &Filter,
     best: Candidate,
-    tokens: impl Iterator<Item = Candidate> + Clone,
+    logits: &[f32],
+    id_of: impl Fn(usize) -> u32,
     draw: f64,
-    bucket: &mut Vec<Candidate>,
-    sums: &mut Vec<f64>,
+    scratch: &mut Scratch,
 ) -> u32 {
-    let smallest = tokens.clone().fold(best.logit, |smallest, token| smallest.min(token.logit));
-    let span = (-distance(best.logit, smallest) * filter.scale).min(FARTHEST);
-    let per_unit = if span > 0.0 { (N_BUCKETS - 1) as f64 / span } else { 0.0 };
-    let bucket_of = |token: &Candidate| {
-        // Saturates, also for an infinite distance.
-        ((-distance(best.logit, token.logit) * filter.scale * per_unit) as usize).min(N_BUCKETS - 1)
-    };
+    let Scratch { buckets, bucket, sums, .. } = scratch;
+    put_into_buckets(filter, best, logits, buckets, sums);
     let weight = |token: &Candidate| filter.weight(best, token.logit);
     let fill = |bucket: &mut Vec<Candidate>, wanted: usize| {
         bucket.clear();
-        bucket.extend(tokens.clone().filter(|token| bucket_of(token) == wanted));
+        let members = buckets.iter().enumerate().filter(|(_, bucket)| usize::from(**bucket) == wanted);
+        bucket.extend(members.map(|(idx, _)| Candidate { logit: logits[idx], token_id: id_of(idx) }));
         bucket.sort_unstable_by(Candidate::order);
     };
-
-    sums.clear();
-    sums.resize(N_BUCKETS, 0.0);
-    for token in tokens.clone() {
-        sums[bucket_of(&token)] += weight(&token);
-    }
 
     // Top-p: whole buckets, then the head of the one in which the goal lies.
     let mut total: f64 = sums.iter().sum();
@@ -155,6 +163,34 @@ fn draw_bucketed(
     let (drawn_bucket, before) = locate(sums, |end| end > goal);
     fill(bucket, drawn_bucket);
     point(bucket, weight, goal - before).unwrap_or(best).token_id
+}
+
+/// Finds each token's bucket, and each bucket's weight.
+fn put_into_buckets(filter: &Filter, best: Candidate, logits: &[f32], buckets: &mut Vec<u16>, sums: &mut Vec<f64>) {
+    let lower = |least: f32, logit: &f32| if *logit < least && *logit > f32::NEG_INFINITY { *logit } else { least };
+    let smallest = logits.iter().fold(best.logit, lower);
+    let span = (-distance(best.logit, smallest) * filter.scale).min(FARTHEST);
+    let per_unit = if span > 0.0 { (N_BUCKETS - 1) as f64 / span } else { 0.0 };
+    let to_bucket = -filter.scale * per_unit;
+    buckets.clear();
+    sums.clear();
+    sums.resize(N_BUCKETS, 0.0);
+    for chunk in logits.chunks(CHUNK) {
+        let mut weights = [0.0; CHUNK];
+        let mut places = [0_i32; CHUNK];
+        for ((weight, place), logit) in weights.iter_mut().zip(&mut places).zip(chunk) {
+            *weight = filter.weight(best, *logit);
+            // Saturates, also for an infinite distance.
+            *place = ((distance(best.logit, *logit) * to_bucket) as i32).min(N_BUCKETS as i32 - 1);
+        }
+        for ((weight, place), logit) in weights.iter().zip(&places).zip(chunk) {
+            let can_be_chosen = *logit > f32::NEG_INFINITY;
+            buckets.push(if can_be_chosen { *place as u16 } else { NO_BUCKET });
+            if can_be_chosen {
+                sums[*place as usize] += weight;
+            }
+        }
+    }
 }
 
 /// The first bucket with any weight whose end satisfies `reaches`, and the sum of those before it; the last one with any
