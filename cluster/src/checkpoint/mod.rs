@@ -10,13 +10,14 @@
 
 pub mod gguf;
 mod map;
+pub mod safetensors;
 
 use std::{
     borrow::Cow,
     path::{Path, PathBuf},
 };
 
-use crate::model_config::ModelConfig;
+use crate::{model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// A way in which checkpoints are published.
 pub trait Format: Sync {
@@ -31,7 +32,7 @@ pub trait Format: Sync {
 }
 
 /// All formats that can be opened.
-pub static FORMATS: &[&dyn Format] = &[&gguf::GgufFormat];
+pub static FORMATS: &[&dyn Format] = &[&gguf::GgufFormat, &safetensors::SafetensorsFormat];
 
 /// Opens a checkpoint of any known format: a `.gguf` file, or a Hugging Face folder.
 pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>, CheckpointError> {
@@ -148,6 +149,11 @@ pub trait Checkpoint: Send + Sync {
         } else {
             Err(error(format!("want [{rows}, {cols}], the file has [{}, {}]", tensor.rows, tensor.cols)))
         }
+    }
+
+    /// The tokenizer that the header describes; `None` if it is in files of its own, beside the weights.
+    fn tokenizer(&self) -> Result<Option<GgufTokenizer>, CheckpointError> {
+        Ok(None)
     }
 
     /// Bytes of some rows of a tensor. Borrowed from the memory map where the format allows it.

@@ -3,6 +3,7 @@
 mod config;
 mod header;
 mod reader;
+mod tokenizer;
 mod value;
 
 use std::{
@@ -17,7 +18,7 @@ use sha2::{Digest, Sha256};
 use self::header::Header;
 pub use self::value::{Array, Value};
 use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile};
-use crate::{checkpoint::hex, model_config::ModelConfig};
+use crate::{checkpoint::hex, model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// Files that begin with `GGUF`.
 pub struct GgufFormat;
@@ -87,6 +88,10 @@ impl Checkpoint for Gguf {
 
     fn find(&self, name: &str) -> Option<&TensorInfo> {
         self.header.by_name.get(name).map(|&i| &self.header.tensors[i])
+    }
+
+    fn tokenizer(&self) -> Result<Option<GgufTokenizer>, CheckpointError> {
+        self.fields().tokenizer().map(Some)
     }
 
     fn rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {
