@@ -5,5 +5,6 @@ pub mod checkpoint;
 pub mod id;
 pub mod model_config;
 pub mod partition;
+pub mod rope;
 pub mod store;
 pub mod tokenizer;
