@@ -121,6 +121,8 @@ impl ChatTemplate {
         environment.set_recursion_limit(MOST_NESTED);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
+        // Indents by depth, which no fuel pays for: a nested list would be gigabytes.
+        environment.remove_filter("pprint");
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", move |format: &str| strftime(&now(), format));
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(unparsed)?;

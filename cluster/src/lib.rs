@@ -6,5 +6,6 @@ pub mod id;
 pub mod model_config;
 pub mod partition;
 pub mod rope;
+pub mod source;
 pub mod store;
 pub mod tokenizer;
