@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use phalanx_cluster::chat_template::ChatTemplate;
-use phalanx_cluster::checkpoint::gguf::Gguf;
+use phalanx_cluster::checkpoint;
 use phalanx_cluster::source;
 use phalanx_cluster::tokenizer::{GgufTokenizer, Tokenizer};
 use serde_json::{Map, Value};
@@ -79,7 +79,7 @@ fn compare(gguf: &GgufTokenizer, golden: &Value) {
 /// What the model's file says of its tokenizer; the file is fetched at first use.
 fn described(alias: &str) -> GgufTokenizer {
     let path = source::resolve_quietly(alias).unwrap_or_else(|error| panic!("fetch {alias}: {error}"));
-    Gguf::open(&path).unwrap().tokenizer().unwrap()
+    checkpoint::open(&path).unwrap().tokenizer().unwrap().expect("a GGUF file describes its tokenizer")
 }
 
 #[test]

@@ -53,7 +53,7 @@ impl Tokenizer {
         }
         eos_ids.extend(id_of("eos_token"));
 
-        let vocabulary = vocabulary(&library, spelling).map_err(|reason| json(reason))?;
+        let vocabulary = vocabulary(&library, spelling).map_err(json)?;
         Ok(Self::new(Inner {
             library,
             vocabulary,
