@@ -1,0 +1,231 @@
+//! The KV cache as the scheduler sees it: blocks for sequences, shared where their tokens agree.
+//!
+//! Shards run steps in order. So a block whose step was planned may be read by any later plan, and a block that is given
+//! back may be written by any later plan: [`Blocks::publish`] and [`Blocks::release`] take effect for the plans to come.
+
+use phalanx_cluster::id::TokenId;
+
+use super::{
+    block_pool::{BlockId, BlockPool},
+    block_table::BlockTable,
+    prefix_cache::{Inserted, PrefixCache, PrefixId},
+};
+
+/// Blocks of a group and what is cached in them.
+#[derive(Debug, Clone)]
+pub struct Blocks {
+    pool: BlockPool,
+    cache: PrefixCache,
+    block_size: usize,
+}
+
+/// What a sequence got when it was admitted.
+#[derive(Debug)]
+pub struct Admitted {
+    /// Blocks for all its tokens.
+    pub table: BlockTable,
+    /// Leading positions that are computed already: a whole number of blocks, fewer than the tokens.
+    pub n_cached: usize,
+}
+
+impl Blocks {
+    /// `n_blocks` free blocks of `block_size` positions (at least 1).
+    pub fn new(n_blocks: usize, block_size: usize) -> Self {
+        Self { pool: BlockPool::new(n_blocks), cache: PrefixCache::new(n_blocks), block_size: block_size.max(1) }
+    }
+
+    /// Blocks that `n_positions` take.
+    pub fn needed(&self, n_positions: usize) -> usize {
+        n_positions.div_ceil(self.block_size)
+    }
+
+    /// Blocks for a sequence of `tokens`, the longest cached prefix among them if `lookup` is set, but never its last
+    /// token: somebody has to compute its logits. `None`, and nothing happens, unless `spare` blocks are left after it.
+    pub fn admit(&mut self, tokens: &[TokenId], lookup: bool, spare: usize) -> Option<Admitted> {
+        let mut table = BlockTable::default();
+        if lookup {
+            self.find_prefix(&mut table, &tokens[..tokens.len().saturating_sub(1)]);
+        }
+        let n_shared = table.blocks.len();
+        let n_new = self.needed(tokens.len()) - n_shared;
+        // Shared blocks that nobody else uses count as available, but won't be.
+        let n_revived = table.blocks.iter().filter(|b| self.pool.is_cached(**b)).count();
+        if self.pool.n_available() < n_new + n_revived + spare {
+            return None;
+        }
+        table.blocks.iter().for_each(|b| self.pool.share(*b));
+        for _ in 0..n_new {
+            let block = self.allocate().expect("availability was checked above");
+            table.blocks.push(block);
+        }
+        Some(Admitted { table, n_cached: n_shared * self.block_size })
+    }
+
+    fn find_prefix(&self, table: &mut BlockTable, tokens: &[TokenId]) {
+        let mut prefix = PrefixId::EMPTY;
+        for block_tokens in tokens.chunks_exact(self.block_size) {
+            let Some((block, found)) = self.cache.find(prefix, block_tokens) else { break };
+            prefix = found;
+            table.blocks.push(block);
+            table.n_published += 1;
+        }
+        table.published = Some(prefix);
+    }
+
+    /// Whether a table has a block for each of `n_positions`.
+    pub fn covers(&self, table: &BlockTable, n_positions: usize) -> bool {
+        self.needed(n_positions) <= table.blocks.len()
+    }
+
+    /// One block more, if there is any.
+    pub fn grow(&mut self, table: &mut BlockTable) -> Option<BlockId> {
+        let block = self.allocate()?;
+        table.blocks.push(block);
+        Some(block)
+    }
+
+    /// Tells that the first `n_computed` positions are computed by plans sent so far, and that `tokens` are what they
+    /// hold: full blocks become findable. Costs nothing unless a block has become full.
+    pub fn publish(&mut self, table: &mut BlockTable, tokens: &[TokenId], n_computed: usize) {
+        let n_full = n_computed.min(tokens.len()) / self.block_size;
+        while table.n_published < n_full {
+            let Some(parent) = table.published else {
+                table.n_published = n_full;
+                return;
+            };
+            let idx = table.n_published;
+            let block = table.blocks[idx];
+            let range = idx * self.block_size..(idx + 1) * self.block_size;
+            table.published = match self.cache.insert(block, parent, &tokens[range]) {
+                Inserted::New(prefix) => {
+                    self.pool.keep(block);
+                    Some(prefix)
+                }
+                Inserted::Known(prefix) => Some(prefix),
+                Inserted::Collision => None,
+            };
+            table.n_published += 1;
+        }
+    }
+
+    /// Gives a sequence's blocks back: the last first, so that a prefix's tail is evicted before its head.
+    pub fn release(&mut self, table: BlockTable) {
+        for block in table.blocks.into_iter().rev() {
+            self.pool.release(block);
+        }
+    }
+
+    fn allocate(&mut self) -> Option<BlockId> {
+        let allocated = self.pool.allocate()?;
+        if allocated.evicted {
+            self.cache.remove(allocated.block);
+        }
+        Some(allocated.block)
+    }
+
+    /// Positions of a block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Blocks there are.
+    pub fn n_blocks(&self) -> usize {
+        self.pool.n_blocks()
+    }
+
+    /// Blocks that sequences hold.
+    pub fn n_used(&self) -> usize {
+        self.pool.n_used()
+    }
+
+    /// Blocks that could be given to a sequence now.
+    pub fn n_available(&self) -> usize {
+        self.pool.n_available()
+    }
+
+    /// Blocks that nobody holds whose content can be found.
+    pub fn n_cached(&self) -> usize {
+        self.pool.n_cached()
+    }
+
+    /// Asserts that every reference is one of `tables`, and the parts' own invariants. O(blocks).
+    pub fn check<'a>(&self, tables: impl Iterator<Item = &'a BlockTable>) {
+        self.pool.check();
+        self.cache.check();
+        let mut n_refs = std::collections::BTreeMap::<BlockId, u32>::new();
+        for block in tables.flat_map(|t| &t.blocks) {
+            *n_refs.entry(*block).or_default() += 1;
+        }
+        assert_eq!(n_refs.len(), self.n_used(), "blocks in tables and blocks in use");
+        for (block, n) in n_refs {
+            assert_eq!(self.pool.n_refs(block), n, "references to block {}", block.raw());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admit(blocks: &mut Blocks, tokens: &[TokenId]) -> Admitted {
+        blocks.admit(tokens, true, 0).expect("there is room")
+    }
+
+    #[test]
+    fn equal_prefixes_share_full_blocks_but_not_the_last_token() {
+        let mut blocks = Blocks::new(8, 2);
+        let mut a = admit(&mut blocks, &[1, 2, 3, 4]);
+        assert_eq!(a.n_cached, 0);
+        let unplanned = admit(&mut blocks, &[1, 2, 3, 4]);
+        assert_eq!(unplanned.n_cached, 0, "nothing is computed yet");
+        blocks.publish(&mut a.table, &[1, 2, 3, 4], 4);
+        let b = admit(&mut blocks, &[1, 2, 3, 4]);
+        assert_eq!((b.n_cached, b.table.raw()), (2, vec![0, 4]));
+        let c = admit(&mut blocks, &[1, 2, 3, 4, 5]);
+        assert_eq!((c.n_cached, c.table.raw()), (4, vec![0, 1, 5]));
+        blocks.check([&a, &b, &c, &unplanned].into_iter().map(|s| &s.table));
+        assert_eq!(blocks.admit(&[9, 9, 9, 9, 9, 9], false, 0).map(|_| ()), None);
+    }
+
+    #[test]
+    fn tails_are_evicted_before_heads() {
+        let mut blocks = Blocks::new(3, 1);
+        let mut a = admit(&mut blocks, &[1, 2, 3]);
+        blocks.publish(&mut a.table, &[1, 2, 3], 3);
+        blocks.release(a.table);
+        assert_eq!(blocks.n_cached(), 3);
+        let b = admit(&mut blocks, &[9]);
+        let c = admit(&mut blocks, &[1, 2]);
+        assert_eq!(c.n_cached, 1, "the head survived");
+        blocks.release(b.table);
+        blocks.release(c.table);
+        blocks.check([].into_iter());
+        assert_eq!(blocks.n_used(), 0);
+    }
+
+    #[test]
+    fn a_refused_admission_changes_nothing() {
+        let mut blocks = Blocks::new(3, 1);
+        let mut a = admit(&mut blocks, &[1, 2]);
+        blocks.publish(&mut a.table, &[1, 2], 2);
+        blocks.release(a.table);
+        assert!(blocks.admit(&[1, 2, 3, 4], true, 0).is_none());
+        assert!(blocks.admit(&[1, 2, 3], true, 1).is_none());
+        blocks.check([].into_iter());
+        assert_eq!(blocks.n_cached(), 2);
+        assert_eq!(admit(&mut blocks, &[1, 2, 3]).n_cached, 2);
+    }
+
+    #[test]
+    fn duplicates_continue_the_chain_that_is_there() {
+        let mut blocks = Blocks::new(6, 1);
+        let mut a = admit(&mut blocks, &[1, 2]);
+        let mut b = admit(&mut blocks, &[1, 2]);
+        blocks.publish(&mut a.table, &[1], 1);
+        blocks.publish(&mut b.table, &[1, 2], 2);
+        assert_eq!(b.table.n_published(), 2);
+        let c = admit(&mut blocks, &[1, 2, 3]);
+        assert_eq!(c.table.raw()[..2], [a.table.raw()[0], b.table.raw()[1]]);
+        blocks.check([&a, &b, &c].into_iter().map(|s| &s.table));
+    }
+}

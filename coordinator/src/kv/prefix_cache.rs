@@ -1,0 +1,181 @@
+//! Which full block holds the keys and values of which token prefix.
+//!
+//! A block's content depends on all tokens up to its end, so blocks form chains. Each cached prefix has a number of its
+//! own that is never given twice; a block is found by the hash of its parent's number and its own tokens, and a hit
+//! compares both. By induction a hit is the same prefix token by token: a collision of hashes can lose a hit but never
+//! give wrong keys and values.
+
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
+
+use phalanx_cluster::id::TokenId;
+
+use super::block_pool::BlockId;
+
+/// One exact run of tokens from position 0 on, a whole number of blocks long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PrefixId(u64);
+
+impl PrefixId {
+    /// No tokens.
+    pub const EMPTY: Self = Self(0);
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    hash: u64,
+    parent: PrefixId,
+    prefix: PrefixId,
+    tokens: Box<[TokenId]>,
+}
+
+/// Hash of a parent and the tokens that follow it.
+pub type BlockHash = fn(PrefixId, &[TokenId]) -> u64;
+
+fn sip_hash(parent: PrefixId, tokens: &[TokenId]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    parent.hash(&mut hasher);
+    tokens.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What became of a block that was offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inserted {
+    /// Others find it from now on.
+    New(PrefixId),
+    /// Another block with the same prefix is there already; that one stays.
+    Known(PrefixId),
+    /// Another prefix has the same hash: this one can't be found.
+    Collision,
+}
+
+/// Finds blocks by tokens. Says nothing of whether anybody references them.
+#[derive(Debug, Clone)]
+pub struct PrefixCache {
+    by_hash: HashMap<u64, BlockId>,
+    by_block: Vec<Option<Entry>>,
+    last: u64,
+    hash: BlockHash,
+}
+
+impl PrefixCache {
+    /// Empty, for blocks below `n_blocks`.
+    pub fn new(n_blocks: usize) -> Self {
+        Self::with_hash(n_blocks, sip_hash)
+    }
+
+    /// With another hash function.
+    pub fn with_hash(n_blocks: usize, hash: BlockHash) -> Self {
+        Self { by_hash: HashMap::new(), by_block: vec![None; n_blocks], last: 0, hash }
+    }
+
+    /// The block that continues `parent` with exactly these tokens. O(tokens).
+    pub fn find(&self, parent: PrefixId, tokens: &[TokenId]) -> Option<(BlockId, PrefixId)> {
+        let block = *self.by_hash.get(&(self.hash)(parent, tokens))?;
+        let entry = self.by_block[block.idx()].as_ref()?;
+        (entry.parent == parent && *entry.tokens == *tokens).then_some((block, entry.prefix))
+    }
+
+    /// Makes a block findable: it continues `parent` with these tokens. O(tokens).
+    pub fn insert(&mut self, block: BlockId, parent: PrefixId, tokens: &[TokenId]) -> Inserted {
+        if let Some((_, prefix)) = self.find(parent, tokens) {
+            return Inserted::Known(prefix);
+        }
+        let hash = (self.hash)(parent, tokens);
+        if self.by_hash.contains_key(&hash) {
+            return Inserted::Collision;
+        }
+        self.last += 1;
+        let prefix = PrefixId(self.last);
+        self.by_hash.insert(hash, block);
+        self.by_block[block.idx()] = Some(Entry { hash, parent, prefix, tokens: tokens.into() });
+        Inserted::New(prefix)
+    }
+
+    /// Forgets a block's content. O(1).
+    pub fn remove(&mut self, block: BlockId) {
+        if let Some(entry) = self.by_block[block.idx()].take() {
+            self.by_hash.remove(&entry.hash);
+        }
+    }
+
+    /// Blocks that can be found.
+    pub fn len(&self) -> usize {
+        self.by_hash.len()
+    }
+
+    /// Whether none can.
+    pub fn is_empty(&self) -> bool {
+        self.by_hash.is_empty()
+    }
+
+    /// Asserts that both directions agree. O(blocks).
+    pub fn check(&self) {
+        let n_entries = self.by_block.iter().flatten().count();
+        assert_eq!(n_entries, self.by_hash.len(), "entries by block and by hash");
+        for (hash, block) in &self.by_hash {
+            let entry = self.by_block[block.idx()].as_ref();
+            assert_eq!(entry.map(|e| e.hash), Some(*hash), "block {} is found under another hash", block.raw());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::block_pool::BlockPool;
+
+    fn blocks(n: usize) -> Vec<BlockId> {
+        let mut pool = BlockPool::new(n);
+        (0..n).map(|_| pool.allocate().expect("there are n").block).collect()
+    }
+
+    fn new_prefix(inserted: Inserted) -> PrefixId {
+        let Inserted::New(prefix) = inserted else { panic!("{inserted:?} is not new") };
+        prefix
+    }
+
+    #[test]
+    fn a_block_is_found_behind_its_own_prefix_only() {
+        let b = blocks(4);
+        let mut cache = PrefixCache::new(4);
+        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2]));
+        let other = new_prefix(cache.insert(b[1], PrefixId::EMPTY, &[3, 4]));
+        let second = new_prefix(cache.insert(b[2], first, &[5, 6]));
+        assert_eq!(cache.find(first, &[5, 6]), Some((b[2], second)));
+        assert_eq!(cache.find(other, &[5, 6]), None);
+        assert_eq!(cache.find(PrefixId::EMPTY, &[5, 6]), None);
+        assert_eq!(cache.insert(b[3], first, &[5, 6]), Inserted::Known(second));
+        cache.check();
+    }
+
+    #[test]
+    fn a_prefix_that_comes_back_does_not_revive_old_children() {
+        let b = blocks(3);
+        let mut cache = PrefixCache::new(3);
+        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1]));
+        new_prefix(cache.insert(b[1], first, &[2]));
+        cache.remove(b[0]);
+        let again = new_prefix(cache.insert(b[2], PrefixId::EMPTY, &[1]));
+        assert_ne!(again, first);
+        assert_eq!(cache.find(again, &[2]), None);
+        cache.check();
+    }
+
+    #[test]
+    fn equal_hashes_lose_hits_but_never_lie() {
+        let b = blocks(2);
+        let mut cache = PrefixCache::with_hash(2, |_, _| 7);
+        let prefix = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2]));
+        assert_eq!(cache.find(PrefixId::EMPTY, &[1, 3]), None);
+        assert_eq!(cache.find(prefix, &[1, 2]), None);
+        assert_eq!(cache.insert(b[1], PrefixId::EMPTY, &[1, 3]), Inserted::Collision);
+        assert_eq!(cache.find(PrefixId::EMPTY, &[1, 2]), Some((b[0], prefix)));
+        cache.remove(b[1]);
+        cache.check();
+        assert_eq!(cache.len(), 1);
+    }
+}

@@ -1,0 +1,318 @@
+//! The scheduler as an actor: a clock, mailboxes and channels around [`Machine`].
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use phalanx_cluster::id::TokenId;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, concurrency::JoinHandle};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+
+use super::{
+    event::{Action, Event, Limits, Measure, Status},
+    handle::{CancelOnDrop, GroupEvent, PlanSink, Readiness, RequestStream, Submit},
+    machine::Machine,
+};
+use crate::{
+    metrics as names,
+    request::{Request, RequestError, RequestEvent},
+    sequence::RequestKey,
+    text::decode::Detokenizers,
+};
+
+/// How late a deadline may be noticed.
+const TICK: Duration = Duration::from_millis(50);
+/// Requests that may wait, unless configured otherwise.
+pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 1024;
+
+/// What the scheduler is made of.
+pub struct SchedulerConfig {
+    /// Limits of steps and of the model.
+    pub limits: Limits,
+    /// Ids that end a sequence.
+    pub eos: Vec<TokenId>,
+    /// Tokens to text; a `Tokenizer` is one.
+    pub detokenizers: Box<dyn Detokenizers>,
+    /// Requests that may wait for their first step; one more is refused as overload.
+    pub max_queued_requests: usize,
+}
+
+/// What the actor is told. [`SchedulerHandle`] says it.
+pub enum SchedulerMsg {
+    /// A request, with its place in the queue.
+    Submit {
+        /// Who it is.
+        key: RequestKey,
+        /// What to do.
+        request: Box<Request>,
+        /// Where its events go.
+        events: mpsc::UnboundedSender<RequestEvent>,
+        /// Its place in the queue, free again when it runs.
+        place: OwnedSemaphorePermit,
+    },
+    /// A client went away.
+    Cancel(RequestKey),
+    /// Something happened to the group.
+    Group(GroupEvent),
+    /// Deadlines may have passed.
+    Tick,
+    /// Somebody wants to know.
+    Status(RpcReplyPort<Status>),
+}
+
+/// Talks to the scheduler. Clones are the same scheduler.
+#[derive(Clone)]
+pub struct SchedulerHandle {
+    actor: ActorRef<SchedulerMsg>,
+    next_key: Arc<AtomicU64>,
+    queue: Arc<Semaphore>,
+    max_queued_requests: usize,
+    readiness: watch::Receiver<Readiness>,
+}
+
+impl SchedulerHandle {
+    /// Starts the scheduler, without a group, under a supervisor if there is one.
+    ///
+    /// # Errors
+    /// If the actor can't be started.
+    pub async fn spawn(
+        config: SchedulerConfig,
+        supervisor: Option<ActorCell>,
+    ) -> Result<(Self, JoinHandle<()>), SpawnErr> {
+        let waiting = Readiness::NotReady("no group of shards has formed yet".to_owned());
+        let (ready, readiness) = watch::channel(waiting);
+        let max_queued_requests = config.max_queued_requests.min(Semaphore::MAX_PERMITS);
+        let start = (config, ready);
+        let (actor, join) = match supervisor {
+            Some(supervisor) => Actor::spawn_linked(None, Scheduler, start, supervisor).await?,
+            None => Actor::spawn(None, Scheduler, start).await?,
+        };
+        let handle = Self {
+            actor,
+            next_key: Arc::new(AtomicU64::new(0)),
+            queue: Arc::new(Semaphore::new(max_queued_requests)),
+            max_queued_requests,
+            readiness,
+        };
+        Ok((handle, join))
+    }
+
+    /// Tells what happened to the group, in order. Never blocks; says nothing if the scheduler has stopped.
+    pub fn group_event(&self, event: GroupEvent) {
+        if self.actor.cast(SchedulerMsg::Group(event)).is_err() {
+            tracing::debug!("the scheduler has stopped: a group event is dropped");
+        }
+    }
+
+    /// The present state in numbers; `None` if the scheduler has stopped or takes longer than `timeout`.
+    pub async fn status(&self, timeout: Duration) -> Option<Status> {
+        let result = self.actor.call(SchedulerMsg::Status, Some(timeout)).await;
+        result.ok().and_then(|reply| reply.success_or(()).ok())
+    }
+
+    /// Changes whenever readiness does.
+    pub fn watch_readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.clone()
+    }
+
+    /// Ends the scheduler: live requests fail as unavailable.
+    pub fn stop(&self) {
+        self.actor.stop(Some("the server shuts down".to_owned()));
+    }
+}
+
+impl Submit for SchedulerHandle {
+    fn submit(&self, request: Request) -> Result<RequestStream, RequestError> {
+        let place = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| {
+            let limit = self.max_queued_requests;
+            RequestError::Overloaded { waiting: limit - self.queue.available_permits().min(limit), limit }
+        })?;
+        let key = RequestKey(self.next_key.fetch_add(1, Ordering::Relaxed));
+        let (sender, events) = mpsc::unbounded_channel();
+        let message = SchedulerMsg::Submit { key, request: Box::new(request), events: sender, place };
+        if self.actor.cast(message).is_err() {
+            return Err(RequestError::Unavailable("the scheduler has stopped".to_owned()));
+        }
+        let actor = self.actor.clone();
+        let cancel = move || {
+            // If the scheduler has stopped there is nothing to cancel.
+            let _ = actor.cast(SchedulerMsg::Cancel(key));
+        };
+        Ok(RequestStream { events, _cancel: CancelOnDrop(Some(Box::new(cancel))) })
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.readiness.borrow().clone()
+    }
+}
+
+struct Client {
+    events: mpsc::UnboundedSender<RequestEvent>,
+    /// Held while the request waits for its first step.
+    place: Option<OwnedSemaphorePermit>,
+}
+
+struct State {
+    machine: Machine,
+    clients: BTreeMap<RequestKey, Client>,
+    plans: Option<Arc<dyn PlanSink>>,
+    readiness: watch::Sender<Readiness>,
+    is_tick_armed: bool,
+}
+
+struct Scheduler;
+
+impl Actor for Scheduler {
+    type Msg = SchedulerMsg;
+    type State = State;
+    type Arguments = (SchedulerConfig, watch::Sender<Readiness>);
+
+    async fn pre_start(
+        &self,
+        _myself: ActorRef<SchedulerMsg>,
+        (config, readiness): Self::Arguments,
+    ) -> Result<State, ActorProcessingErr> {
+        let machine = Machine::new(config.limits, config.eos, config.detokenizers);
+        let state = State { machine, clients: BTreeMap::new(), plans: None, readiness, is_tick_armed: false };
+        state.record_status();
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<SchedulerMsg>,
+        message: SchedulerMsg,
+        state: &mut State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            SchedulerMsg::Submit { key, request, events, place } => {
+                state.clients.insert(key, Client { events, place: Some(place) });
+                state.step(Event::Submit(key, *request));
+            }
+            SchedulerMsg::Cancel(key) => {
+                state.clients.remove(&key);
+                state.step(Event::Cancel(key));
+            }
+            SchedulerMsg::Group(event) => state.on_group(event),
+            SchedulerMsg::Tick => {
+                state.is_tick_armed = false;
+                state.step(Event::Tick);
+            }
+            SchedulerMsg::Status(reply) => {
+                // Who asked may have given up.
+                let _ = reply.send(state.machine.status());
+                return Ok(());
+            }
+        }
+        if !state.is_tick_armed && state.machine.next_deadline().is_some() {
+            state.is_tick_armed = true;
+            myself.send_after(TICK, || SchedulerMsg::Tick);
+        }
+        Ok(())
+    }
+
+    async fn post_stop(&self, _myself: ActorRef<SchedulerMsg>, state: &mut State) -> Result<(), ActorProcessingErr> {
+        state.readiness.send_replace(Readiness::NotReady("the server shuts down".to_owned()));
+        let actions = state.machine.fail_all(&RequestError::Unavailable("the server shuts down".to_owned()));
+        state.perform(actions);
+        Ok(())
+    }
+}
+
+impl State {
+    fn step(&mut self, event: Event) {
+        let actions = self.machine.step(Instant::now(), event);
+        self.perform(actions);
+        self.record_status();
+    }
+
+    fn on_group(&mut self, event: GroupEvent) {
+        match event {
+            GroupEvent::Serving { epoch, n_blocks, plans } => {
+                let actions = self.machine.step(Instant::now(), Event::GroupServing { epoch, n_blocks });
+                if self.machine.status().epoch == Some(epoch) {
+                    self.plans = Some(plans);
+                    self.readiness.send_replace(Readiness::Serving);
+                }
+                self.perform(actions);
+                self.record_status();
+            }
+            GroupEvent::Lost { epoch, cause } => {
+                self.step(Event::GroupLost { epoch });
+                if self.machine.status().epoch.is_none() {
+                    self.plans = None;
+                    self.readiness.send_replace(Readiness::NotReady(cause));
+                }
+            }
+            GroupEvent::Stepped(result) => self.step(Event::Stepped(result)),
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::SendPlan(plan) => match &self.plans {
+                    Some(plans) => plans.send(plan),
+                    None => tracing::error!(epoch = plan.epoch, step = plan.step, "a plan has nowhere to go"),
+                },
+                Action::Emit(key, event) => self.emit(key, event),
+                Action::Admitted(key) => {
+                    if let Some(client) = self.clients.get_mut(&key) {
+                        client.place = None;
+                    }
+                }
+                Action::Measure(measure) => record(&measure),
+                Action::Warn(reason) => tracing::warn!("{reason}"),
+            }
+        }
+    }
+
+    fn emit(&mut self, key: RequestKey, event: RequestEvent) {
+        let is_last = matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_));
+        if let Some(client) = self.clients.get(&key) {
+            // A client that has gone says so by dropping its stream, which cancels the request.
+            let _ = client.events.send(event);
+        }
+        if is_last {
+            self.clients.remove(&key);
+        }
+    }
+
+    fn record_status(&self) {
+        let status = self.machine.status();
+        metrics::gauge!(names::QUEUE_LENGTH).set(status.n_waiting as f64);
+        metrics::gauge!(names::RUNNING).set(status.n_running as f64);
+        metrics::gauge!(names::KV_USED).set(status.n_blocks_used as f64);
+        metrics::gauge!(names::KV_TOTAL).set(status.n_blocks as f64);
+        if status.n_requests == 0 && status.n_blocks_used > 0 {
+            tracing::error!(n_blocks = status.n_blocks_used, "blocks are in use though no request lives");
+        }
+    }
+}
+
+fn record(measure: &Measure) {
+    match measure {
+        Measure::PromptTokens(n) => metrics::counter!(names::PROMPT_TOKENS).increment(*n as u64),
+        Measure::PrefixLookup { n_queried, n_hit } => {
+            metrics::counter!(names::PREFIX_QUERIES).increment(*n_queried as u64);
+            metrics::counter!(names::PREFIX_HITS).increment(*n_hit as u64);
+        }
+        Measure::Preempted => metrics::counter!(names::PREEMPTIONS).increment(1),
+        Measure::FirstToken(after) => metrics::histogram!(names::TTFT).record(after.as_secs_f64()),
+        Measure::InterToken(after) => metrics::histogram!(names::ITL).record(after.as_secs_f64()),
+        Measure::Token => metrics::counter!(names::TOKENS).increment(1),
+        Measure::Step { n_sequences, took } => {
+            metrics::gauge!(names::BATCH_SIZE).set(*n_sequences as f64);
+            metrics::histogram!(names::STEP_SECONDS).record(took.as_secs_f64());
+        }
+        Measure::Fenced => metrics::counter!(names::FENCED).increment(1),
+    }
+}
+
+#[cfg(test)]
+mod tests;

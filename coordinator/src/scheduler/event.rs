@@ -1,0 +1,115 @@
+//! What the scheduler is told and what it answers.
+
+use std::time::Duration;
+
+use phalanx_proto::v1::{StepPlan, StepResult};
+
+use crate::{
+    request::{Request, RequestEvent},
+    sequence::RequestKey,
+};
+
+/// Limits of a step and of the model, fixed for the life of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Positions of a KV block.
+    pub block_size: usize,
+    /// Most rows of a step (`--max-num-batched-tokens`), at least 1.
+    pub max_step_rows: usize,
+    /// Most sequences that run (`--max-num-seqs`), at least 1.
+    pub max_running: usize,
+    /// Most tokens of a sequence, prompt and output.
+    pub max_model_len: usize,
+    /// Token ids are below it.
+    pub vocab: usize,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A request came. Keys are distinct; requests are served in order of their keys.
+    Submit(RequestKey, Request),
+    /// Nobody waits for the request any more.
+    Cancel(RequestKey),
+    /// A group takes plans from step 1 on; all its blocks are empty.
+    GroupServing {
+        /// Epoch of its plans.
+        epoch: u64,
+        /// KV blocks on every rank.
+        n_blocks: usize,
+    },
+    /// The group is over.
+    GroupLost {
+        /// Which.
+        epoch: u64,
+    },
+    /// Rank 0 finished a step.
+    Stepped(StepResult),
+    /// Time has passed.
+    Tick,
+}
+
+/// Something to do. Actions are done in the order of the list.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Send a plan to all ranks.
+    SendPlan(StepPlan),
+    /// Tell a client. After `Finished` or `Failed` the request is forgotten.
+    Emit(RequestKey, RequestEvent),
+    /// A request left the queue: it runs for the first time.
+    Admitted(RequestKey),
+    /// Record a measurement.
+    Measure(Measure),
+    /// Log that a shard broke its contract.
+    Warn(String),
+}
+
+/// A measurement.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Measure {
+    /// Prompt tokens came in.
+    PromptTokens(usize),
+    /// The prefix cache was asked.
+    PrefixLookup {
+        /// For so many tokens.
+        n_queried: usize,
+        /// And had so many.
+        n_hit: usize,
+    },
+    /// A sequence was put back because blocks ran out.
+    Preempted,
+    /// A request's first token, so long after its arrival.
+    FirstToken(Duration),
+    /// A token, so long after the one before it in its sequence.
+    InterToken(Duration),
+    /// A token was generated.
+    Token,
+    /// A step came back.
+    Step {
+        /// Sequences in it.
+        n_sequences: usize,
+        /// Wall time on rank 0.
+        took: Duration,
+    },
+    /// A message of another epoch was dropped.
+    Fenced,
+}
+
+/// Numbers of the present state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Sequences that wait for blocks or a place.
+    pub n_waiting: usize,
+    /// Sequences that run.
+    pub n_running: usize,
+    /// Steps whose result is awaited.
+    pub n_in_flight: usize,
+    /// Blocks that sequences hold.
+    pub n_blocks_used: usize,
+    /// Blocks there are; 0 while no group serves.
+    pub n_blocks: usize,
+    /// Live requests.
+    pub n_requests: usize,
+    /// Epoch of the serving group.
+    pub epoch: Option<u64>,
+}

@@ -1,0 +1,226 @@
+//! Builds the next step plan.
+
+use phalanx_proto::v1::{BlockAppend, Chunk, SequenceStart, StepPlan};
+
+use super::{
+    event::{Action, Measure},
+    machine::{Machine, PlannedChunk, StepInFlight},
+    policy,
+};
+use crate::sequence::{Seat, Sequence, SequenceKey};
+
+/// A plan being built.
+struct Draft {
+    plan: StepPlan,
+    planned: Vec<PlannedChunk>,
+    rows_left: usize,
+}
+
+/// Whether a sequence has the blocks for its next row.
+enum Room {
+    Ready,
+    /// It gave its own blocks up.
+    Preempted,
+}
+
+impl Machine {
+    /// The next plan, or `None` if there are no rows to compute now; then nothing needs to be sent: what is dropped is
+    /// named by the next plan that is.
+    pub(super) fn plan(&mut self, out: &mut Vec<Action>) -> Option<StepPlan> {
+        let group = self.group.as_ref()?;
+        let plan = StepPlan { epoch: group.epoch, step: group.next_step, ..StepPlan::default() };
+        let mut draft = Draft { plan, planned: Vec::new(), rows_left: self.limits.max_step_rows };
+
+        let (decodes, prefills): (Vec<_>, Vec<_>) = self.with_missing_rows();
+        let n_running = self.running.len();
+        for key in decodes {
+            if draft.rows_left == 0 {
+                break;
+            }
+            if matches!(self.make_room(key, &mut draft, out), Some(Room::Ready)) {
+                self.add_chunk(key, &mut draft);
+            }
+        }
+        for key in prefills {
+            self.add_chunk(key, &mut draft);
+        }
+        // Who has just been preempted must not take blocks from those who run.
+        if self.running.len() == n_running {
+            self.admit(&mut draft, out);
+        }
+        if draft.planned.is_empty() {
+            return None;
+        }
+        let group = self.group.as_mut()?;
+        draft.plan.dropped = group.slots.flush_dropped();
+        let chunks = draft.planned;
+        group.next_step += 1;
+        // From the next plan on, what this one computes can be shared.
+        for PlannedChunk { key, .. } in &chunks {
+            let Some(seat) = self.sequences.get_mut(key).and_then(|s| s.seat.as_mut()) else { continue };
+            group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed);
+        }
+        let leaders: Vec<_> = chunks.iter().filter(|c| c.key.choice == 0).map(|c| c.key.request).collect();
+        group.in_flight.push_back(StepInFlight { step: draft.plan.step, chunks });
+        for request in leaders {
+            if self.requests.get(&request).is_some_and(|r| !r.held.is_empty())
+                && !self.waits_for_leader(SequenceKey { request, choice: 1 })
+            {
+                self.release_held(request);
+            }
+        }
+        Some(draft.plan)
+    }
+
+    /// Running sequences with rows to compute, oldest first: those that lack one, and the others.
+    fn with_missing_rows(&self) -> (Vec<SequenceKey>, Vec<SequenceKey>) {
+        let running = self.running.iter().filter_map(|key| self.sequences.get(key));
+        let missing = running.map(|s| (s.key, n_missing(s))).filter(|(_, n)| *n > 0);
+        let (decodes, prefills): (Vec<_>, Vec<_>) = missing.partition(|(_, n)| policy::is_decode(*n));
+        let keys = |list: Vec<(SequenceKey, usize)>| list.into_iter().map(|(key, _)| key).collect();
+        (keys(decodes), keys(prefills))
+    }
+
+    /// Gives a sequence the block for its next row; the youngest give theirs up if need be. Rows of this plan are all of
+    /// older sequences, so nothing that is planned is taken back.
+    fn make_room(&mut self, key: SequenceKey, draft: &mut Draft, out: &mut Vec<Action>) -> Option<Room> {
+        loop {
+            let group = self.group.as_mut()?;
+            let Some(seat) = self.sequences.get_mut(&key)?.seat.as_mut() else { return Some(Room::Preempted) };
+            if group.blocks.covers(&seat.table, seat.computed + 1) {
+                return Some(Room::Ready);
+            }
+            if let Some(block) = group.blocks.grow(&mut seat.table) {
+                draft.plan.appended.push(BlockAppend { sequence: seat.slot, blocks: vec![block.raw()] });
+                return Some(Room::Ready);
+            }
+            let youngest = *self.running.last()?;
+            self.preempt(youngest, out);
+        }
+    }
+
+    /// Puts a sequence back to waiting. A token that a step in flight samples for it is still taken when it comes.
+    fn preempt(&mut self, key: SequenceKey, out: &mut Vec<Action>) {
+        self.unseat(key);
+        self.waiting.insert(key);
+        if key.choice == 0 {
+            self.release_held(key.request);
+        }
+        out.push(Action::Measure(Measure::Preempted));
+    }
+
+    /// Adds as many of a sequence's missing rows as fit.
+    fn add_chunk(&mut self, key: SequenceKey, draft: &mut Draft) {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        let len = n_missing(sequence).min(draft.rows_left);
+        let n_planned = sequence.n_planned();
+        let is_score_only = sequence.is_score_only();
+        let Some(seat) = sequence.seat.as_mut().filter(|_| len > 0) else { return };
+        let (start, end) = (seat.computed, seat.computed + len);
+        let sample = end == n_planned && !is_score_only;
+        seat.computed = end;
+        // Positions are below `max_model_len`, which is a u32 on the wire.
+        let chunk = Chunk { sequence: seat.slot, start: start as u32, len: len as u32, sample };
+        draft.planned.push(PlannedChunk { key, slot: seat.slot, end, sample });
+        draft.plan.chunks.push(chunk);
+        draft.rows_left -= len;
+        sequence.n_pending += usize::from(sample);
+    }
+
+    /// Gives seats to waiting sequences in order, until one finds no room.
+    fn admit(&mut self, draft: &mut Draft, out: &mut Vec<Action>) {
+        while draft.rows_left > 0 && self.running.len() < self.limits.max_running {
+            let Some(key) = self.waiting.first().copied() else { return };
+            let Some(sequence) = self.sequences.get(&key) else { return };
+            if sequence.n_pending > 0 {
+                // Preempted with a token on the way, which it must know before it goes on.
+                return;
+            }
+            if self.waits_for_leader(key) {
+                self.waiting.remove(&key);
+                if let Some(live) = self.requests.get_mut(&key.request) {
+                    live.held.push(key);
+                }
+                continue;
+            }
+            if let Some(error) = self.too_large(sequence.prompt_len, sequence.max_tokens) {
+                self.fail(key.request, error, out);
+                continue;
+            }
+            if self.seat(key, draft, out).is_none() {
+                return;
+            }
+            self.add_chunk(key, draft);
+        }
+    }
+
+    /// Gives a sequence blocks and a slot, or `None` if there are too few blocks.
+    fn seat(&mut self, key: SequenceKey, draft: &mut Draft, out: &mut Vec<Action>) -> Option<()> {
+        let n_running = self.running.len();
+        let group = self.group.as_mut()?;
+        let n_available = group.blocks.n_available();
+        let is_same = |(refused, available)| refused == key && n_available <= available && n_running > 0;
+        if group.refused.is_some_and(is_same) {
+            return None;
+        }
+        let sequence = self.sequences.get_mut(&key)?;
+        let live = self.requests.get_mut(&key.request)?;
+        let tokens = self.journal.tokens(key)?;
+        let mut sampling = sequence.sampling.clone();
+        if !live.waits_for_scores() {
+            sampling.prompt_logprobs = None;
+        }
+        // Cached positions are not computed, so they would not be scored.
+        let lookup = sampling.prompt_logprobs.is_none();
+        let spare = policy::spare_blocks(group.blocks.n_blocks(), n_running);
+        let Some(admitted) = group.blocks.admit(&tokens, lookup, spare) else {
+            group.refused = Some((key, n_available));
+            return None;
+        };
+        group.refused = None;
+        if lookup {
+            out.push(Action::Measure(Measure::PrefixLookup { n_queried: tokens.len(), n_hit: admitted.n_cached }));
+        }
+        if !live.is_admitted {
+            live.is_admitted = true;
+            live.usage.cached_tokens = admitted.n_cached as u32;
+            out.push(Action::Admitted(key.request));
+        }
+        let slot = group.slots.take();
+        draft.plan.started.push(SequenceStart {
+            sequence: slot,
+            token_ids: tokens.clone(),
+            prompt_len: sequence.prompt_len as u32,
+            sampling: Some(sampling),
+            blocks: admitted.table.raw(),
+        });
+        sequence.seat = Some(Seat { slot, tokens, computed: admitted.n_cached, table: admitted.table });
+        self.waiting.remove(&key);
+        self.running.insert(key);
+        Some(())
+    }
+
+    /// Whether a choice should wait because choice 0 is computing blocks that it could share, or scores that clients see
+    /// before any output.
+    fn waits_for_leader(&self, key: SequenceKey) -> bool {
+        if key.choice == 0 {
+            return false;
+        }
+        let leader = self.sequences.get(&SequenceKey { choice: 0, ..key });
+        let Some((leader, seat)) = leader.and_then(|l| Some((l, l.seat.as_ref()?))) else { return false };
+        let n_shareable = (leader.prompt_len - 1) / self.limits.block_size;
+        seat.table.n_published() < n_shareable || self.requests.get(&key.request).is_some_and(|r| r.waits_for_scores())
+    }
+}
+
+/// Positions of a running sequence that could be computed now.
+fn n_missing(sequence: &Sequence) -> usize {
+    let Some(seat) = &sequence.seat else { return 0 };
+    if sequence.is_score_only() {
+        sequence.prompt_len - seat.computed
+    } else if sequence.is_planned_to_its_end() {
+        0
+    } else {
+        sequence.n_planned() - seat.computed
+    }
+}
