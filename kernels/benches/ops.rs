@@ -69,6 +69,31 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
     Ok(())
 }
 
+/// One row through more weights than caches hold, as decoding does.
+fn bench_decode(ops: &mut CpuOps) -> Result<()> {
+    let (n_out, n_in, n_matrices) = (1536, 8960, 40);
+    let quants: Vec<u8> = (0..n_out * n_in).map(|i| (i * 7 % 16) as u8).collect();
+    let scales = vec![0.5; n_out * n_in / 32];
+    let data = WeightData::Q4 { quants: &quants, scales: &scales, mins: &scales };
+    let source = LinearSource { n_out, n_in, data, bias: None, slice_width: None };
+    let begin = Instant::now();
+    let weights = (0..n_matrices)
+        .map(|_| ops.load_linear(LinearSource { ..source }))
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let load = begin.elapsed().as_secs_f64();
+    let bytes = ops.resident_bytes() as f64;
+    let (x, out) = (vector(ops, n_in)?, ops.alloc(n_out)?);
+    let seconds = time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x, 1, &[(*weight, out)])?)))?;
+    let n = (n_matrices * n_out * n_in) as f64;
+    println!(
+        "  q4 from memory: {:.1} GB/s, {:.1} GMAC/s; packed at {:.2} G weights/s",
+        bytes / seconds / 1e9,
+        n / seconds / 1e9,
+        n / load / 1e9
+    );
+    Ok(())
+}
+
 fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Result<()> {
     let (block_size, max) = (16, 2048);
     ops.alloc_kv(KvShape { n_layers: 1, n_blocks: max / block_size, block_size, n_kv_heads, head_dim })?;
@@ -117,7 +142,7 @@ fn main() -> Result<()> {
     let filter = args.first().map_or("", String::as_str);
     let threads = args.get(1).map_or(Ok(1), |arg| arg.parse())?;
     let isa = args.get(2).map(|arg| arg.parse::<Isa>()).transpose()?;
-    let mut device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
+    let device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
     println!("{}", device()?.name());
     for name in ["q4", "q4-f32-scales", "q8", "q8-groups-of-16", "f16", "f32"] {
         for (n_out, n_in) in [(1536, 8960), (8960, 1536), (576, 1536), (1536, 576)] {
@@ -125,6 +150,9 @@ fn main() -> Result<()> {
                 bench_linear(&mut device()?, name, n_out, n_in)?;
             }
         }
+    }
+    if "decode".starts_with(filter) {
+        bench_decode(&mut device()?)?;
     }
     if "attention".starts_with(filter) {
         bench_attention(&mut device()?, 9, 3, 64)?;

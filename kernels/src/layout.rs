@@ -6,17 +6,28 @@
 //! | layout | a step is | its bytes |
 //! |---|---|---|
 //! | dense | one input | 16 weights of 4 or 2 bytes |
-//! | q4 | 32 inputs | 256 B of nibbles, 16 scales, 16 mins |
-//! | q8 | 32 inputs | 512 B of weights + 128, 16 scales, 16 mins if there are any |
-//! | q8, groups of 16 | 32 inputs | 512 B of weights + 128, 16 scales of the first 16 inputs, 16 of the others |
+//! | q4 | 32 inputs | 256 B of nibbles; sets of scales, of mins |
+//! | q8 | 32 inputs | 512 B of weights + 128; sets of scales, of mins if there are any |
+//! | q8, groups of 16 | 32 inputs | 512 B of weights + 128; sets of scales of the first, of the last 16 inputs |
+//! | q6, groups of 16 | 32 inputs | 256 B of nibbles of weights + 32, 128 B of high bits; the same sets |
 //!
 //! Quants lie as `vpdpbusd` wants them: 4 consecutive inputs of a row in 4 consecutive bytes, then the next row. A byte
-//! of nibbles holds input `8c + j` low and `8c + 4 + j` high. Scales and mins are f32, or f16 where every one of the
-//! matrix is exactly an f16 (GGUF's Q4_0, Q4_1, Q5_0, Q8_0): the same values in half the bytes.
+//! of nibbles holds input `8c + j` low and `8c + 4 + j` high; a byte of high bits holds those of inputs `16h + j`,
+//! `16h + 4 + j` and so on, lowest first.
+//!
+//! A set is one number for each row of the tile, in the smallest type that is exact for the whole matrix:
+//! - f16 (GGUF's Q4_0, Q4_1, Q5_0, Q8_0), behind the step's quants;
+//! - factored (Q4_K, Q5_K, Q6_K): 8-bit whole numbers times an f32 factor for [`STEPS_PER_HEAD`] steps. They lie in heads
+//!   before the tile's steps, a head for each [`STEPS_PER_HEAD`] steps begun: the factors of each set, then for each step
+//!   the numbers of each set;
+//! - f32, behind the step's quants.
+
+mod factor;
 
 use half::{bf16, f16};
 
 use crate::{
+    cpu::pages::prefer_large,
     error::KernelError,
     ops::{LinearSource, Precision, WeightData},
     tensor::Aligned,
@@ -28,20 +39,15 @@ pub(crate) const TILE: usize = 16;
 /// Inputs that share an activation scale, and inputs of a step of quantized weights.
 pub(crate) const GROUP: usize = 32;
 
+/// Steps that share the factors of factored scales.
+pub(crate) const STEPS_PER_HEAD: usize = 8;
+
 /// Type of packed scales and mins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scale {
     F32,
     F16,
-}
-
-impl Scale {
-    fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 => 2,
-        }
-    }
+    Factored,
 }
 
 /// What a step of a tile holds.
@@ -56,40 +62,57 @@ pub(crate) enum Kind {
     Q8Min(Scale),
     /// Groups of 16.
     Q8Half(Scale),
+    /// Groups of 16, weights of 6 bits.
+    Q6Half(Scale),
 }
 
 impl Kind {
     /// Inputs of a step.
     pub fn step_width(self) -> usize {
+        if self.is_quantized() { GROUP } else { 1 }
+    }
+
+    /// Type and number of sets of scales and mins.
+    fn sets(self) -> Option<(Scale, usize)> {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
-            Self::Q4(_) | Self::Q8(_) | Self::Q8Min(_) | Self::Q8Half(_) => GROUP,
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+            Self::Q8(scale) => Some((scale, 1)),
+            Self::Q4(scale) | Self::Q8Min(scale) | Self::Q8Half(scale) | Self::Q6Half(scale) => Some((scale, 2)),
         }
     }
 
     /// Bytes of quants or dense weights of a step.
     fn weight_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4 * TILE,
-            Self::F16 | Self::Bf16 => 2 * TILE,
-            Self::Q4(_) => GROUP / 2 * TILE,
-            Self::Q8(_) | Self::Q8Min(_) | Self::Q8Half(_) => GROUP * TILE,
+        TILE * match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q4(_) => 16,
+            Self::Q6Half(_) => 24,
+            Self::Q8(_) | Self::Q8Min(_) | Self::Q8Half(_) => 32,
         }
     }
 
     /// Bytes of a step.
     pub fn step_bytes(self) -> usize {
         self.weight_bytes()
-            + match self {
-                Self::F32 | Self::F16 | Self::Bf16 => 0,
-                Self::Q8(scale) => TILE * scale.bytes(),
-                Self::Q4(scale) | Self::Q8Min(scale) | Self::Q8Half(scale) => 2 * TILE * scale.bytes(),
+            + match self.sets() {
+                Some((Scale::F32, n)) => n * TILE * 4,
+                Some((Scale::F16, n)) => n * TILE * 2,
+                Some((Scale::Factored, _)) | None => 0,
             }
+    }
+
+    /// Bytes of a head.
+    pub fn head_bytes(self) -> usize {
+        match self.sets() {
+            Some((Scale::Factored, n)) => n * TILE * (4 + STEPS_PER_HEAD),
+            Some((Scale::F32 | Scale::F16, _)) | None => 0,
+        }
     }
 
     /// Whether activations are quantized for it.
     pub fn is_quantized(self) -> bool {
-        self.step_width() == GROUP
+        self.sets().is_some()
     }
 }
 
@@ -132,8 +155,9 @@ fn check(source: &LinearSource<'_>) -> Result<(), KernelError> {
             check_len("quants", quants.len(), n)?;
             check_len("scales", scales.len(), n / GROUP)?;
             check_len("mins", mins.len(), n / GROUP)?;
-            if let Some(at) = quants.iter().position(|&q| q > 15) {
-                return Err(shape("4-bit quants of 0..=15".into(), format!("{} at {at}", quants[at])));
+            let bits = quants.iter().fold(0, |bits, q| bits | q);
+            if bits > 15 {
+                return Err(shape("4-bit quants of 0..=15".into(), "larger ones".into()));
             }
             GROUP
         }
@@ -167,26 +191,81 @@ fn check(source: &LinearSource<'_>) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// The type that all of these are exact in.
-fn scale_type(values: &[&[f32]]) -> Scale {
-    let exact = |&v: &f32| f16::from_f32(v).to_f32().to_bits() == v.to_bits();
-    if values.iter().all(|values| values.iter().all(exact)) { Scale::F16 } else { Scale::F32 }
-}
-
-/// Writes `values(row)` for the rows of a tile; `bytes` is exactly their room.
-fn put_scales(bytes: &mut [u8], scale: Scale, values: impl Fn(usize) -> f32) {
-    for (lane, to) in bytes.chunks_exact_mut(scale.bytes()).enumerate() {
-        match scale {
-            Scale::F32 => to.copy_from_slice(&values(lane).to_ne_bytes()),
-            Scale::F16 => to.copy_from_slice(&f16::from_f32(values(lane)).to_ne_bytes()),
+/// Where in a tile's bytes number `set` of step `step` lies: type, and offsets of the number and of its factor.
+fn set_at(kind: Kind, n_steps: usize, step: usize, set: usize, lane: usize) -> (Scale, usize, usize) {
+    let heads = n_steps.div_ceil(STEPS_PER_HEAD) * kind.head_bytes();
+    let tail = heads + step * kind.step_bytes() + kind.weight_bytes();
+    let index = set * TILE + lane;
+    match kind.sets() {
+        Some((Scale::Factored, n)) => {
+            let head = step / STEPS_PER_HEAD * kind.head_bytes();
+            let number = head + 4 * n * TILE + step % STEPS_PER_HEAD * n * TILE + index;
+            (Scale::Factored, number, head + 4 * index)
         }
+        Some((Scale::F16, _)) => (Scale::F16, tail + 2 * index, 0),
+        Some((Scale::F32, _)) | None => (Scale::F32, tail + 4 * index, 0),
     }
 }
 
-fn get_scale(bytes: &[u8], scale: Scale, index: usize) -> f32 {
-    match scale {
-        Scale::F32 => f32::from_ne_bytes([0, 1, 2, 3].map(|i| bytes[4 * index + i])),
-        Scale::F16 => f16::from_ne_bytes([0, 1].map(|i| bytes[2 * index + i])).to_f32(),
+fn get_f32(bytes: &[u8], at: usize) -> f32 {
+    f32::from_ne_bytes([0, 1, 2, 3].map(|i| bytes[at + i]))
+}
+
+fn get_set(tile: &[u8], kind: Kind, n_steps: usize, step: usize, set: usize, lane: usize) -> f32 {
+    match set_at(kind, n_steps, step, set, lane) {
+        (Scale::F32, at, _) => get_f32(tile, at),
+        (Scale::F16, at, _) => f16::from_ne_bytes([tile[at], tile[at + 1]]).to_f32(),
+        (Scale::Factored, at, factor) => get_f32(tile, factor) * f32::from(tile[at] as i8),
+    }
+}
+
+/// The scales and mins of a matrix: number `set` of step `step` of row `row`.
+#[derive(Clone, Copy)]
+struct SetValues<'a> {
+    /// For each set: values, how many of them a row has for a step, which of them it is.
+    sets: [(&'a [f32], usize, usize); 2],
+    n_sets: usize,
+    n_steps: usize,
+    n_out: usize,
+}
+
+/// Factors and numbers of all sets, `[row, head, set]` and `[row, head, set]` of 8.
+type Factors = Vec<(f32, [i8; STEPS_PER_HEAD])>;
+
+impl SetValues<'_> {
+    fn get(&self, row: usize, step: usize, set: usize) -> f32 {
+        let (values, per_step, index) = self.sets[set];
+        values[(row * self.n_steps + step) * per_step + index]
+    }
+
+    /// The smallest type that is exact.
+    fn scale_type(&self, may_factor: bool) -> (Scale, Factors) {
+        let exact = |&v: &f32| f16::from_f32(v).to_f32().to_bits() == v.to_bits();
+        if self.sets[..self.n_sets].iter().all(|(values, ..)| values.iter().all(exact)) {
+            return (Scale::F16, Vec::new());
+        }
+        if may_factor && let Some(factors) = self.factors() {
+            return (Scale::Factored, factors);
+        }
+        (Scale::F32, Vec::new())
+    }
+
+    fn factors(&self) -> Option<Factors> {
+        let n_heads = self.n_steps.div_ceil(STEPS_PER_HEAD);
+        let mut factors = Vec::with_capacity(self.n_out * n_heads * self.n_sets);
+        for row in 0..self.n_out {
+            for first in (0..self.n_steps).step_by(STEPS_PER_HEAD) {
+                let n = STEPS_PER_HEAD.min(self.n_steps - first);
+                for set in 0..self.n_sets {
+                    let mut values = [0.0; STEPS_PER_HEAD];
+                    for (i, value) in values[..n].iter_mut().enumerate() {
+                        *value = self.get(row, first + i, set);
+                    }
+                    factors.push(factor::factor(&values[..n])?);
+                }
+            }
+        }
+        Some(factors)
     }
 }
 
@@ -201,32 +280,63 @@ impl Packed {
     pub fn new(source: &LinearSource<'_>, precision: Precision) -> Result<Self, KernelError> {
         check(source)?;
         let (n_out, n_in) = (source.n_out, source.n_in);
-        let kind = match (source.data, precision) {
-            (WeightData::F16(_), _) => Kind::F16,
-            (WeightData::Bf16(_), _) => Kind::Bf16,
-            (WeightData::F32(_), _) | (_, Precision::Float32) => Kind::F32,
-            (WeightData::Q4 { scales, mins, .. }, _) => Kind::Q4(scale_type(&[scales, mins])),
-            (WeightData::Q8 { group: 16, scales, .. }, _) => Kind::Q8Half(scale_type(&[scales])),
-            (WeightData::Q8 { scales, mins: None, .. }, _) => Kind::Q8(scale_type(&[scales])),
-            (WeightData::Q8 { scales, mins: Some(mins), .. }, _) => Kind::Q8Min(scale_type(&[scales, mins])),
+        let n_steps = n_in / GROUP;
+        let sets = |sets, n_sets| SetValues { sets, n_sets, n_steps, n_out };
+        let none: (&[f32], usize, usize) = (&[], 1, 0);
+        let (kind, values, factors) = match (source.data, precision) {
+            (WeightData::F16(_), _) => (Kind::F16, sets([none; 2], 0), Vec::new()),
+            (WeightData::Bf16(_), _) => (Kind::Bf16, sets([none; 2], 0), Vec::new()),
+            (WeightData::F32(_), _) | (_, Precision::Float32) => (Kind::F32, sets([none; 2], 0), Vec::new()),
+            (WeightData::Q4 { scales, mins, .. }, _) => {
+                let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
+                let (scale, factors) = values.scale_type(true);
+                (Kind::Q4(scale), values, factors)
+            }
+            (WeightData::Q8 { quants, group: 16, scales, .. }, _) => {
+                let values = sets([(scales, 2, 0), (scales, 2, 1)], 2);
+                // Bit 5 and those above are the same in what fits 6 bits.
+                let is_6_bits = quants.iter().fold(0, |bits, &q| bits | (q ^ (q >> 7)) as u8) < 32;
+                let (scale, factors) = values.scale_type(is_6_bits);
+                (if is_6_bits { Kind::Q6Half(scale) } else { Kind::Q8Half(scale) }, values, factors)
+            }
+            (WeightData::Q8 { scales, mins: None, .. }, _) => {
+                let values = sets([(scales, 1, 0), none], 1);
+                let (scale, factors) = values.scale_type(false);
+                (Kind::Q8(scale), values, factors)
+            }
+            (WeightData::Q8 { scales, mins: Some(mins), .. }, _) => {
+                let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
+                let (scale, factors) = values.scale_type(true);
+                (Kind::Q8Min(scale), values, factors)
+            }
         };
-        let tile_bytes = n_in / kind.step_width() * kind.step_bytes();
-        let mut data = Aligned::zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;
-        for (tile, bytes) in data.as_mut_slice().chunks_exact_mut(tile_bytes).enumerate() {
+        let mut packed = Self {
+            kind,
+            n_out,
+            n_in,
+            data: Aligned::zeroed("weights", 0)?,
+            bias: None,
+            slice_width: source.slice_width,
+        };
+        let tile_bytes = packed.tile_bytes();
+        packed.data = Aligned::zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;
+        prefer_large(packed.data.as_mut_slice());
+        let heads = packed.heads_bytes();
+        for (tile, bytes) in packed.data.as_mut_slice().chunks_exact_mut(tile_bytes).enumerate() {
             let rows = tile * TILE..n_out.min((tile + 1) * TILE);
-            for (step, bytes) in bytes.chunks_exact_mut(kind.step_bytes()).enumerate() {
-                pack_step(kind, &source.data, n_in, rows.clone(), step, bytes);
+            for (step, bytes) in bytes[heads..].chunks_exact_mut(kind.step_bytes()).enumerate() {
+                pack_step(kind, &source.data, n_in, rows.clone(), step, &mut bytes[..kind.weight_bytes()]);
+            }
+            if values.n_sets > 0 {
+                pack_sets(kind, &values, &factors, rows, bytes);
             }
         }
-        let bias = match source.bias {
-            None => None,
-            Some(values) => {
-                let mut bias = Aligned::zeroed("biases", n_out.next_multiple_of(TILE))?;
-                bias.as_mut_slice()[..n_out].copy_from_slice(values);
-                Some(bias)
-            }
-        };
-        Ok(Self { kind, n_out, n_in, data, bias, slice_width: source.slice_width })
+        if let Some(values) = source.bias {
+            let mut bias = Aligned::zeroed("biases", n_out.next_multiple_of(TILE))?;
+            bias.as_mut_slice()[..n_out].copy_from_slice(values);
+            packed.bias = Some(bias);
+        }
+        Ok(packed)
     }
 
     /// Bytes taken.
@@ -239,118 +349,144 @@ impl Packed {
         self.n_in / self.kind.step_width()
     }
 
+    /// Bytes of the heads of a tile.
+    fn heads_bytes(&self) -> usize {
+        self.n_steps().div_ceil(STEPS_PER_HEAD) * self.kind.head_bytes()
+    }
+
     /// Bytes of a tile.
     pub fn tile_bytes(&self) -> usize {
-        self.n_steps() * self.kind.step_bytes()
+        self.heads_bytes() + self.n_steps() * self.kind.step_bytes()
     }
 
     /// The values of row `row` (below `n_out`), `n_in` of them, to `out`.
     pub fn unpack_row(&self, row: usize, mut out: impl FnMut(usize, f32)) {
         let lane = row % TILE;
         let tile = &self.data.as_slice()[row / TILE * self.tile_bytes()..][..self.tile_bytes()];
-        for (step, bytes) in tile.chunks_exact(self.kind.step_bytes()).enumerate() {
-            let (weights, scales) = bytes.split_at(self.kind.weight_bytes());
+        for (step, weights) in tile[self.heads_bytes()..].chunks_exact(self.kind.step_bytes()).enumerate() {
+            let set = |set: usize| get_set(tile, self.kind, self.n_steps(), step, set, lane);
             let base = step * self.kind.step_width();
-            let mut quants = |scale: &dyn Fn(usize) -> f32, min: Option<f32>, quant: &dyn Fn(usize) -> f32| {
-                (0..GROUP).for_each(|i| out(base + i, dequantize(scale(i), quant(i), min)));
+            let mut quants = |scales: [f32; 2], min: Option<f32>, quant: &dyn Fn(usize) -> f32| {
+                (0..GROUP).for_each(|i| out(base + i, dequantize(scales[i / 16], quant(i), min)));
+            };
+            let nibble = |i: usize| {
+                let byte = weights[i / 8 * 4 * TILE + 4 * lane + i % 4];
+                if i % 8 < 4 { byte & 15 } else { byte >> 4 }
             };
             let byte = |i: usize| f32::from((weights[i / 4 * 4 * TILE + 4 * lane + i % 4] ^ 0x80) as i8);
             match self.kind {
-                Kind::F32 => out(base, get_scale(weights, Scale::F32, lane)),
-                Kind::F16 => out(base, get_scale(weights, Scale::F16, lane)),
+                Kind::F32 => out(base, get_f32(weights, 4 * lane)),
+                Kind::F16 => out(base, f16::from_ne_bytes([weights[2 * lane], weights[2 * lane + 1]]).to_f32()),
                 Kind::Bf16 => out(base, bf16::from_ne_bytes([weights[2 * lane], weights[2 * lane + 1]]).to_f32()),
-                Kind::Q4(s) => {
-                    let nibble = |i: usize| {
-                        let byte = weights[i / 8 * 4 * TILE + 4 * lane + i % 4];
-                        f32::from(if i % 8 < 4 { byte & 15 } else { byte >> 4 })
-                    };
-                    let (scale, min) = (get_scale(scales, s, lane), get_scale(scales, s, TILE + lane));
-                    quants(&|_| scale, Some(min), &nibble);
-                }
-                Kind::Q8(s) => {
-                    let scale = get_scale(scales, s, lane);
-                    quants(&|_| scale, None, &byte);
-                }
-                Kind::Q8Min(s) => {
-                    let (scale, min) = (get_scale(scales, s, lane), get_scale(scales, s, TILE + lane));
-                    quants(&|_| scale, Some(min), &byte);
-                }
-                Kind::Q8Half(s) => {
-                    let halves = [get_scale(scales, s, lane), get_scale(scales, s, TILE + lane)];
-                    quants(&|i| halves[i / 16], None, &byte);
-                }
+                Kind::Q4(_) => quants([set(0); 2], Some(set(1)), &|i| f32::from(nibble(i))),
+                Kind::Q8(_) => quants([set(0); 2], None, &byte),
+                Kind::Q8Min(_) => quants([set(0); 2], Some(set(1)), &byte),
+                Kind::Q8Half(_) => quants([set(0), set(1)], None, &byte),
+                Kind::Q6Half(_) => quants([set(0), set(1)], None, &|i| {
+                    let high = weights[16 * TILE + i / 16 * 4 * TILE + 4 * lane + i % 4] >> (2 * (i / 4 % 4)) & 3;
+                    f32::from(nibble(i) | high << 4) - 32.0
+                }),
             }
         }
     }
 }
 
-/// Fills one step of a tile whose rows are `rows` of the matrix; `bytes` is zeroed.
+/// Fills the weights of one step of a tile whose rows are `rows` of the matrix; `weights` is zeroed.
 fn pack_step(
     kind: Kind,
     data: &WeightData<'_>,
     n_in: usize,
     rows: std::ops::Range<usize>,
     step: usize,
-    bytes: &mut [u8],
+    weights: &mut [u8],
 ) {
     let n_rows = rows.len();
-    let (weights, scales) = bytes.split_at_mut(kind.weight_bytes());
     let first = rows.start * n_in + step * kind.step_width();
-    let at = |lane: usize, i: usize| first + lane * n_in + i;
-    // Of groups of 32; padding rows have scale 0.
-    let group = |values: &[f32], lane: usize| if lane < n_rows { values[at(lane, 0) / GROUP] } else { 0.0 };
+    let at = |lane: usize| first + lane * n_in;
     match (kind, *data) {
         (Kind::F32, source) => {
             for (lane, to) in weights.chunks_exact_mut(4).take(n_rows).enumerate() {
-                to.copy_from_slice(&value(&source, at(lane, 0)).to_ne_bytes());
+                to.copy_from_slice(&value(&source, at(lane)).to_ne_bytes());
             }
         }
         (Kind::F16, WeightData::F16(w)) => {
             for (lane, to) in weights.chunks_exact_mut(2).take(n_rows).enumerate() {
-                to.copy_from_slice(&w[at(lane, 0)].to_ne_bytes());
+                to.copy_from_slice(&w[at(lane)].to_ne_bytes());
             }
         }
         (Kind::Bf16, WeightData::Bf16(w)) => {
             for (lane, to) in weights.chunks_exact_mut(2).take(n_rows).enumerate() {
-                to.copy_from_slice(&w[at(lane, 0)].to_ne_bytes());
+                to.copy_from_slice(&w[at(lane)].to_ne_bytes());
             }
         }
-        (Kind::Q4(s), WeightData::Q4 { quants, scales: d, mins }) => {
+        (Kind::Q4(_), WeightData::Q4 { quants, .. }) => {
             for lane in 0..n_rows {
-                let q = &quants[at(lane, 0)..][..GROUP];
-                for (chunk, q) in q.chunks_exact(8).enumerate() {
-                    for j in 0..4 {
-                        weights[chunk * 4 * TILE + 4 * lane + j] = q[j] | q[4 + j] << 4;
-                    }
+                for (chunk, q) in words(&quants[at(lane)..][..GROUP]).chunks_exact(2).enumerate() {
+                    put_word(weights, chunk * TILE + lane, q[0] | q[1] << 4);
                 }
             }
-            let (first, second) = scales.split_at_mut(TILE * s.bytes());
-            put_scales(first, s, |lane| group(d, lane));
-            put_scales(second, s, |lane| group(mins, lane));
         }
-        (Kind::Q8(s) | Kind::Q8Min(s) | Kind::Q8Half(s), WeightData::Q8 { quants, group: width, scales: d, mins }) => {
+        (Kind::Q8(_) | Kind::Q8Min(_) | Kind::Q8Half(_), WeightData::Q8 { quants, .. }) => {
             weights.fill(0x80);
             for lane in 0..n_rows {
-                let q = &quants[at(lane, 0)..][..GROUP];
-                for (i, &q) in q.iter().enumerate() {
-                    weights[i / 4 * 4 * TILE + 4 * lane + i % 4] = q as u8 ^ 0x80;
+                for (chunk, q) in words(bytemuck::cast_slice(&quants[at(lane)..][..GROUP])).iter().enumerate() {
+                    put_word(weights, chunk * TILE + lane, q ^ 0x8080_8080);
                 }
             }
-            let (first, second) = scales.split_at_mut(TILE * s.bytes());
-            if width == 16 {
-                let half = |lane: usize, i| if lane < n_rows { d[at(lane, i) / 16] } else { 0.0 };
-                put_scales(first, s, |lane| half(lane, 0));
-                put_scales(second, s, |lane| half(lane, 16));
-            } else {
-                put_scales(first, s, |lane| group(d, lane));
-                if let Some(mins) = mins {
-                    put_scales(second, s, |lane| group(mins, lane));
+        }
+        (Kind::Q6Half(_), WeightData::Q8 { quants, .. }) => {
+            for lane in 0..n_rows {
+                // + 32 in 6 bits flips the sign bit of 6.
+                let q = words(bytemuck::cast_slice(&quants[at(lane)..][..GROUP]));
+                let q = q.map(|q| (q ^ 0x2020_2020) & 0x3f3f_3f3f);
+                for (chunk, q) in q.chunks_exact(2).enumerate() {
+                    put_word(weights, chunk * TILE + lane, (q[0] & 0x0f0f_0f0f) | (q[1] & 0x0f0f_0f0f) << 4);
+                }
+                for (half, q) in q.chunks_exact(4).enumerate() {
+                    let high = (0..4).fold(0, |bits, i| bits | (q[i] >> 4 & 0x0303_0303) << (2 * i));
+                    put_word(weights, (4 + half) * TILE + lane, high);
                 }
             }
         }
         // `Packed::new` derives the kind from the data.
-        (Kind::F16 | Kind::Bf16 | Kind::Q4(_) | Kind::Q8(_) | Kind::Q8Min(_) | Kind::Q8Half(_), _) => {
-            unreachable!("kind {kind:?} is made from other data")
+        (
+            Kind::F16 | Kind::Bf16 | Kind::Q4(_) | Kind::Q8(_) | Kind::Q8Min(_) | Kind::Q8Half(_) | Kind::Q6Half(_),
+            _,
+        ) => unreachable!("kind {kind:?} is made from other data"),
+    }
+}
+
+/// A group's quants as words of 4.
+fn words(quants: &[u8]) -> [u32; GROUP / 4] {
+    std::array::from_fn(|i| u32::from_ne_bytes([0, 1, 2, 3].map(|j| quants[4 * i + j])))
+}
+
+fn put_word(bytes: &mut [u8], index: usize, word: u32) {
+    bytes[4 * index..4 * index + 4].copy_from_slice(&word.to_ne_bytes());
+}
+
+/// Fills the scales and mins of a tile; those of padding rows stay 0.
+fn pack_sets(kind: Kind, values: &SetValues<'_>, factors: &Factors, rows: std::ops::Range<usize>, tile: &mut [u8]) {
+    let n_heads = values.n_steps.div_ceil(STEPS_PER_HEAD);
+    for step in 0..values.n_steps {
+        for set in 0..values.n_sets {
+            for (lane, row) in rows.clone().enumerate() {
+                match set_at(kind, values.n_steps, step, set, lane) {
+                    (Scale::F32, at, _) => {
+                        tile[at..at + 4].copy_from_slice(&values.get(row, step, set).to_ne_bytes());
+                    }
+                    (Scale::F16, at, _) => {
+                        let value = f16::from_f32(values.get(row, step, set));
+                        tile[at..at + 2].copy_from_slice(&value.to_ne_bytes());
+                    }
+                    (Scale::Factored, at, factor_at) => {
+                        let index = (row * n_heads + step / STEPS_PER_HEAD) * values.n_sets + set;
+                        let (factor, numbers) = &factors[index];
+                        tile[at] = numbers[step % STEPS_PER_HEAD] as u8;
+                        tile[factor_at..factor_at + 4].copy_from_slice(&factor.to_ne_bytes());
+                    }
+                }
+            }
         }
     }
 }

@@ -130,6 +130,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn h_load_i8(p: *const i8) -> __m256 {
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn h_store(p: *mut f32, v: __m256) {
         unsafe { _mm256_storeu_ps(p, v) }
     }
@@ -185,6 +189,33 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn i8_finish(sum: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(sum) }
+    }
+    #[inline(always)]
+    unsafe fn w2_load(p: *const u8) -> __m256i {
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn w6(low: __m256i, high: __m256i, i: usize) -> __m256i {
+        unsafe {
+            let high = match i {
+                0 => _mm256_slli_epi16::<4>(high),
+                1 => _mm256_slli_epi16::<2>(high),
+                2 => high,
+                _ => _mm256_srli_epi16::<2>(high),
+            };
+            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn i6_start(bias: i32) -> __m256i {
+        unsafe { _mm256_set1_epi32(bias) }
+    }
+    #[inline(always)]
+    unsafe fn i6_dot(sum: __m256i, w: __m256i, x: *const i8) -> __m256i {
+        unsafe {
+            let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x.cast::<i32>().read_unaligned()));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
     }
 }
 

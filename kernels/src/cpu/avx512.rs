@@ -122,6 +122,10 @@ impl Simd for Avx512Vnni {
         unsafe { Self::load_f16(p) }
     }
     #[inline(always)]
+    unsafe fn h_load_i8(p: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn h_store(p: *mut f32, v: __m512) {
         unsafe { _mm512_storeu_ps(p, v) }
     }
@@ -169,5 +173,29 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     unsafe fn i8_finish(sum: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(sum) }
+    }
+    #[inline(always)]
+    unsafe fn w2_load(p: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn w6(low: __m512i, high: __m512i, i: usize) -> __m512i {
+        unsafe {
+            let high = match i {
+                0 => _mm512_slli_epi16::<4>(high),
+                1 => _mm512_slli_epi16::<2>(high),
+                2 => high,
+                _ => _mm512_srli_epi16::<2>(high),
+            };
+            _mm512_or_si512(low, _mm512_and_si512(high, _mm512_set1_epi8(0x30)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn i6_start(bias: i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(bias) }
+    }
+    #[inline(always)]
+    unsafe fn i6_dot(sum: __m512i, w: __m512i, x: *const i8) -> __m512i {
+        unsafe { Self::i4_dot(sum, w, x) }
     }
 }

@@ -25,6 +25,7 @@ mod isa;
 mod kv;
 mod linear;
 mod ops;
+pub(crate) mod pages;
 mod pool;
 mod scalar;
 mod simd;

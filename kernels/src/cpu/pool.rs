@@ -180,11 +180,12 @@ fn serve(shared: &Shared, thread: usize) {
             }
             seen = state / EPOCH;
             // SAFETY: this thread has entered: the job stays as it is until it leaves.
-            if let Some(job) = unsafe { *shared.job.get() } {
-                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job, thread))) {
-                    shared.next.store(usize::MAX / 2, Ordering::Relaxed);
-                    lock(&shared.panic).get_or_insert(payload);
-                }
+            let job = unsafe { *shared.job.get() };
+            if let Some(job) = job
+                && let Err(payload) = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job, thread)))
+            {
+                shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+                lock(&shared.panic).get_or_insert(payload);
             }
             let before = shared.state.fetch_sub(1, Ordering::AcqRel);
             if before & (ACTIVE | OPEN) == 1 {
@@ -239,7 +240,7 @@ impl Spin {
     fn over(&mut self) -> bool {
         std::hint::spin_loop();
         self.turns += 1;
-        if self.turns % 64 != 0 {
+        if !self.turns.is_multiple_of(64) {
             return false;
         }
         self.since.get_or_insert_with(Instant::now).elapsed() > SPIN

@@ -121,6 +121,11 @@ impl Simd for Scalar {
         unsafe { Self::load_f16(p) }
     }
     #[inline(always)]
+    unsafe fn h_load_i8(p: *const i8) -> V {
+        // SAFETY: as above.
+        lanes!(i => f32::from(unsafe { *p.add(i) }))
+    }
+    #[inline(always)]
     unsafe fn h_store(p: *mut f32, v: V) {
         // SAFETY: as above.
         unsafe { Self::store(p, v) }
@@ -182,6 +187,27 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn i8_finish(sum: [i32; LANES]) -> V {
         sum.map(|s| s as f32)
+    }
+    #[inline(always)]
+    unsafe fn w2_load(p: *const u8) -> [u8; 64] {
+        // SAFETY: as above.
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn w6(mut low: [u8; 64], high: [u8; 64], i: usize) -> [u8; 64] {
+        for (low, high) in low.iter_mut().zip(high) {
+            *low |= (high >> (2 * i) & 3) << 4;
+        }
+        low
+    }
+    #[inline(always)]
+    unsafe fn i6_start(bias: i32) -> [i32; LANES] {
+        [bias; LANES]
+    }
+    #[inline(always)]
+    unsafe fn i6_dot(sum: [i32; LANES], w: [u8; 64], x: *const i8) -> [i32; LANES] {
+        // SAFETY: as above; the products are the same for larger weights.
+        unsafe { Self::i4_dot(sum, w, x) }
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) trait Simd {
     unsafe fn h_load(p: *const f32) -> Self::H;
     /// Reads `LANES / PARTS` elements.
     unsafe fn h_load_f16(p: *const u16) -> Self::H;
+    /// Reads `LANES / PARTS` elements.
+    unsafe fn h_load_i8(p: *const i8) -> Self::H;
     /// Writes `LANES / PARTS` elements.
     unsafe fn h_store(p: *mut f32, v: Self::H);
     unsafe fn h_mul(a: Self::H, b: Self::H) -> Self::H;
@@ -90,4 +92,13 @@ pub(crate) trait Simd {
     /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`.
     unsafe fn i8_dot(sum: Self::I8, w: Self::W8, x: *const i8) -> Self::I8;
     unsafe fn i8_finish(sum: Self::I8) -> Self::H;
+
+    /// Reads `64 / PARTS` bytes of 2-bit weights, 4 per byte.
+    unsafe fn w2_load(p: *const u8) -> Self::W4;
+    /// 6-bit weights: 4 low bits, and as high bits number `i` (0..4) of each byte of `high`.
+    unsafe fn w6(low: Self::W4, high: Self::W4, i: usize) -> Self::W4;
+    /// A sum to start with: `bias`.
+    unsafe fn i6_start(bias: i32) -> Self::I8;
+    /// Adds to each lane the products of its 4 weights (0..=63) and the 4 activations (-127..=127) at `x`.
+    unsafe fn i6_dot(sum: Self::I8, w: Self::W4, x: *const i8) -> Self::I8;
 }

@@ -7,7 +7,8 @@ use super::{
         elementwise,
         linear::{self, LinearTask},
         quantize,
-        tile::{Bf16, Dense, F16, F32, Q4, Q8, Q8Half, Tile},
+        quantized::{Factored, Q4, Q6Half, Q8, Q8Half, ScaleF16, ScaleF32},
+        tile::{Bf16, Dense, F16, F32, Tile},
     },
     isa::Isa,
     scalar::Scalar,
@@ -77,14 +78,22 @@ macro_rules! kernels {
                     Kind::F32 => linear_of::<Dense<F32>>,
                     Kind::F16 => linear_of::<Dense<F16>>,
                     Kind::Bf16 => linear_of::<Dense<Bf16>>,
-                    Kind::Q4(Scale::F32) => linear_of::<Q4<false>>,
-                    Kind::Q4(Scale::F16) => linear_of::<Q4<true>>,
-                    Kind::Q8(Scale::F32) => linear_of::<Q8<false, false>>,
-                    Kind::Q8(Scale::F16) => linear_of::<Q8<true, false>>,
-                    Kind::Q8Min(Scale::F32) => linear_of::<Q8<false, true>>,
-                    Kind::Q8Min(Scale::F16) => linear_of::<Q8<true, true>>,
-                    Kind::Q8Half(Scale::F32) => linear_of::<Q8Half<false>>,
-                    Kind::Q8Half(Scale::F16) => linear_of::<Q8Half<true>>,
+                    Kind::Q4(Scale::F32) => linear_of::<Q4<ScaleF32>>,
+                    Kind::Q4(Scale::F16) => linear_of::<Q4<ScaleF16>>,
+                    Kind::Q4(Scale::Factored) => linear_of::<Q4<Factored>>,
+                    Kind::Q8(Scale::F32) => linear_of::<Q8<ScaleF32, false>>,
+                    Kind::Q8(Scale::F16) => linear_of::<Q8<ScaleF16, false>>,
+                    Kind::Q8Min(Scale::F32) => linear_of::<Q8<ScaleF32, true>>,
+                    Kind::Q8Min(Scale::F16) => linear_of::<Q8<ScaleF16, true>>,
+                    Kind::Q8Min(Scale::Factored) => linear_of::<Q8<Factored, true>>,
+                    Kind::Q8Half(Scale::F32) => linear_of::<Q8Half<ScaleF32>>,
+                    Kind::Q8Half(Scale::F16) => linear_of::<Q8Half<ScaleF16>>,
+                    Kind::Q6Half(Scale::F32) => linear_of::<Q6Half<ScaleF32>>,
+                    Kind::Q6Half(Scale::F16) => linear_of::<Q6Half<ScaleF16>>,
+                    Kind::Q6Half(Scale::Factored) => linear_of::<Q6Half<Factored>>,
+                    Kind::Q8(Scale::Factored) | Kind::Q8Half(Scale::Factored) => {
+                        unreachable!("`layout.rs` factors no scales of {kind:?}")
+                    }
                 }
             }
             $(#[$features])?

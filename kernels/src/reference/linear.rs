@@ -43,8 +43,8 @@ fn sum(x: &[f32], source: &LinearSource<'_>, precision: Precision, row: usize, f
         (WeightData::Q4 { quants, .. }, Precision::Auto) => (32, &|k| i32::from(quants[at(k)])),
         (WeightData::Q8 { quants, group, .. }, Precision::Auto) => (*group, &|k| i32::from(quants[at(k)])),
         _ => {
-            for k in from..to {
-                acc = value(&source.data, at(k)).mul_add(x[k], acc);
+            for (k, x) in (from..to).zip(&x[from..to]) {
+                acc = value(&source.data, at(k)).mul_add(*x, acc);
             }
             return acc;
         }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{
     super::simd::{LANES, Line, Simd},
-    tile::{Sums, Tile},
+    tile::{Sums, Tile, Weights},
 };
 
 /// Where sums go.
@@ -85,24 +85,24 @@ unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, block: 
 }
 
 /// # Safety
-/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `T` tiles from `tile` on exist.
+/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `T` tiles from `first_tile` on exist.
 #[inline(always)]
 unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
     task: &LinearTask,
     x: *const u8,
     first_row: usize,
-    tile: usize,
+    first_tile: usize,
 ) {
     let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
     let mut fixed = Line([[[0i64; LANES]; R]; T]);
     let mut step = 0;
     // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
     unsafe {
-        let w = task.weights.add(tile * task.tile_bytes);
+        let tile = task.weights.add(first_tile * task.tile_bytes);
+        let w = Weights { tile, tile_bytes: task.tile_bytes, n_steps: task.n_steps };
         while step < task.n_steps {
             let n_steps = task.steps_per_slice.min(task.n_steps - step);
-            let (w, x) = (w.add(step * K::STEP_BYTES), x.add(step * R * K::X_BYTES));
-            K::sums::<S, R, T>(w, task.tile_bytes, x, n_steps, &mut sums);
+            K::sums::<S, R, T>(w, x, step..step + n_steps, &mut sums);
             step += n_steps;
             if let Out::Fixed(_) = task.out {
                 for t in 0..T {
@@ -113,7 +113,7 @@ unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
             }
         }
         for t in 0..T {
-            let column = (tile + t) * LANES;
+            let column = (first_tile + t) * LANES;
             let n = LANES.min(task.n_out - column);
             for r in 0..R {
                 let at = (first_row + r) * task.n_out + column;

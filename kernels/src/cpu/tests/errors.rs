@@ -139,10 +139,22 @@ fn the_device_says_what_it_is() {
 #[test]
 fn resident_bytes_count_packed_weights() {
     let mut random = Random(3);
-    // Scales in f16: 256 + 64 bytes for 16 x 32 weights; in f32: 256 + 128.
-    for (kind, bytes) in [(3, 320), (4, 384), (5, 544), (6, 576), (9, 576), (1, 1024)] {
+    // 16 x 512 weights. Scales in f16: 256 + 64 bytes for each 32; in f32: 256 + 128; factored: 256, and 384 for 256.
+    let factored = |step: usize| 16 * step + 2 * 384;
+    for (kind, bytes) in [
+        (3, 16 * 320),
+        (4, 16 * 384),
+        (5, 16 * 544),
+        (6, 16 * 576),
+        (9, 16 * 576),
+        (11, factored(256)),
+        (13, factored(512)),
+        (14, factored(384)),
+        (15, 16 * (384 + 128)),
+        (1, 16 * 1024),
+    ] {
         let ops = &mut device();
-        ops.load_linear(Matrix::random(&mut random, kind, 32, 64).source()).expect("valid");
-        assert_eq!(ops.resident_bytes(), 4 * bytes, "kind {kind}");
+        ops.load_linear(Matrix::random(&mut random, kind, 16, 512).source()).expect("valid");
+        assert_eq!(ops.resident_bytes(), bytes as u64, "kind {kind}");
     }
 }

@@ -102,7 +102,22 @@ enum Data {
 }
 
 /// Number of kinds that [`Matrix::random`] makes: each layout, quantized ones with scales in f16 and in f32.
-const N_KINDS: usize = 11;
+const N_KINDS: usize = 16;
+
+/// Scales as GGUF's Q4_K and Q6_K make them, `[n_out, n_steps, per_step]`: an f16 for 8 steps times small numbers.
+fn products(random: &mut Random, n_out: usize, n_steps: usize, per_step: usize) -> Vec<f32> {
+    let mut scales = Vec::new();
+    for _ in 0..n_out {
+        let mut d = 0.0;
+        for i in 0..n_steps * per_step {
+            if i % (8 * per_step) == 0 {
+                d = f16::from_f32(random.float() * 0.01).to_f32();
+            }
+            scales.push(d * (random.below(191) as f32 - 63.0));
+        }
+    }
+    scales
+}
 
 impl Matrix {
     fn random(random: &mut Random, kind: usize, n_out: usize, n_in: usize) -> Self {
@@ -130,6 +145,24 @@ impl Matrix {
                     _ => random.below(256) as u8 as i8,
                 };
                 Data::Q8 { quants: (0..n).map(|_| quant(random)).collect(), group, scales: d, mins }
+            }
+            // Scales and mins that are a factor of 8 steps times a whole number; 13: 8 bits; 14, 15: 6 bits.
+            11..=13 => {
+                let (d, m) = (products(random, n_out, n_in / 32, 1), products(random, n_out, n_in / 32, 1));
+                let below = if kind == 13 { 256 } else { 16 };
+                let quants: Vec<u8> = (0..n).map(|_| random.below(below) as u8).collect();
+                match kind {
+                    13 => Data::Q8 { quants: bytemuck::cast_vec(quants), group: 32, scales: d, mins: Some(m) },
+                    _ => Data::Q4 { quants, scales: d, mins: m },
+                }
+            }
+            14 | 15 => {
+                let scales = match kind {
+                    14 => products(random, n_out, n_in / 32, 2),
+                    _ => random.floats(n / 16),
+                };
+                let quants = (0..n).map(|_| random.below(64) as i8 - 32).collect();
+                Data::Q8 { quants, group: 16, scales, mins: None }
             }
             _ => panic!("no kind {kind}"),
         };
