@@ -10,6 +10,7 @@ use std::{
 use phalanx_cluster::{
     checkpoint::{self, Checkpoint, CheckpointError},
     partition::{PartitionPlan, RankSlice},
+    source,
 };
 use phalanx_kernels::{
     collective::{self, AbortFlag, Collective, CollectiveConfig, CollectiveError, PeerAddress},
@@ -287,13 +288,14 @@ fn open(form: &Form) -> Result<Box<dyn Checkpoint>, EngineError> {
     }
 }
 
-/// The model's place on this machine.
+/// The model's place on this machine; fetched, if it is not here yet.
 fn find(model: &str) -> Result<PathBuf, EngineError> {
     let path = Path::new(model);
     if path.exists() {
         return Ok(path.to_owned());
     }
-    Err(EngineError::Model { model: model.to_owned(), reason: "there is no such file or folder here".to_owned() })
+    source::resolve_quietly(model)
+        .map_err(|error| EngineError::Model { model: model.to_owned(), reason: error.to_string() })
 }
 
 fn partition(form: &Form, checkpoint: &dyn Checkpoint) -> Result<PartitionPlan, EngineError> {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, ops::ControlFlow, ops::Range};
 
 use phalanx_cluster::{
-    checkpoint::{Checkpoint, CheckpointError, TensorInfo},
+    checkpoint::{Checkpoint, TensorInfo},
     partition::PartitionPlan,
 };
 use phalanx_kernels::{
@@ -91,11 +91,11 @@ fn survey(checkpoint: &dyn Checkpoint, architecture: &dyn Architecture, shape: &
         let (rows, cols) = shape.whole(spec.part);
         let (my_rows, my_cols) = shape.mine(spec.part);
         let weight = format!("{stem}.weight");
-        bytes += stored_bytes(expect(checkpoint, &weight, rows, cols)?, my_rows.len(), my_cols.len());
+        bytes += stored_bytes(checkpoint.require(&weight, rows, cols)?, my_rows.len(), my_cols.len());
         read.insert(weight);
         let bias = format!("{stem}.bias");
         if has_bias(checkpoint, spec, &bias) {
-            bytes += stored_bytes(expect(checkpoint, &bias, 1, rows)?, 1, my_rows.len());
+            bytes += stored_bytes(checkpoint.require(&bias, 1, rows)?, 1, my_rows.len());
             read.insert(bias);
         }
         Ok(())
@@ -134,21 +134,6 @@ fn has_bias(checkpoint: &dyn Checkpoint, spec: &TensorSpec, name: &str) -> bool 
         Bias::None => false,
         Bias::IfPresent => checkpoint.find(name).is_some(),
         Bias::Required => true,
-    }
-}
-
-fn expect<'a>(
-    checkpoint: &'a dyn Checkpoint,
-    name: &str,
-    rows: usize,
-    cols: usize,
-) -> Result<&'a TensorInfo, CheckpointError> {
-    let wrong = |reason| CheckpointError::Tensor { file: checkpoint.path().clone(), tensor: name.to_owned(), reason };
-    let info = checkpoint.find(name).ok_or_else(|| wrong(format!("is missing; want shape [{rows}, {cols}]")))?;
-    if (info.rows, info.cols) == (rows, cols) {
-        Ok(info)
-    } else {
-        Err(wrong(format!("want shape [{rows}, {cols}], the file has [{}, {}]", info.rows, info.cols)))
     }
 }
 

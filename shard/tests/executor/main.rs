@@ -1,0 +1,8 @@
+//! The executor on tiny random models: right against formulas, and the same bits however the work is cut.
+
+mod forward;
+mod invariance;
+mod loading;
+mod oracle;
+mod plans;
+mod tiny;
