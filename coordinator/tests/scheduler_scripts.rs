@@ -33,12 +33,14 @@ use phalanx_proto::v1::{PromptScores, Sample, SamplingParams, StepPlan, StepResu
 
 const EOS: u32 = 25;
 
+/// The sequence in each slot, and whether its prompt is scored.
+type SlotNames = BTreeMap<u32, (String, bool)>;
+
 struct Script {
     machine: Machine,
     names: Vec<String>,
-    /// Name and prompt scoring of the sequence in each slot.
-    slots: BTreeMap<u32, (String, bool)>,
-    plans: BTreeMap<u64, (StepPlan, BTreeMap<u32, (String, bool)>)>,
+    slots: SlotNames,
+    plans: BTreeMap<u64, (StepPlan, SlotNames)>,
     epoch: u64,
     now: Instant,
 }
