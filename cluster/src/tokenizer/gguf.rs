@@ -196,3 +196,100 @@ fn sentence_piece(gguf: &GgufTokenizer, vocab: Vocab) -> Result<Library, Tokeniz
 fn bad(reason: String) -> TokenizerError {
     TokenizerError::Vocabulary { reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes as GPT-2 spells them would be 256 entries; these texts need a few.
+    fn byte_level() -> GgufTokenizer {
+        let tokens = ["<|im_end|>", "a", "b", "ab", "Ġ", "Ã", "©", "<tool>", "[PAD]", "ab", "1", "Ċ"];
+        GgufTokenizer {
+            model: "gpt2".into(),
+            pre: "qwen2".into(),
+            tokens: tokens.map(str::to_owned).to_vec(),
+            token_types: vec![3, 1, 1, 1, 1, 1, 1, 4, 5, 1, 1, 1],
+            merges: vec!["a b".into()],
+            eos_id: Some(0),
+            ..GgufTokenizer::default()
+        }
+    }
+
+    fn sentence_piece() -> GgufTokenizer {
+        let tokens = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "▁", "a", "b", "▁a", "ab", "▁b"];
+        GgufTokenizer {
+            model: "llama".into(),
+            tokens: tokens.map(str::to_owned).to_vec(),
+            token_types: vec![2, 3, 3, 6, 6, 1, 1, 1, 1, 1, 1],
+            scores: vec![0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -1.0, -2.0, -3.0],
+            bos_id: Some(1),
+            eos_id: Some(2),
+            unk_id: Some(0),
+            ..GgufTokenizer::default()
+        }
+    }
+
+    #[test]
+    fn byte_level_text_comes_back() {
+        let tokenizer = Tokenizer::from_gguf(&byte_level()).unwrap();
+        let text = "ab é1\n<tool>a<|im_end|>";
+        let ids = tokenizer.encode(text, true).unwrap();
+        assert_eq!(ids, [3, 4, 5, 6, 10, 11, 7, 1, 0]);
+        assert_eq!(tokenizer.decode(&ids, false), text);
+        assert_eq!(tokenizer.decode(&ids, true), "ab é1\n<tool>a");
+        // The unused entry is no text, and neither are ids beyond the vocabulary.
+        assert_eq!(tokenizer.decode(&[8, 9, 99], false), "ab");
+        assert_eq!((tokenizer.bos_id(), tokenizer.eos_ids(), tokenizer.add_bos()), (None, &[0][..], false));
+    }
+
+    #[test]
+    fn streams_hold_back_parts_of_characters() {
+        let tokenizer = Tokenizer::from_gguf(&byte_level()).unwrap();
+        let mut stream = tokenizer.stream(true);
+        // é in two tokens; then its first half, a control token between, and a letter that breaks it.
+        let pieces = [5, 6, 5, 0, 1, 6].map(|id| stream.push(id));
+        let pieces: Vec<Option<&str>> = pieces.iter().map(Option::as_deref).collect();
+        assert_eq!(pieces, [None, Some("é"), None, None, Some("\u{FFFD}a"), Some("\u{FFFD}")]);
+        assert_eq!(stream.finish(), None);
+        stream.push(5);
+        assert_eq!(stream.finish().as_deref(), Some("\u{FFFD}"));
+    }
+
+    #[test]
+    fn sentence_piece_adds_a_space_and_takes_it_back() {
+        let tokenizer = Tokenizer::from_gguf(&sentence_piece()).unwrap();
+        let ids = tokenizer.encode("ab é", true).unwrap();
+        // "▁a" has a better score than "ab": merges are by score, not by length.
+        assert_eq!(ids, [1, 8, 7, 5, 3, 4]);
+        assert_eq!(tokenizer.decode(&ids, true), "ab é");
+        assert!(tokenizer.add_bos());
+
+        let without = GgufTokenizer { add_space_prefix: Some(false), add_bos: Some(false), ..sentence_piece() };
+        let tokenizer = Tokenizer::from_gguf(&without).unwrap();
+        let ids = tokenizer.encode(" ab", true).unwrap();
+        assert_eq!((ids.as_slice(), tokenizer.decode(&ids, false).as_str()), (&[8, 7][..], " ab"));
+        let closed = GgufTokenizer { add_eos: Some(true), ..without };
+        assert_eq!(Tokenizer::from_gguf(&closed).unwrap().encode("a", true).unwrap(), [6, 2]);
+    }
+
+    #[test]
+    fn contradictions_are_errors() {
+        let (bytes, pieces) = (byte_level(), sentence_piece());
+        let cases = [
+            (GgufTokenizer { model: "bert".into(), ..bytes.clone() }, "bert"),
+            (GgufTokenizer { pre: "nosuch".into(), ..bytes.clone() }, "nosuch"),
+            (GgufTokenizer { tokens: Vec::new(), ..bytes.clone() }, "0 tokens"),
+            (GgufTokenizer { eos_id: Some(12), ..bytes.clone() }, "eos_token_id is 12"),
+            (GgufTokenizer { token_types: vec![1], ..bytes.clone() }, "1 token types"),
+            (GgufTokenizer { token_types: vec![9; 12], ..bytes.clone() }, "type 9"),
+            (GgufTokenizer { merges: vec!["b a".into()], ..bytes }, "\"ba\""),
+            (GgufTokenizer { scores: vec![0.0], ..pieces }, "1 scores"),
+        ];
+        for (gguf, want) in cases {
+            let error = Tokenizer::from_gguf(&gguf).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}, want {want}");
+        }
+        let odd = GgufTokenizer { scores: vec![f32::NAN; 11], ..sentence_piece() };
+        assert!(Tokenizer::from_gguf(&odd).unwrap().encode("ab", true).is_ok());
+    }
+}
