@@ -23,8 +23,10 @@ pub struct DeviceConfig {
 struct Backend {
     /// The device's name up to the colon.
     prefix: &'static str,
-    open: fn(&DeviceConfig, Precision) -> Result<Box<dyn Ops>, KernelError>,
+    open: Open,
 }
+
+type Open = fn(&DeviceConfig, Precision) -> Result<Box<dyn Ops>, KernelError>;
 
 static BACKENDS: &[Backend] = &[Backend { prefix: "cpu", open: open_cpu }];
 

@@ -1,6 +1,6 @@
 //! The engine as an actor: a mailbox in front of its thread. Knows what interrupts what.
 
-use std::{sync::mpsc, thread};
+use std::sync::mpsc;
 
 use phalanx_proto::v1::{ShardMessage, coordinator_message::Message};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -9,7 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{
     interrupt::Interrupt,
     rank::RankConfig,
-    worker::{self, Command, EnginePanic, Envelope},
+    worker::{self, Command, EngineThread, Envelope},
 };
 
 /// What the engine is told. The coordinator bounds its mailbox: it has a few plans in flight.
@@ -40,7 +40,7 @@ pub struct EngineHandle {
     /// Ends what it does.
     pub interrupt: Interrupt,
     /// Its thread.
-    pub thread: thread::JoinHandle<Result<(), EnginePanic>>,
+    pub thread: EngineThread,
 }
 
 /// Starts thread and actor.

@@ -118,9 +118,9 @@ pub(super) struct Rank {
 }
 
 enum WeightsOrExecutor {
-    Weights(Weights),
+    Weights(Box<Weights>),
     /// With what is needed to get the weights back.
-    Executor(Executor, Key, u64),
+    Executor(Box<Executor>, Key, u64),
 }
 
 impl Rank {
@@ -201,7 +201,7 @@ impl Rank {
             max_model_len: form.max_model_len as usize,
             vocab: model.vocab,
         };
-        Ok((Self { collective, weights: WeightsOrExecutor::Weights(weights), limits, kv }, loaded))
+        Ok((Self { collective, weights: WeightsOrExecutor::Weights(Box::new(weights)), limits, kv }, loaded))
     }
 
     /// Allocates the pages; plans can be run afterwards.
@@ -219,8 +219,8 @@ impl Rank {
             kv_bytes = weights.ops.kv_bytes_per_block(kv) * u64::from(serve.kv_blocks);
         }
         let limits = Limits { n_blocks: kv.n_blocks, ..self.limits };
-        let Weights { key, weight_bytes, ops, model, scratch } = weights;
-        let executor = Executor::new(ops, model, scratch, limits);
+        let Weights { key, weight_bytes, ops, model, scratch } = *weights;
+        let executor = Box::new(Executor::new(ops, model, scratch, limits));
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
         Ok((Self { weights: WeightsOrExecutor::Executor(executor, key, weight_bytes), limits, kv, ..self }, ready))
     }
@@ -242,7 +242,7 @@ impl Rank {
     /// Leaves the group.
     pub(super) fn into_weights(self) -> Weights {
         match self.weights {
-            WeightsOrExecutor::Weights(weights) => weights,
+            WeightsOrExecutor::Weights(weights) => *weights,
             WeightsOrExecutor::Executor(executor, key, weight_bytes) => {
                 let (ops, model, scratch) = executor.into_parts();
                 Weights { key, weight_bytes, ops, model, scratch }

@@ -45,14 +45,14 @@ pub struct Envelope {
     pub command: Command,
 }
 
+/// The engine thread.
+pub type EngineThread = thread::JoinHandle<Result<(), EnginePanic>>;
+
 /// Starts the engine thread. It ends when the sender is dropped, or when it panics; its result says which.
 ///
 /// # Errors
 /// If the system has no thread left.
-pub fn spawn(
-    config: RankConfig,
-    interrupt: Interrupt,
-) -> std::io::Result<(mpsc::Sender<Envelope>, thread::JoinHandle<Result<(), EnginePanic>>)> {
+pub fn spawn(config: RankConfig, interrupt: Interrupt) -> std::io::Result<(mpsc::Sender<Envelope>, EngineThread)> {
     let (sender, commands) = mpsc::channel();
     let mut worker =
         Worker { config, interrupt, machine: EngineMachine::default(), answers: None, rank: None, weights: None };

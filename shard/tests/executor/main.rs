@@ -2,6 +2,7 @@
 
 mod forward;
 mod invariance;
+mod link;
 mod loading;
 mod oracle;
 mod plans;

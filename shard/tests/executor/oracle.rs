@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 
 use crate::tiny::TinyModel;
 
+/// A row for each position.
+type Rows = Vec<Vec<f64>>;
+
 /// Log-probabilities over the vocabulary after each token.
-pub fn log_probabilities(model: &TinyModel, tokens: &[u32]) -> Vec<Vec<f64>> {
+pub fn log_probabilities(model: &TinyModel, tokens: &[u32]) -> Rows {
     let c = &model.config;
-    let mut caches: Vec<(Vec<Vec<f64>>, Vec<Vec<f64>>)> = vec![Default::default(); c.n_layers];
+    let mut caches = vec![(Rows::new(), Rows::new()); c.n_layers];
     tokens
         .iter()
         .enumerate()
