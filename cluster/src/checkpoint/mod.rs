@@ -11,6 +11,10 @@
 pub mod gguf;
 mod map;
 pub mod safetensors;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::{
     borrow::Cow,

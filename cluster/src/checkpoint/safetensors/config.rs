@@ -155,6 +155,7 @@ pub(super) fn read(path: &Path, json: &[u8], name: String, tensors: &Tensors) ->
             context_length = window;
         }
     }
+    let said_tied = fields.flag("tie_word_embeddings")? == Some(true);
     let config = ModelConfig {
         architecture: family.map_or(model_type, |f| f.architecture).to_owned(),
         name,
@@ -168,7 +169,7 @@ pub(super) fn read(path: &Path, json: &[u8], name: String, tensors: &Tensors) ->
         context_length,
         norm_eps: norm_eps as f32,
         rope: rope(&fields, head_dim)?,
-        tied_embeddings: !tensors.has_output || fields.flag("tie_word_embeddings")? == Some(true),
+        tied_embeddings: said_tied || !tensors.has_output,
     };
     config.check(tensors.count).map_err(|(field, reason)| fields.error(field, reason))?;
     Ok(config)
