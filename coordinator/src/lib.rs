@@ -1,6 +1,16 @@
 //! Owns requests: frontends, scheduler, groups, journal, policy. No tensor math.
 
+pub mod config;
+pub mod group;
+pub mod journal;
+pub mod kv;
+pub mod membership;
 pub mod metrics;
+pub mod model;
 pub mod request;
 pub mod scheduler;
+pub mod sequence;
 pub mod served_model;
+pub mod shard_link;
+pub mod spawn;
+pub mod text;

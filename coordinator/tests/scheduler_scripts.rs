@@ -62,6 +62,7 @@ impl Script {
             max_running: number(words, "running", 4),
             max_model_len: 100,
             vocab: 26,
+            prefix_caching: value(words, "cache") != Some("off"),
         };
         Self {
             machine: Machine::new(limits, vec![EOS], Box::new(Letters)),

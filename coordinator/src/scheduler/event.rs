@@ -22,6 +22,8 @@ pub struct Limits {
     pub max_model_len: usize,
     /// Token ids are below it.
     pub vocab: usize,
+    /// Whether sequences share the blocks of equal beginnings (`--enable-prefix-caching`).
+    pub prefix_caching: bool,
 }
 
 /// Something that happened.

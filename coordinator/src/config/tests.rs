@@ -1,0 +1,108 @@
+//! What options mean, and which are refused.
+
+use std::ffi::OsString;
+
+use clap::CommandFactory;
+
+use super::{flags::check_variables, *};
+
+fn machine() -> Machine {
+    Machine { cores: 8, state_home: Some("/home/me/state".into()), store_credentials: None }
+}
+
+fn resolve(args: &[&str]) -> Result<Config, ConfigError> {
+    let typed = std::iter::once("coordinator").chain(args.iter().copied()).map(OsString::from);
+    Config::resolve(Flags::gather(typed)?, &machine())
+}
+
+fn refused(args: &[&str]) -> String {
+    resolve(args).expect_err("the options are wrong").to_string()
+}
+
+#[test]
+fn the_command_is_consistent() {
+    Flags::command().debug_assert();
+    // Every option that takes a value can come from the environment, under its own name.
+    for arg in Flags::command().get_arguments() {
+        let (Some(long), true) = (arg.get_long(), arg.get_action().takes_values()) else { continue };
+        let own = format!("PHALANX_{}", long.replace('-', "_").to_uppercase());
+        let variable = arg.get_env().map(|e| e.to_string_lossy().into_owned());
+        let expected = if long == "log-level" { "PHALANX_LOG".to_owned() } else { own };
+        assert_eq!(variable, Some(expected));
+        assert!(arg.get_help().is_some(), "--{long} has no help");
+    }
+}
+
+#[test]
+fn defaults_are_filled_in() {
+    let config = resolve(&[]).unwrap();
+    assert_eq!(config.model, DEFAULT_MODEL);
+    assert_eq!((config.tensor_parallel_size, config.local_shards, config.threads_per_shard), (2, 2, 4));
+    assert_eq!(config.http_address.to_string(), "127.0.0.1:8000");
+    assert_eq!(config.grpc_address.to_string(), "127.0.0.1:50051");
+    assert_eq!(config.state_dir, Some("/home/me/state/phalanx/50051".into()));
+    assert!(config.enable_prefix_caching);
+    assert_eq!(resolve(&["--grpc-port", "0"]).unwrap().state_dir, None);
+}
+
+#[test]
+fn flags_are_taken() {
+    let args = ["m.gguf", "-tp", "3", "--kv-cache-memory", "512MiB", "--no-enable-prefix-caching", "--host", "::"];
+    let config = resolve(&args).unwrap();
+    assert_eq!((config.model.as_str(), config.tensor_parallel_size, config.local_shards), ("m.gguf", 3, 3));
+    assert_eq!(config.kv_cache_memory, Some(512 << 20));
+    assert!(!config.enable_prefix_caching);
+    assert_eq!(config.http_address.to_string(), "[::]:8000");
+    assert!(resolve(&["--enable-prefix-caching", "m.gguf"]).unwrap().enable_prefix_caching);
+    let small = resolve(&["--max-num-batched-tokens", "16"]).unwrap();
+    assert_eq!((small.max_num_batched_tokens, small.max_num_seqs), (16, 16));
+    assert_eq!(resolve(&["--served-model-name", "a", "b"]).unwrap().served_model_names, ["a", "b"]);
+}
+
+#[test]
+fn contradictions_are_refused() {
+    assert!(refused(&["a.gguf", "--model", "b.gguf"]).contains("--model"));
+    assert!(refused(&["--enable-prefix-caching", "--no-enable-prefix-caching"]).contains("cannot be used"));
+    assert!(refused(&["--port", "50051"]).contains("two different"));
+    assert!(refused(&["--max-num-seqs", "64", "--max-num-batched-tokens", "32"]).contains("--max-num-seqs"));
+    assert!(refused(&["--store", "etcd://h:1", "--state-dir", "/x"]).contains("embedded only"));
+    assert!(refused(&["--tensor-parallel-size", "0"]).contains("1 to 256"));
+    assert!(refused(&["--kv-cache-memory", "much"]).contains("512MiB"));
+    assert!(refused(&["--store", "zookeeper://h:1"]).contains("embedded, etcd://"));
+    assert!(refused(&["--host", "nowhere.example"]).contains("IP address"));
+    assert!(refused(&["--chat-template", "/does/not/exist"]).contains("/does/not/exist"));
+    assert!(refused(&["--log-level", "a=b=c"]).contains("log-level"));
+    assert!(refused(&["--tensor-paralel-size", "1"]).contains("--tensor-parallel-size"));
+}
+
+#[test]
+fn variables_with_typing_errors_are_refused() {
+    let check = |name: &str| check_variables(std::iter::once(name.to_owned()));
+    check("PHALANX_PORT").unwrap();
+    check("PHALANX_CACHE").unwrap();
+    check("HOME").unwrap();
+    let error = check("PHALANX_PORTS").unwrap_err().to_string();
+    assert!(error.contains("PHALANX_PORTS") && error.contains("perhaps PHALANX_PORT?"), "{error}");
+}
+
+#[test]
+fn sizes_have_units() {
+    let bytes = |text: &str| text.parse::<ByteSize>().map(|s| s.0);
+    assert_eq!(bytes("4096"), Ok(4096));
+    assert_eq!(bytes("1.5 GiB"), Ok(3 << 29));
+    assert_eq!(bytes("2GB"), Ok(2_000_000_000));
+    for bad in ["", "MiB", "-1", "1XB", "0", "9e9", "99999999TiB"] {
+        assert!(bytes(bad).is_err(), "{bad}");
+    }
+    assert_eq!(ByteSize(512 << 20).to_string(), "512MiB");
+    assert_eq!(ByteSize(1000).to_string(), "1000B");
+}
+
+#[test]
+fn what_is_printed_can_be_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = resolve(&["m \"x\".gguf", "--kv-cache-memory", "1GiB", "--served-model-name", "a", "b"]).unwrap();
+    let file = dir.path().join("c.toml");
+    std::fs::write(&file, config.to_flags().to_toml()).unwrap();
+    assert_eq!(resolve(&["--config", file.to_str().unwrap()]).unwrap(), config);
+}

@@ -1,0 +1,6 @@
+//! A tensor-parallel group: ranks that step together.
+
+pub mod actor;
+pub mod machine;
+pub mod plans;
+pub mod progress;

@@ -1,0 +1,44 @@
+//! Where the scheduler's plans go: to every rank of one formation.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use phalanx_cluster::id::Epoch;
+use phalanx_proto::v1::{StepPlan, coordinator_message::Message};
+
+use crate::{metrics as names, scheduler::handle::PlanSink, shard_link::LinkHandle};
+
+/// Links of one formation, in rank order. Plans are dropped once the formation is over.
+pub struct GroupPlans {
+    epoch: Epoch,
+    links: Vec<LinkHandle>,
+    over: AtomicBool,
+}
+
+impl GroupPlans {
+    /// Of the ranks that serve in `epoch`.
+    pub fn new(epoch: Epoch, links: Vec<LinkHandle>) -> Arc<Self> {
+        Arc::new(Self { epoch, links, over: AtomicBool::new(false) })
+    }
+
+    /// Drops every plan from now on.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+}
+
+impl PlanSink for GroupPlans {
+    fn send(&self, plan: StepPlan) {
+        if plan.epoch != self.epoch.raw() || self.over.load(Ordering::Acquire) {
+            metrics::counter!(names::FENCED).increment(1);
+            return;
+        }
+        let Some((last, others)) = self.links.split_last() else { return };
+        for link in others {
+            link.send(Message::StepPlan(plan.clone()));
+        }
+        last.send(Message::StepPlan(plan));
+    }
+}

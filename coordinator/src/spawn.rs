@@ -1,0 +1,206 @@
+//! Shards on this machine: this very program, started again under the name `shard`.
+//!
+//! A shard that ends unexpectedly is started again. Shards watch this process and end with it, however it ends; they
+//! have process groups of their own, so that Ctrl-C at a terminal reaches the coordinator alone, which ends them in order.
+
+use std::{
+    ffi::OsString,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::process::ExitStatusExt,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    process::{Child, Command},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::config::Config;
+
+/// Name under which this program is a shard: as the process's own name, or as its first argument.
+pub const SHARD: &str = "shard";
+
+/// Exit code of a shard whose options are wrong: starting it again would not help.
+const BAD_OPTIONS: i32 = 2;
+/// Pause before the first restart; doubles from there
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// to here.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A shard that lived this long did not fail at its start: the pause begins anew.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// Longest wait for a shard that was told to end, before SIGTERM, and again before SIGKILL.
+const END_LIMIT: Duration = Duration::from_secs(3);
+
+/// Variables that shards may see; the others that begin with `PHALANX_` are this process's options.
+const PASSED_ON: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALANX_LOG"];
+
+/// The local shards, each with a task that keeps it alive.
+pub struct LocalShards {
+    ending: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl LocalShards {
+    /// Starts as many shards as configured; they join at `grpc`. What makes a shard impossible goes to `fatal`.
+    pub fn start(config: &Config, grpc: SocketAddr, fatal: &mpsc::UnboundedSender<String>) -> Self {
+        let (ending, _) = watch::channel(false);
+        let tasks = (0..config.local_shards).map(|index| {
+            let keeper = Keeper {
+                name: format!("local-{index}"),
+                args: arguments(config, grpc, index),
+                ending: ending.subscribe(),
+                fatal: fatal.clone(),
+            };
+            tokio::spawn(keeper.run())
+        });
+        let tasks = tasks.collect();
+        Self { ending, tasks }
+    }
+
+    /// Waits until all have ended: by themselves (they were told), else by SIGTERM, else by SIGKILL.
+    pub async fn end(self) {
+        self.ending.send_replace(true);
+        for task in self.tasks {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a shard's keeper has ended before its shard");
+            }
+        }
+    }
+}
+
+fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
+    let address = match grpc.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    let coordinator = format!("http://{}", SocketAddr::new(address, grpc.port()));
+    let mut args: Vec<OsString> = vec!["--exit-with-parent".into()];
+    for (flag, value) in [
+        ("--coordinator", coordinator),
+        ("--shard-id", format!("local-{index}")),
+        ("--threads", config.threads_per_shard.to_string()),
+        ("--isa", config.isa.clone()),
+        ("--collective", config.collective.as_str().to_owned()),
+    ] {
+        args.extend([flag.into(), value.into()]);
+    }
+    args
+}
+
+/// Keeps one shard alive.
+struct Keeper {
+    name: String,
+    args: Vec<OsString>,
+    ending: watch::Receiver<bool>,
+    fatal: mpsc::UnboundedSender<String>,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let started = Instant::now();
+            match self.spawn() {
+                Ok(mut child) => {
+                    tracing::debug!(shard = self.name, pid = child.id(), "started");
+                    tokio::select! {
+                        status = child.wait() => match status {
+                            Ok(status) if status.code() == Some(BAD_OPTIONS) => {
+                                let reason = format!("shard {} refuses its options; see above", self.name);
+                                // The process may be ending already.
+                                let _ = self.fatal.send(reason);
+                                return;
+                            }
+                            Ok(status) => tracing::warn!(shard = self.name, "shard ended unexpectedly: {}", how(status)),
+                            Err(error) => tracing::error!(shard = self.name, %error, "shard can't be waited for"),
+                        },
+                        () = told_to_end(&mut self.ending) => return end(&self.name, child).await,
+                    }
+                }
+                Err(error) => tracing::error!(shard = self.name, %error, "shard can't be started"),
+            }
+            if started.elapsed() >= HEALTHY_AFTER {
+                pause = FIRST_PAUSE;
+            }
+            tokio::select! {
+                () = sleep(pause) => {}
+                () = told_to_end(&mut self.ending) => return,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            tracing::info!(shard = self.name, "starting the shard again");
+        }
+    }
+
+    fn spawn(&self) -> std::io::Result<Child> {
+        // Also right when the file was replaced meanwhile.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(SHARD).args(&self.args).process_group(0).kill_on_drop(true);
+        // stdout is the coordinator's, for its ready line.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+        for (name, _) in std::env::vars_os() {
+            let ours = name.to_str().is_some_and(|n| n.starts_with("PHALANX_") && !PASSED_ON.contains(&n));
+            if ours {
+                command.env_remove(name);
+            }
+        }
+        command.spawn()
+    }
+}
+
+/// Also returns when the process is being torn down.
+async fn told_to_end(ending: &mut watch::Receiver<bool>) {
+    // An error means that nobody is left to tell.
+    let _ = ending.wait_for(|e| *e).await;
+}
+
+fn how(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("signal {signal}"),
+        (None, Some(code)) => format!("exit code {code}"),
+        (None, None) => status.to_string(),
+    }
+}
+
+/// Waits for a shard's end, less and less patiently.
+async fn end(name: &str, mut child: Child) {
+    if timeout(END_LIMIT, child.wait()).await.is_ok() {
+        return;
+    }
+    if let Some(pid) = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw) {
+        tracing::info!(shard = name, "does not end by itself: SIGTERM");
+        // It may end this moment.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    if timeout(END_LIMIT, child.wait()).await.is_ok() {
+        return;
+    }
+    tracing::warn!(shard = name, "does not end: SIGKILL");
+    if let Err(error) = child.kill().await {
+        tracing::error!(shard = name, %error, "can't be killed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Flags, Machine};
+
+    #[test]
+    fn shards_are_told_where_to_join() {
+        let machine = Machine { cores: 4, state_home: None, store_credentials: None };
+        let config = Config::resolve(Flags::default(), &machine).unwrap();
+        let text = |address: &str| {
+            let args = arguments(&config, address.parse().unwrap(), 1);
+            args.iter().map(|a| a.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        let args = text("0.0.0.0:7000");
+        assert!(args.contains("--coordinator http://127.0.0.1:7000 --shard-id local-1 --threads 2"), "{args}");
+        assert!(text("[::]:7000").contains("--coordinator http://[::1]:7000"));
+        assert!(text("10.0.0.5:7000").contains("--coordinator http://10.0.0.5:7000"));
+    }
+}
