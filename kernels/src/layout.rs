@@ -238,13 +238,15 @@ impl SetValues<'_> {
         values[(row * self.n_steps + step) * per_step + index]
     }
 
-    /// The smallest type that is exact.
-    fn scale_type(&self, may_factor: bool) -> (Scale, Factors) {
+    /// The smallest of these types and f32 that is exact. (Not all types for all layouts: each is a kernel to compile.)
+    fn scale_type(&self, types: &[Scale]) -> (Scale, Factors) {
         let exact = |&v: &f32| f16::from_f32(v).to_f32().to_bits() == v.to_bits();
-        if self.sets[..self.n_sets].iter().all(|(values, ..)| values.iter().all(exact)) {
+        if types.contains(&Scale::F16) && self.sets[..self.n_sets].iter().all(|(values, ..)| values.iter().all(exact)) {
             return (Scale::F16, Vec::new());
         }
-        if may_factor && let Some(factors) = self.factors() {
+        if types.contains(&Scale::Factored)
+            && let Some(factors) = self.factors()
+        {
             return (Scale::Factored, factors);
         }
         (Scale::F32, Vec::new())
@@ -289,24 +291,24 @@ impl Packed {
             (WeightData::F32(_), _) | (_, Precision::Float32) => (Kind::F32, sets([none; 2], 0), Vec::new()),
             (WeightData::Q4 { scales, mins, .. }, _) => {
                 let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
-                let (scale, factors) = values.scale_type(true);
+                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored]);
                 (Kind::Q4(scale), values, factors)
             }
             (WeightData::Q8 { quants, group: 16, scales, .. }, _) => {
                 let values = sets([(scales, 2, 0), (scales, 2, 1)], 2);
                 // Bit 5 and those above are the same in what fits 6 bits.
                 let is_6_bits = quants.iter().fold(0, |bits, &q| bits | (q ^ (q >> 7)) as u8) < 32;
-                let (scale, factors) = values.scale_type(is_6_bits);
+                let (scale, factors) = values.scale_type(if is_6_bits { &[Scale::Factored] } else { &[] });
                 (if is_6_bits { Kind::Q6Half(scale) } else { Kind::Q8Half(scale) }, values, factors)
             }
             (WeightData::Q8 { scales, mins: None, .. }, _) => {
                 let values = sets([(scales, 1, 0), none], 1);
-                let (scale, factors) = values.scale_type(false);
+                let (scale, factors) = values.scale_type(&[Scale::F16]);
                 (Kind::Q8(scale), values, factors)
             }
             (WeightData::Q8 { scales, mins: Some(mins), .. }, _) => {
                 let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
-                let (scale, factors) = values.scale_type(true);
+                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored]);
                 (Kind::Q8Min(scale), values, factors)
             }
         };

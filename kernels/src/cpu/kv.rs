@@ -1,7 +1,4 @@
-//! The pages of the KV cache and the way into them. Their layout: `generic/attention.rs`.
-#![allow(unsafe_code)]
-
-use half::f16;
+//! The pages of the KV cache. Their layout: `generic/attention.rs`.
 
 use crate::{
     error::KernelError,
@@ -108,43 +105,6 @@ impl KvCache {
         match chunk.blocks.iter().find(|&&block| block as usize >= self.shape.n_blocks) {
             None => Ok(()),
             Some(block) => Err(shape(format!("blocks below {}", self.shape.n_blocks), block.to_string())),
-        }
-    }
-}
-
-/// Writes one row of one head to its slot in a page.
-///
-/// # Safety
-/// `keys` and `values` are the head's in the page of `slot`'s block; `k` and `v` are valid for `head_dim` elements; nobody
-/// else touches the slot.
-pub(crate) unsafe fn store_head(
-    precision: Precision,
-    head_dim: usize,
-    slot: usize,
-    keys: *mut u8,
-    values: *mut u8,
-    k: &[f32],
-    v: &[f32],
-) {
-    let key_at = |d: usize| (slot / TILE * head_dim + d) * TILE + slot % TILE;
-    let value_at = slot * head_dim.next_multiple_of(TILE);
-    // SAFETY: the contract above; pages are aligned to 64 bytes, and heads begin at whole elements.
-    unsafe {
-        match precision {
-            Precision::Auto => {
-                let (keys, values) = (keys.cast::<f16>(), values.cast::<f16>());
-                for (d, (&k, &v)) in k.iter().zip(v).enumerate() {
-                    *keys.add(key_at(d)) = f16::from_f32(k);
-                    *values.add(value_at + d) = f16::from_f32(v);
-                }
-            }
-            Precision::Float32 => {
-                let (keys, values) = (keys.cast::<f32>(), values.cast::<f32>());
-                for (d, (&k, &v)) in k.iter().zip(v).enumerate() {
-                    *keys.add(key_at(d)) = k;
-                    *values.add(value_at + d) = v;
-                }
-            }
         }
     }
 }

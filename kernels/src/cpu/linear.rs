@@ -5,7 +5,7 @@ use super::{
     CpuOps, Shared,
     generic::{
         linear::{LinearTask, Out},
-        quantize::QUANT_ROW_BYTES,
+        quantize::{Block, QUANT_ROW_BYTES},
     },
     table::LinearFn,
 };
@@ -58,7 +58,7 @@ impl CpuOps {
                 self.interleave(x, n_rows, n_in)?;
             }
         }
-        let n_blocks = n_rows.div_ceil(self.table.rows);
+        let n_blocks = Block::count(n_rows, self.table.rows);
         let n_threads = self.pool.n_threads();
         let mut products = std::mem::take(&mut self.products);
         products.clear();
@@ -135,12 +135,12 @@ impl CpuOps {
         let rows_per_task = rows_per_task(n_rows, n_in);
         self.pool.run(n_rows.div_ceil(rows_per_task), &|index, _| {
             for row in index * rows_per_task..n_rows.min((index + 1) * rows_per_task) {
-                let block = row / table.rows * table.rows;
+                let block = Block::of_row(n_rows, table.rows, row);
                 // SAFETY: the contract above; the buffer has room for all rows, each row writes its own part.
                 unsafe {
-                    let out = out.get().add(block * n_groups * QUANT_ROW_BYTES);
+                    let out = out.get().add(block.first_row * n_groups * QUANT_ROW_BYTES);
                     let x = x.get().add(row * n_in);
-                    (table.quantize_row)(x, n_groups, row - block, (n_rows - block).min(table.rows), out);
+                    (table.quantize_row)(x, n_groups, row - block.first_row, block.n_rows, out);
                 }
             }
         });
@@ -154,12 +154,12 @@ impl CpuOps {
     unsafe fn interleave(&mut self, x: *const f32, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
         self.interleaved.reserve("activations", n_rows * n_in)?;
         let (table, out, x) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()), Shared(x));
-        self.pool.run(n_rows.div_ceil(table.rows), &|index, _| {
-            let row = index * table.rows;
+        self.pool.run(Block::count(n_rows, table.rows), &|index, _| {
+            let block = Block::new(n_rows, table.rows, index);
             // SAFETY: the contract above; the buffer has room for all rows, each block writes its own part.
             unsafe {
-                let (x, out) = (x.get().add(row * n_in), out.get().add(row * n_in));
-                (table.pack_rows)(x, n_in, (n_rows - row).min(table.rows), out);
+                let from = block.first_row * n_in;
+                (table.pack_rows)(x.get().add(from), n_in, block.n_rows, out.get().add(from));
             }
         });
         Ok(())

@@ -238,7 +238,11 @@ impl Ops for CpuOps {
     fn store_kv(&mut self, layer: usize, k: Buf, v: Buf) -> Result<(), KernelError> {
         let op = "store_kv";
         let cache = self.kv.as_mut().ok_or_else(|| shape_error(op, "a KV cache: call alloc_kv first", "none"))?;
-        let (shape, precision) = (cache.shape, cache.precision);
+        let shape = cache.shape;
+        let store = match self.precision {
+            Precision::Auto => self.table.store_f16,
+            Precision::Float32 => self.table.store_f32,
+        };
         let (width, page_bytes) = (shape.n_kv_heads * shape.head_dim, cache.page_bytes());
         let n_rows = self.step.n_rows;
         let pages = cache
@@ -265,13 +269,13 @@ impl Ops for CpuOps {
                         let (keys, values) = cache.head_offsets(head);
                         let at = from + head * shape.head_dim;
                         // SAFETY: `begin_step` checked the blocks; buffers have `n_rows * width` elements; the scheduler
-                        // gives each slot to one row, and if it does not, a slot holds either row's numbers.
+                        // gives each slot to one row, and if it does not, a slot holds either row's numbers; the CPU
+                        // has the table.
                         unsafe {
                             let page = pages.get().add(page);
-                            let k = std::slice::from_raw_parts(k.get().add(at), shape.head_dim);
-                            let v = std::slice::from_raw_parts(v.get().add(at), shape.head_dim);
+                            let (k, v) = (k.get().add(at), v.get().add(at));
                             let slot = position % shape.block_size;
-                            kv::store_head(precision, shape.head_dim, slot, page.add(keys), page.add(values), k, v);
+                            store(shape.head_dim, slot, page.add(keys), page.add(values), k, v);
                         }
                     }
                 }

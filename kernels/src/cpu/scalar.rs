@@ -22,7 +22,8 @@ macro_rules! lanes {
 // SAFETY (all methods): plain loads and stores of what the trait's contract says is valid; no instruction set is needed.
 impl Simd for Scalar {
     type F = V;
-    const ROWS: usize = 4;
+    // Where there are faster kernels, these serve as a check only: few, to compile quickly.
+    const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
     const HEAD_VECTORS: usize = 1;
 
     #[inline(always)]
@@ -48,6 +49,13 @@ impl Simd for Scalar {
     unsafe fn store(p: *mut f32, v: V) {
         // SAFETY: as above.
         unsafe { p.cast::<V>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: V) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { p.add(i).write_unaligned(half::f16::from_f32_const(v).to_bits()) };
+        }
     }
     #[inline(always)]
     unsafe fn add(a: V, b: V) -> V {

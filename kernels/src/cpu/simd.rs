@@ -24,7 +24,7 @@ pub(crate) struct Line<T>(pub T);
 pub(crate) trait Simd {
     /// 16 f32.
     type F: Copy;
-    /// Activation rows in a register block: the most for which one weight vector is unpacked.
+    /// Activation rows in a register block, the most for which a weight vector is unpacked once: 1, 2, 4 or 8.
     const ROWS: usize;
     /// Vectors of a head that attention sums at once.
     const HEAD_VECTORS: usize;
@@ -34,6 +34,8 @@ pub(crate) trait Simd {
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
+    /// Rounded half to even.
+    unsafe fn store_f16(p: *mut u16, v: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;

@@ -8,6 +8,7 @@ use super::{
         linear::{self, LinearTask},
         quantize,
         quantized::{Factored, Q4, Q6Half, Q8, Q8Half, ScaleF16, ScaleF32},
+        store,
         tile::{Bf16, Dense, F16, F32, Tile},
     },
     isa::Isa,
@@ -20,6 +21,7 @@ use crate::{
 };
 
 pub(crate) type LinearFn = unsafe fn(&LinearTask);
+pub(crate) type StoreFn = unsafe fn(usize, usize, *mut u8, *mut u8, *const f32, *const f32);
 pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
 
 /// Kernels of one instruction set. Safety: the CPU has it, and as the functions in `generic` say.
@@ -30,6 +32,8 @@ pub(crate) struct Table {
     pub quantize_row: unsafe fn(*const f32, usize, usize, usize, *mut u8),
     pub pack_rows: unsafe fn(*const f32, usize, usize, *mut f32),
     pub linear: fn(Kind) -> LinearFn,
+    pub store_f16: StoreFn,
+    pub store_f32: StoreFn,
     pub attention_f16: AttentionFn,
     pub attention_f32: AttentionFn,
     pub attention_scratch_len: fn(usize, usize) -> usize,
@@ -87,14 +91,34 @@ macro_rules! kernels {
                     Kind::Q8Min(Scale::F16) => linear_of::<Q8<ScaleF16, true>>,
                     Kind::Q8Min(Scale::Factored) => linear_of::<Q8<Factored, true>>,
                     Kind::Q8Half(Scale::F32) => linear_of::<Q8Half<ScaleF32>>,
-                    Kind::Q8Half(Scale::F16) => linear_of::<Q8Half<ScaleF16>>,
                     Kind::Q6Half(Scale::F32) => linear_of::<Q6Half<ScaleF32>>,
-                    Kind::Q6Half(Scale::F16) => linear_of::<Q6Half<ScaleF16>>,
                     Kind::Q6Half(Scale::Factored) => linear_of::<Q6Half<Factored>>,
-                    Kind::Q8(Scale::Factored) | Kind::Q8Half(Scale::Factored) => {
-                        unreachable!("`layout.rs` factors no scales of {kind:?}")
+                    Kind::Q8(Scale::Factored) | Kind::Q8Half(Scale::F16 | Scale::Factored) | Kind::Q6Half(Scale::F16) => {
+                        unreachable!("`layout.rs` packs no {kind:?}")
                     }
                 }
+            }
+            $(#[$features])?
+            unsafe fn store_f16(
+                head_dim: usize,
+                slot: usize,
+                keys: *mut u8,
+                values: *mut u8,
+                k: *const f32,
+                v: *const f32,
+            ) {
+                unsafe { store::store_head::<$simd, F16>(head_dim, slot, keys, values, k, v) }
+            }
+            $(#[$features])?
+            unsafe fn store_f32(
+                head_dim: usize,
+                slot: usize,
+                keys: *mut u8,
+                values: *mut u8,
+                k: *const f32,
+                v: *const f32,
+            ) {
+                unsafe { store::store_head::<$simd, F32>(head_dim, slot, keys, values, k, v) }
             }
             $(#[$features])?
             unsafe fn attention_f16(task: &AttentionTask, scratch: *mut f32) {
@@ -137,6 +161,8 @@ macro_rules! kernels {
                 quantize_row,
                 pack_rows,
                 linear,
+                store_f16,
+                store_f32,
                 attention_f16,
                 attention_f32,
                 attention_scratch_len: attention::scratch_len::<$simd>,

@@ -75,9 +75,9 @@ pub(crate) unsafe fn attention<S: Simd, E: Element>(task: &AttentionTask, scratc
         unsafe {
             match n {
                 1 => queries::<S, E, 1>(task, v, scratch),
-                2 => queries::<S, E, 2>(task, v, scratch),
-                3 => queries::<S, E, 3>(task, v, scratch),
-                4 => queries::<S, E, 4>(task, v, scratch),
+                2 if S::ROWS >= 2 => queries::<S, E, 2>(task, v, scratch),
+                3 if S::ROWS >= 3 => queries::<S, E, 3>(task, v, scratch),
+                4 if S::ROWS >= 4 => queries::<S, E, 4>(task, v, scratch),
                 5 if S::ROWS >= 5 => queries::<S, E, 5>(task, v, scratch),
                 6 if S::ROWS >= 6 => queries::<S, E, 6>(task, v, scratch),
                 7 if S::ROWS >= 7 => queries::<S, E, 7>(task, v, scratch),

@@ -50,12 +50,16 @@ pub(crate) fn fold_sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// A vector of the first `n < 16` elements at `p`, zeros behind.
+/// A vector of the first `n` (up to 16) elements at `p`, zeros behind.
 ///
 /// # Safety
 /// The CPU has `S`; `p` is valid for `n` elements.
 #[inline(always)]
-unsafe fn load_part<S: Simd>(p: *const f32, n: usize) -> S::F {
+pub(crate) unsafe fn load_part<S: Simd>(p: *const f32, n: usize) -> S::F {
+    if n == LANES {
+        // SAFETY: the contract above.
+        return unsafe { S::load(p) };
+    }
     let mut lanes = Line([0.0f32; LANES]);
     // SAFETY: the contract above.
     unsafe {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::{
     super::simd::{LANES, Line, Simd},
+    quantize::Block,
     tile::{Sums, Tile, Weights},
 };
 
@@ -43,43 +44,39 @@ pub(crate) struct LinearTask {
 /// The CPU has `S`; pointers are valid for what the task's shapes say; nobody else touches the task's outputs.
 #[inline(always)]
 pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
-    for block in task.row_blocks.clone() {
-        let n_rows = (task.n_rows - block * S::ROWS).min(S::ROWS);
+    for index in task.row_blocks.clone() {
+        let block = Block::new(task.n_rows, S::ROWS, index);
         // SAFETY: the contract above. Arms above `ROWS` are never taken.
         unsafe {
-            match n_rows {
-                1 => row_block::<S, K, 1>(task, block),
-                2 => row_block::<S, K, 2>(task, block),
-                3 => row_block::<S, K, 3>(task, block),
-                4 => row_block::<S, K, 4>(task, block),
-                5 if S::ROWS >= 5 => row_block::<S, K, 5>(task, block),
-                6 if S::ROWS >= 6 => row_block::<S, K, 6>(task, block),
-                7 if S::ROWS >= 7 => row_block::<S, K, 7>(task, block),
-                8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block),
-                _ => unreachable!("a block has 1 to {} rows", S::ROWS),
+            match block.n_rows {
+                1 => row_block::<S, K, 1>(task, block.first_row),
+                2 if S::ROWS >= 2 => row_block::<S, K, 2>(task, block.first_row),
+                4 if S::ROWS >= 4 => row_block::<S, K, 4>(task, block.first_row),
+                8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block.first_row),
+                n => unreachable!("a block of {n} rows"),
             }
         }
     }
 }
 
 /// # Safety
-/// As [`linear`]; the block has `R` rows.
+/// As [`linear`]; a block of `R` rows begins with `first_row`.
 #[inline(always)]
-unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, block: usize) {
-    // SAFETY: all blocks before this one have `ROWS` rows.
-    let x = unsafe { task.x.add(block * S::ROWS * task.n_steps * K::X_BYTES) };
+unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
+    // SAFETY: blocks lie one after another.
+    let x = unsafe { task.x.add(first_row * task.n_steps * K::X_BYTES) };
     let mut tile = task.tiles.start;
-    if R == 1 {
+    if R == 1 && S::ROWS > 1 {
         // One row alone keeps few sums in flight: two tiles at once hide the latency of the additions.
         while tile + 2 <= task.tiles.end {
             // SAFETY: the contract above.
-            unsafe { tiles::<S, K, R, 2>(task, x, block * S::ROWS, tile) };
+            unsafe { tiles::<S, K, R, 2>(task, x, first_row, tile) };
             tile += 2;
         }
     }
     while tile < task.tiles.end {
         // SAFETY: the contract above.
-        unsafe { tiles::<S, K, R, 1>(task, x, block * S::ROWS, tile) };
+        unsafe { tiles::<S, K, R, 1>(task, x, first_row, tile) };
         tile += 1;
     }
 }

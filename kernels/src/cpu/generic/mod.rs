@@ -8,4 +8,5 @@ pub(crate) mod elementwise;
 pub(crate) mod linear;
 pub(crate) mod quantize;
 pub(crate) mod quantized;
+pub(crate) mod store;
 pub(crate) mod tile;

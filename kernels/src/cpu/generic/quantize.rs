@@ -1,7 +1,7 @@
 //! Activations as the linear kernels want them.
 //!
-//! Rows are taken in blocks of `Simd::ROWS`; the last block has only the rows that are left. Within a block of R rows
-//! all that one step of the weights meets lies together:
+//! Rows are taken in blocks (see [`Block`]). Within a block of R rows all that one step of the weights meets lies
+//! together:
 //!
 //! - for dense weights (`pack_rows`), a step is one input: R f32. One row alone needs no packing;
 //! - for quantized weights (`quantize_row`), a step is 32 inputs: R x 32 i8, R scales d (f32), R products s = d * sum
@@ -13,6 +13,48 @@
 #![allow(unsafe_code)]
 
 use crate::layout::GROUP;
+
+/// Rows that meet each weight together: as many blocks of `Simd::ROWS` as there are, then what is left in powers of two,
+/// largest first, so that there are few kernels to compile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Block {
+    pub first_row: usize,
+    pub n_rows: usize,
+}
+
+impl Block {
+    /// Number of blocks of `n_rows` rows; `max` is the largest block.
+    pub fn count(n_rows: usize, max: usize) -> usize {
+        n_rows / max + (n_rows % max).count_ones() as usize
+    }
+
+    /// Block number `index` (below the count) of `n_rows` rows.
+    pub fn new(n_rows: usize, max: usize, index: usize) -> Self {
+        let (n_full, mut rest) = (n_rows / max, n_rows % max);
+        if index < n_full {
+            return Self { first_row: index * max, n_rows: max };
+        }
+        let mut first_row = n_full * max;
+        for _ in n_full..index {
+            let largest = 1 << rest.ilog2();
+            first_row += largest;
+            rest -= largest;
+        }
+        Self { first_row, n_rows: 1 << rest.ilog2() }
+    }
+
+    /// The block that row `row` of `n_rows` is in.
+    pub fn of_row(n_rows: usize, max: usize, row: usize) -> Self {
+        let mut index = (row / max).min(n_rows / max);
+        loop {
+            let block = Self::new(n_rows, max, index);
+            if row < block.first_row + block.n_rows {
+                return block;
+            }
+            index += 1;
+        }
+    }
+}
 
 /// Bytes of one row in one step of quantized activations.
 pub(crate) const QUANT_ROW_BYTES: usize = GROUP + 5 * 4;
@@ -96,6 +138,30 @@ pub(crate) unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, ou
         for row in 0..block_rows {
             // SAFETY: the contract above.
             unsafe { *out.add(k * block_rows + row) = *x.add(row * n_in + k) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_cover_all_rows_in_order() {
+        for max in [1, 2, 4, 8] {
+            for n_rows in 1..40 {
+                let mut row = 0;
+                for index in 0..Block::count(n_rows, max) {
+                    let block = Block::new(n_rows, max, index);
+                    assert_eq!(block.first_row, row);
+                    assert!(block.n_rows <= max && block.n_rows.is_power_of_two());
+                    for row in row..row + block.n_rows {
+                        assert_eq!(Block::of_row(n_rows, max, row), block);
+                    }
+                    row += block.n_rows;
+                }
+                assert_eq!(row, n_rows);
+            }
         }
     }
 }

@@ -74,6 +74,30 @@ pub(crate) trait Element {
     unsafe fn load<S: Simd>(p: *const u8) -> S::F;
 }
 
+/// A type of the KV cache.
+pub(crate) trait CacheElement: Element {
+    /// Writes 16 elements, rounded half to even.
+    ///
+    /// # Safety
+    /// The CPU has `S`; `p` is valid for 16 elements.
+    unsafe fn store<S: Simd>(p: *mut u8, v: S::F);
+}
+
+impl CacheElement for F32 {
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut u8, v: S::F) {
+        // SAFETY: the trait's contract.
+        unsafe { S::store(p.cast(), v) }
+    }
+}
+impl CacheElement for F16 {
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut u8, v: S::F) {
+        // SAFETY: the trait's contract.
+        unsafe { S::store_f16(p.cast(), v) }
+    }
+}
+
 pub(crate) struct F32;
 pub(crate) struct F16;
 pub(crate) struct Bf16;

@@ -146,7 +146,7 @@ fn resident_bytes_count_packed_weights() {
         (4, 16 * 384),
         (5, 16 * 544),
         (6, 16 * 576),
-        (9, 16 * 576),
+        (9, 16 * 640),
         (11, factored(256)),
         (13, factored(512)),
         (14, factored(384)),
