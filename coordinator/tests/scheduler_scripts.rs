@@ -1,7 +1,7 @@
 //! Scripts in `tests/scheduler_scripts`: what the scheduler is told, a line `----`, and what it answers.
 //!
 //! ```text
-//! limits block=4 rows=8 running=4     first; a new scheduler
+//! limits block=4 rows=8 running=4     first; a new scheduler; cache=off: nothing is shared
 //! serve blocks=6                      a group takes plans, at the next epoch
 //! submit a prompt=5 max=2             prompt=3@9: 3 tokens from 9 on; prompts from 0 share their beginnings
 //!     options: n=, logprobs, echo, eos, stop=TEXT, min=, deadline=MS

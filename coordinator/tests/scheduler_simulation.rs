@@ -156,7 +156,7 @@ impl World {
             max_running: luck.within(1, 8),
             max_model_len: MAX_MODEL_LEN,
             vocab: VOCAB,
-            prefix_caching: true,
+            prefix_caching: !luck.one_in(4),
         };
         let now = Instant::now();
         let heads: Vec<Vec<u32>> = (0..3).map(|_| tokens(luck, 20)).collect();

@@ -121,7 +121,9 @@ impl Machine {
         let output = extend_output(sequence, request, &self.eos, token_id, score);
         if let (Some(seat), Some(group)) = (&mut sequence.seat, &mut self.group) {
             seat.tokens.push(token_id);
-            group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed);
+            if self.limits.prefix_caching {
+                group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed);
+            }
         }
         let since_last = sequence.last_token_at.replace(now).map(|at| now.saturating_duration_since(at));
         self.measure_token(now, key.request, since_last, out);

@@ -56,7 +56,7 @@ impl Machine {
         let chunks = draft.planned;
         group.next_step += 1;
         // From the next plan on, what this one computes can be shared.
-        for PlannedChunk { key, .. } in &chunks {
+        for PlannedChunk { key, .. } in chunks.iter().filter(|_| self.limits.prefix_caching) {
             let Some(seat) = self.sequences.get_mut(key).and_then(|s| s.seat.as_mut()) else { continue };
             group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed);
         }
@@ -209,7 +209,8 @@ impl Machine {
         let leader = self.sequences.get(&SequenceKey { choice: 0, ..key });
         let Some((leader, seat)) = leader.and_then(|l| Some((l, l.seat.as_ref()?))) else { return false };
         let n_shareable = (leader.prompt_len - 1) / self.limits.block_size;
-        seat.table.n_published() < n_shareable || self.requests.get(&key.request).is_some_and(|r| r.waits_for_scores())
+        let will_share = self.limits.prefix_caching && seat.table.n_published() < n_shareable;
+        will_share || self.requests.get(&key.request).is_some_and(|r| r.waits_for_scores())
     }
 }
 

@@ -46,7 +46,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 impl Fixture {
     async fn new(max_queued_requests: usize) -> Self {
-        let limits = Limits { block_size: 4, max_step_rows: 64, max_running: 1, max_model_len: 100, vocab: 50, prefix_caching: true };
+        let limits = Limits {
+            block_size: 4,
+            max_step_rows: 64,
+            max_running: 1,
+            max_model_len: 100,
+            vocab: 50,
+            prefix_caching: true,
+        };
         let detokenizers = Box::new(Crosses);
         let config = SchedulerConfig { limits, eos: vec![0], detokenizers, max_queued_requests };
         let (handle, _) = SchedulerHandle::spawn(config, None).await.expect("the actor starts");
