@@ -107,4 +107,26 @@ impl KvCache {
             Some(block) => Err(shape(format!("blocks below {}", self.shape.n_blocks), block.to_string())),
         }
     }
+
+    /// Checks that no slot is written by two rows. `spans` is room to work in.
+    pub fn check_slots(&self, chunks: &[RowChunk], spans: &mut Vec<(u32, usize, usize)>) -> Result<(), KernelError> {
+        let size = self.shape.block_size;
+        spans.clear();
+        for chunk in chunks.iter().filter(|chunk| chunk.n_rows > 0) {
+            let end = chunk.start + chunk.n_rows;
+            for index in chunk.start / size..end.div_ceil(size) {
+                let first = chunk.start.max(index * size) - index * size;
+                spans.push((chunk.blocks[index], first, end.min((index + 1) * size) - index * size));
+            }
+        }
+        spans.sort_unstable();
+        match spans.windows(2).find(|pair| pair[0].0 == pair[1].0 && pair[0].2 > pair[1].1) {
+            None => Ok(()),
+            Some(pair) => Err(KernelError::Shape {
+                op: "begin_step",
+                want: "a slot of its own for each row".into(),
+                got: format!("two rows in block {} slot {}", pair[1].0, pair[1].1),
+            }),
+        }
+    }
 }

@@ -104,6 +104,7 @@ impl Ops for CpuOps {
         self.step.clear();
         if let Some(kv) = &self.kv {
             rows.chunks.iter().try_for_each(|chunk| kv.check_chunk(chunk))?;
+            kv.check_slots(&rows.chunks, &mut self.step.spans)?;
         }
         self.step.begin(rows)
     }
@@ -268,9 +269,8 @@ impl Ops for CpuOps {
                     for head in 0..shape.n_kv_heads {
                         let (keys, values) = cache.head_offsets(head);
                         let at = from + head * shape.head_dim;
-                        // SAFETY: `begin_step` checked the blocks; buffers have `n_rows * width` elements; the scheduler
-                        // gives each slot to one row, and if it does not, a slot holds either row's numbers; the CPU
-                        // has the table.
+                        // SAFETY: `begin_step` checked that the blocks exist and that each slot is one row's; buffers
+                        // have `n_rows * width` elements; the CPU has the table.
                         unsafe {
                             let page = pages.get().add(page);
                             let (k, v) = (k.get().add(at), v.get().add(at));

@@ -14,6 +14,8 @@ pub(super) struct Step {
     pub n_rows: usize,
     /// Of each row.
     pub positions: Vec<usize>,
+    /// Room to compare the slots that rows are written to.
+    pub spans: Vec<(u32, usize, usize)>,
     /// Counts steps.
     number: u64,
 }

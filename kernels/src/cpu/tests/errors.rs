@@ -115,7 +115,15 @@ fn steps_and_pages_that_do_not_fit_are_refused() {
     refused(begin(RowChunk { first_row: 1, ..chunk.clone() }));
     refused(begin(RowChunk { start: usize::MAX, ..chunk.clone() }));
     refused(begin(RowChunk { start: 32, ..chunk.clone() }));
-    begin(chunk).expect("fits");
+    refused(begin(RowChunk { blocks: vec![3, 3], ..chunk.clone() }));
+    begin(chunk.clone()).expect("fits");
+    let beside = |start, blocks| RowChunk { first_row: 17, n_rows: 2, start, blocks };
+    let mut begin_both = |other| ops.begin_step(&StepRows { chunks: vec![chunk.clone(), other] });
+    refused(begin_both(beside(0, vec![3])));
+    refused(begin_both(beside(16, vec![1, 0])));
+    begin_both(beside(17, vec![1, 0])).expect("other slots of the same block");
+    begin_both(beside(16, vec![3, 1])).expect("a shared block that is only read");
+    ops.begin_step(&StepRows { chunks: vec![chunk] }).expect("fits");
     ops.store_kv(0, buf, other).expect("fits");
     refused(ops.store_kv(1, buf, other));
     let heads = |layer, kv_head_of| Attention { layer, n_heads: 2, kv_head_of, scale: 1.0 };
