@@ -40,12 +40,16 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
     let quants4: Vec<u8> = (0..n).map(|i| (i * 7 % 16) as u8).collect();
     let quants8: Vec<i8> = (0..n).map(|i| (i * 37 % 256) as u8 as i8).collect();
     let (scales, short) = (numbers(n / 16), vec![0.5; n / 32]);
+    let quants6: Vec<i8> = (0..n).map(|i| (i * 37 % 64) as i8 - 32).collect();
+    // Not an f16, but a small number times the same factor.
+    let factored: Vec<f32> = (0..n / 16).map(|i| (1 + i % 60) as f32 * (1.0 + f32::EPSILON * 1024.0)).collect();
     let half: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
     let data = match name {
         "q4" => WeightData::Q4 { quants: &quants4, scales: &short, mins: &short },
         "q4-f32-scales" => WeightData::Q4 { quants: &quants4, scales: &scales[..n / 32], mins: &short },
         "q8" => WeightData::Q8 { quants: &quants8, group: 32, scales: &short, mins: None },
-        "q8-groups-of-16" => WeightData::Q8 { quants: &quants8, group: 16, scales: &scales, mins: None },
+        "q4-factored" => WeightData::Q4 { quants: &quants4, scales: &factored[..n / 32], mins: &factored[..n / 32] },
+        "q6-factored" => WeightData::Q8 { quants: &quants6, group: 16, scales: &factored, mins: None },
         "f16" => WeightData::F16(&half),
         _ => WeightData::F32(&values),
     };
@@ -144,7 +148,7 @@ fn main() -> Result<()> {
     let isa = args.get(2).map(|arg| arg.parse::<Isa>()).transpose()?;
     let device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
     println!("{}", device()?.name());
-    for name in ["q4", "q4-f32-scales", "q8", "q8-groups-of-16", "f16", "f32"] {
+    for name in ["q4", "q4-f32-scales", "q8", "q4-factored", "q6-factored", "f16", "f32"] {
         for (n_out, n_in) in [(1536, 8960), (8960, 1536), (576, 1536), (1536, 576)] {
             if name.starts_with(filter) {
                 bench_linear(&mut device()?, name, n_out, n_in)?;
