@@ -29,10 +29,10 @@ impl BlockFormat<210> for Q6K {
         let high = block[128..192].as_chunks::<32>().0;
         for ((quants, low), high) in halves.iter_mut().zip(low).zip(high) {
             for i in 0..32 {
-                quants[i] = (low[i] & 15 | (high[i] & 3) << 4) as i8 - 32;
-                quants[i + 32] = (low[i + 32] & 15 | (high[i] >> 2 & 3) << 4) as i8 - 32;
-                quants[i + 64] = (low[i] >> 4 | (high[i] >> 4 & 3) << 4) as i8 - 32;
-                quants[i + 96] = (low[i + 32] >> 4 | high[i] >> 6 << 4) as i8 - 32;
+                quants[i] = ((low[i] & 15) | (high[i] & 3) << 4) as i8 - 32;
+                quants[i + 32] = ((low[i + 32] & 15) | ((high[i] >> 2) & 3) << 4) as i8 - 32;
+                quants[i + 64] = ((low[i] >> 4) | ((high[i] >> 4) & 3) << 4) as i8 - 32;
+                quants[i + 96] = ((low[i + 32] >> 4) | high[i] >> 6 << 4) as i8 - 32;
             }
         }
     }
