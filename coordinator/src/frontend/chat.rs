@@ -1,0 +1,284 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use phalanx_cluster::id::TokenId;
+use phalanx_proto::v1::TokenScore;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    FrontendState,
+    error::ApiError,
+    fields::{Fields, Integer},
+    generation::{Collected, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
+    json_body::JsonBody,
+    logprobs::{ChatLogprobs, prompt_logprobs},
+    messages,
+    neutral::{self, Delivery, StreamedUsage},
+    observe::Record,
+    params::{MAX_LOGPROBS, Params, RawParams, in_range},
+    prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    sse::{self, Chunks},
+};
+use crate::request::{Output, Request, Usage};
+
+/// A request, checked but not yet rendered.
+struct ChatRequest {
+    rendering: Rendering,
+    special_tokens: SpecialTokens,
+    delivery: Delivery,
+    params: Params,
+    prompt_logprobs: Option<u32>,
+    returns_token_ids: bool,
+}
+
+impl ChatRequest {
+    fn parse(mut fields: Fields, state: &FrontendState) -> Result<Self, ApiError> {
+        state.check_model(fields.take::<String>("model")?.as_deref())?;
+        let messages = messages::parse(fields.require("messages")?)?;
+        let delivery = Delivery::take(&mut fields)?;
+        let mut raw = RawParams::take_shared(&mut fields)?;
+        take_logprobs(&mut fields, &mut raw)?;
+        take_max_completion_tokens(&mut fields, &mut raw)?;
+        neutral::check_prompt_logprobs(raw.prompt_logprobs, delivery)?;
+        let prompt_logprobs = in_range("prompt_logprobs", raw.prompt_logprobs, 0..=MAX_LOGPROBS)?;
+        let rendering = Rendering {
+            messages,
+            ending: Ending::take(&mut fields)?,
+            variables: neutral::take_template_variables(&mut fields)?,
+        };
+        let special_tokens = if fields.flag("add_special_tokens")? { SpecialTokens::Add } else { SpecialTokens::Leave };
+        let returns_token_ids = fields.flag("return_token_ids")?;
+        neutral::take_of_chat(&mut fields)?;
+        fields.finish()?;
+        let params = Params::check(raw, &state.model)?;
+        Ok(Self { rendering, special_tokens, delivery, params, prompt_logprobs, returns_token_ids })
+    }
+}
+
+/// `logprobs` and `top_logprobs`.
+fn take_logprobs(fields: &mut Fields, raw: &mut RawParams) -> Result<(), ApiError> {
+    let is_on = fields.flag("logprobs")?;
+    let top = in_range("top_logprobs", fields.take("top_logprobs")?, 0..=MAX_LOGPROBS)?;
+    if !is_on && top.is_some_and(|top| top > 0) {
+        return Err(ApiError::invalid("top_logprobs", "is only possible when 'logprobs' is true"));
+    }
+    raw.logprobs = is_on.then(|| top.unwrap_or(0).into());
+    Ok(())
+}
+
+/// `max_completion_tokens`, the newer name of `max_tokens`.
+fn take_max_completion_tokens(fields: &mut Fields, raw: &mut RawParams) -> Result<(), ApiError> {
+    let Some(newer) = fields.take::<Integer>("max_completion_tokens")? else { return Ok(()) };
+    if raw.max_tokens.is_some_and(|older| older != newer) {
+        return Err(ApiError::invalid("max_completion_tokens", "and 'max_tokens' differ: give one of them"));
+    }
+    raw.max_tokens = Some(newer);
+    raw.max_tokens_field = "max_completion_tokens";
+    Ok(())
+}
+
+/// The endpoint.
+pub async fn create(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    JsonBody(fields): JsonBody,
+) -> Result<Response, ApiError> {
+    let chat = ChatRequest::parse(fields, &state)?;
+    let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
+    let deadline = state.deadline(record.arrived_at(), None);
+    let name = id.clone();
+    let prepare = move |state: &FrontendState| -> Result<(ChatRequest, Request), ApiError> {
+        let text = Prompt::Text(state.render(&chat.rendering)?);
+        let prompt = state.encode(&text, chat.special_tokens, "messages")?;
+        let request = chat.params.request(name, "messages", prompt, &state.model, deadline)?;
+        Ok((chat, request))
+    };
+    let (chat, request) = state.blocking(prepare).await?;
+    let prompt_token_ids = chat.returns_token_ids.then(|| request.prompt.clone());
+    let generation = state.submit_all(vec![request])?;
+    let answer =
+        Answer { id, created: unix_seconds(), state, wants_scores: chat.params.wants_scores(), prompt_token_ids };
+    match chat.delivery {
+        Delivery::Whole => {
+            let collected = generation.collect().await?;
+            Ok(Json(answer.whole(collected, chat.prompt_logprobs)).into_response())
+        }
+        Delivery::Streamed(usage) => {
+            let has_begun = vec![false; generation.n_choices()];
+            let keep_alive = answer.state.limits.keep_alive;
+            Ok(sse::respond(generation, ChatChunks { answer, usage, has_begun }, record, keep_alive))
+        }
+    }
+}
+
+/// What all parts of an answer share.
+struct Answer {
+    id: String,
+    created: u64,
+    state: FrontendState,
+    wants_scores: bool,
+    prompt_token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct Completion<C, U> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    system_fingerprint: Option<String>,
+    choices: Vec<C>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<U>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Value>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    message: Message,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+    refusal: Option<String>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: Delta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+impl Answer {
+    fn object<C, U>(&self, object: &'static str, choices: Vec<C>, usage: Option<U>) -> Completion<C, U> {
+        Completion {
+            id: self.id.clone(),
+            object,
+            created: self.created,
+            model: self.state.model_name(),
+            system_fingerprint: None,
+            choices,
+            usage,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+        }
+    }
+
+    fn logprobs(&self, scores: &[TokenScore]) -> Option<ChatLogprobs> {
+        self.wants_scores.then(|| ChatLogprobs::new(&self.state.model.tokenizer, scores))
+    }
+
+    fn whole(self, collected: Collected, n_prompt_logprobs: Option<u32>) -> Completion<Choice, UsageObject> {
+        let returns_token_ids = self.prompt_token_ids.is_some();
+        let choice = |(index, choice): (usize, super::generation::Collection)| Choice {
+            index,
+            logprobs: self.logprobs(&choice.scores),
+            finish_reason: choice.finish.as_ref().map(finish_reason),
+            stop_reason: StopReason::of(choice.finish.as_ref()),
+            message: Message { role: "assistant", content: choice.text, refusal: None },
+            token_ids: returns_token_ids.then_some(choice.token_ids),
+        };
+        let choices = collected.choices.into_iter().enumerate().map(choice).collect();
+        let mut whole = self.object("chat.completion", choices, Some(collected.usage.into()));
+        let scores = collected.prompt_scores.into_iter().next().flatten();
+        whole.prompt_logprobs = n_prompt_logprobs
+            .zip(scores)
+            .map(|(n_top, scores)| prompt_logprobs(&self.state.model.tokenizer, &scores, n_top));
+        whole.prompt_token_ids = self.prompt_token_ids;
+        whole
+    }
+}
+
+/// Chunks of a streamed chat: per choice the role, then the content in pieces, then why it ended.
+struct ChatChunks {
+    answer: Answer,
+    usage: StreamedUsage,
+    has_begun: Vec<bool>,
+}
+
+impl ChatChunks {
+    fn chunk(&self, choice: ChunkChoice) -> Completion<ChunkChoice, Value> {
+        // With usage asked for, every chunk has the field, null but in the last.
+        let usage = (self.usage == StreamedUsage::Included).then_some(Value::Null);
+        self.answer.object("chat.completion.chunk", vec![choice], usage)
+    }
+}
+
+impl Chunks for ChatChunks {
+    fn prompt_scored(&mut self, _: usize, _: Vec<TokenScore>) {
+        // Not streamed: `prompt_logprobs` is refused.
+    }
+
+    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<String> {
+        let index = Generation::choice_index(0, prompt_idx, &output);
+        let empty = || ChunkChoice {
+            index,
+            delta: Delta::default(),
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+        };
+        let mut chunks = Vec::new();
+        if let Some(has_begun) = self.has_begun.get_mut(index).filter(|has_begun| !**has_begun) {
+            *has_begun = true;
+            let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+            let mut chunk = self.chunk(ChunkChoice { delta, ..empty() });
+            chunk.prompt_token_ids = self.answer.prompt_token_ids.clone();
+            chunks.push(sse::json(&chunk));
+        }
+        let token_ids = self.answer.prompt_token_ids.is_some().then_some(output.token_ids);
+        let has_tokens = token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
+        if !output.text.is_empty() || !output.scores.is_empty() || has_tokens {
+            let delta = Delta { role: None, content: Some(output.text) };
+            let logprobs = self.answer.logprobs(&output.scores);
+            chunks.push(sse::json(&self.chunk(ChunkChoice { delta, logprobs, token_ids, ..empty() })));
+        }
+        if let Some(finish) = &output.finish {
+            let finish_reason = Some(finish_reason(finish));
+            let stop_reason = StopReason::of(Some(finish));
+            chunks.push(sse::json(&self.chunk(ChunkChoice { finish_reason, stop_reason, ..empty() })));
+        }
+        chunks
+    }
+
+    fn finished(&mut self, usage: Usage) -> Option<String> {
+        let last = || {
+            let usage = UsageObject::from(usage);
+            sse::json(&self.answer.object::<ChunkChoice, _>("chat.completion.chunk", Vec::new(), Some(usage)))
+        };
+        (self.usage == StreamedUsage::Included).then(last)
+    }
+}

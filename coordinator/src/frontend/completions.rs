@@ -1,0 +1,302 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use phalanx_cluster::id::TokenId;
+use phalanx_proto::v1::TokenScore;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    FrontendState,
+    error::ApiError,
+    fields::{Fields, Integer},
+    generation::{Collected, Collection, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
+    json_body::JsonBody,
+    logprobs::{LegacyLogprobs, LegacyWriter, prompt_logprobs},
+    neutral::{self, Delivery, StreamedUsage},
+    observe::Record,
+    params::{MAX_LOGPROBS, Params, RawParams, in_range},
+    prompt::{Prompt, Prompts, SpecialTokens},
+    sse::{self, Chunks},
+};
+use crate::request::{Output, Request, Usage};
+
+/// `max_tokens` if unset, as OpenAI and vLLM have it.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// A request, checked but not yet tokenized.
+struct CompletionRequest {
+    prompts: Vec<Prompt>,
+    special_tokens: SpecialTokens,
+    delivery: Delivery,
+    params: Params,
+    wants: Wants,
+}
+
+/// What answers contain besides new text.
+#[derive(Debug, Clone, Copy)]
+struct Wants {
+    echo: bool,
+    logprobs: Option<u32>,
+    prompt_logprobs: Option<u32>,
+    token_ids: bool,
+    skip_special_tokens: bool,
+}
+
+impl CompletionRequest {
+    fn parse(mut fields: Fields, state: &FrontendState) -> Result<Self, ApiError> {
+        state.check_model(fields.take::<String>("model")?.as_deref())?;
+        let prompts = fields.require::<Prompts>("prompt")?.0;
+        let delivery = Delivery::take(&mut fields)?;
+        let mut raw = RawParams::take_shared(&mut fields)?;
+        raw.default_max_tokens = Some(DEFAULT_MAX_TOKENS);
+        raw.logprobs = fields.take("logprobs")?;
+        neutral::check_prompt_logprobs(raw.prompt_logprobs, delivery)?;
+        let echo = fields.flag("echo")?;
+        // An echo without output still goes through the shards: one path, and it costs little.
+        raw.score_prompt = echo && (raw.logprobs.is_some() || raw.max_tokens == Some(0));
+        let best_of = fields.take::<Integer>("best_of")?;
+        if best_of.is_some_and(|best_of| best_of != raw.n.unwrap_or(1)) {
+            return Err(ApiError::invalid("best_of", "must equal 'n': choosing among more is not supported"));
+        }
+        let special_tokens = match fields.take("add_special_tokens")? {
+            Some(false) => SpecialTokens::Leave,
+            Some(true) | None => SpecialTokens::Add,
+        };
+        let token_ids = fields.flag("return_token_ids")?;
+        neutral::take_of_completions(&mut fields)?;
+        fields.finish()?;
+        let logprobs = in_range("logprobs", raw.logprobs, 0..=MAX_LOGPROBS)?;
+        let prompt_logprobs = in_range("prompt_logprobs", raw.prompt_logprobs, 0..=MAX_LOGPROBS)?;
+        let params = Params::check(raw, &state.model)?;
+        let n_choices = prompts.len().saturating_mul(params.n as usize);
+        let limit = state.limits.max_choices;
+        if n_choices > limit {
+            let reason = format!("asks for {n_choices} choices in all, at most {limit} are possible in one request");
+            return Err(ApiError::invalid("prompt", reason));
+        }
+        let skip_special_tokens = params.skip_special_tokens();
+        let wants = Wants { echo, logprobs, prompt_logprobs, token_ids, skip_special_tokens };
+        Ok(Self { prompts, special_tokens, delivery, params, wants })
+    }
+
+    /// A request per prompt, and what answers need of the prompts.
+    fn prepare(
+        &self,
+        state: &FrontendState,
+        id: &str,
+        deadline: Option<std::time::Instant>,
+    ) -> Result<(Vec<Request>, Vec<Encoded>), ApiError> {
+        let is_list = self.prompts.len() > 1;
+        let mut requests = Vec::with_capacity(self.prompts.len());
+        let mut encoded = Vec::with_capacity(self.prompts.len());
+        for (index, prompt) in self.prompts.iter().enumerate() {
+            let field = if is_list { format!("prompt[{index}]") } else { "prompt".to_owned() };
+            let name = if is_list { format!("{id}-{index}") } else { id.to_owned() };
+            let ids = state.encode(prompt, self.special_tokens, &field)?;
+            let text = match prompt {
+                _ if !self.wants.echo => String::new(),
+                Prompt::Text(text) => text.clone(),
+                Prompt::Ids(_) => state.model.tokenizer.decode(&ids, self.wants.skip_special_tokens),
+            };
+            let kept_ids = if self.wants.echo || self.wants.token_ids { ids.clone() } else { Vec::new() };
+            requests.push(self.params.request(name, &field, ids, &state.model, deadline)?);
+            encoded.push(Encoded { text, ids: kept_ids });
+        }
+        Ok((requests, encoded))
+    }
+}
+
+/// A prompt, as far as the answer repeats it.
+struct Encoded {
+    text: String,
+    ids: Vec<TokenId>,
+}
+
+/// The endpoint.
+pub async fn create(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    JsonBody(fields): JsonBody,
+) -> Result<Response, ApiError> {
+    let completion = CompletionRequest::parse(fields, &state)?;
+    let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
+    let deadline = state.deadline(record.arrived_at(), None);
+    let name = id.clone();
+    let prepare = move |state: &FrontendState| {
+        let prepared = completion.prepare(state, &name, deadline)?;
+        Ok((completion.delivery, completion.wants, prepared))
+    };
+    let (delivery, wants, (requests, prompts)) = state.blocking(prepare).await?;
+    let generation = state.submit_all(requests)?;
+    let answer = Answer { id, created: unix_seconds(), state, wants, prompts };
+    match delivery {
+        Delivery::Whole => {
+            let n = generation.n();
+            let collected = generation.collect().await?;
+            Ok(Json(answer.whole(collected, n)).into_response())
+        }
+        Delivery::Streamed(usage) => {
+            let writer = answer.writer();
+            let choices = vec![StreamedChoice { has_begun: false, writer }; generation.n_choices()];
+            let prompt_scores = vec![Vec::new(); answer.prompts.len()];
+            let keep_alive = answer.state.limits.keep_alive;
+            let chunks = CompletionChunks { answer, usage, n: generation.n(), choices, prompt_scores };
+            Ok(sse::respond(generation, chunks, record, keep_alive))
+        }
+    }
+}
+
+/// What all parts of an answer share.
+struct Answer {
+    id: String,
+    created: u64,
+    state: FrontendState,
+    wants: Wants,
+    prompts: Vec<Encoded>,
+}
+
+#[derive(Serialize)]
+struct Completion<U> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    system_fingerprint: Option<String>,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<U>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    text: String,
+    logprobs: Option<LegacyLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Value>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<TokenId>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+impl Answer {
+    fn object<U>(&self, choices: Vec<Choice>, usage: Option<U>) -> Completion<U> {
+        Completion {
+            id: self.id.clone(),
+            object: "text_completion",
+            created: self.created,
+            model: self.state.model_name(),
+            system_fingerprint: None,
+            choices,
+            usage,
+        }
+    }
+
+    fn writer(&self) -> Option<LegacyWriter> {
+        self.wants.logprobs.map(|n_top| LegacyWriter::new(n_top, self.wants.skip_special_tokens))
+    }
+
+    /// Part of a choice. `prompt` is set in the part that begins it, with the prompt's scores.
+    fn choice(
+        &self,
+        index: usize,
+        prompt: Option<(&Encoded, &[TokenScore])>,
+        part: Collection,
+        writer: Option<&mut LegacyWriter>,
+    ) -> Choice {
+        let tokenizer = &self.state.model.tokenizer;
+        let echoed = prompt.filter(|_| self.wants.echo);
+        let logprobs = writer.map(|writer| {
+            let mut logprobs = LegacyLogprobs::default();
+            if let Some((prompt, scores)) = echoed {
+                writer.prompt(tokenizer, &prompt.ids, scores, &prompt.text, &mut logprobs);
+            }
+            writer.output(tokenizer, &part.scores, &mut logprobs);
+            logprobs
+        });
+        let text = match echoed {
+            Some((prompt, _)) => format!("{}{}", prompt.text, part.text),
+            None => part.text,
+        };
+        Choice {
+            index,
+            text,
+            logprobs,
+            finish_reason: part.finish.as_ref().map(finish_reason),
+            stop_reason: StopReason::of(part.finish.as_ref()),
+            prompt_logprobs: None,
+            prompt_token_ids: prompt.filter(|_| self.wants.token_ids).map(|(prompt, _)| prompt.ids.clone()),
+            token_ids: self.wants.token_ids.then_some(part.token_ids),
+        }
+    }
+
+    fn whole(&self, collected: Collected, n: u32) -> Completion<UsageObject> {
+        let Collected { choices, prompt_scores, usage } = collected;
+        let choice = |(index, part): (usize, Collection)| {
+            let prompt_idx = index / n as usize;
+            let scores = prompt_scores[prompt_idx].as_deref();
+            let prompt = (&self.prompts[prompt_idx], scores.unwrap_or_default());
+            let mut choice = self.choice(index, Some(prompt), part, self.writer().as_mut());
+            let asked = self.wants.prompt_logprobs.zip(scores);
+            choice.prompt_logprobs =
+                asked.map(|(n_top, scores)| prompt_logprobs(&self.state.model.tokenizer, scores, n_top));
+            choice
+        };
+        let choices = choices.into_iter().enumerate().map(choice).collect();
+        self.object(choices, Some(usage.into()))
+    }
+}
+
+/// Chunks of a streamed completion.
+struct CompletionChunks {
+    answer: Answer,
+    usage: StreamedUsage,
+    n: u32,
+    choices: Vec<StreamedChoice>,
+    prompt_scores: Vec<Vec<TokenScore>>,
+}
+
+#[derive(Clone)]
+struct StreamedChoice {
+    has_begun: bool,
+    writer: Option<LegacyWriter>,
+}
+
+impl Chunks for CompletionChunks {
+    fn prompt_scored(&mut self, prompt_idx: usize, scores: Vec<TokenScore>) {
+        self.prompt_scores[prompt_idx] = scores;
+    }
+
+    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<String> {
+        let index = Generation::choice_index(self.n, prompt_idx, &output);
+        let Some(choice) = self.choices.get_mut(index) else { return Vec::new() };
+        let begins = !std::mem::replace(&mut choice.has_begun, true);
+        let repeats = begins && (self.answer.wants.echo || self.answer.wants.token_ids);
+        let has_more = !output.scores.is_empty() || output.finish.is_some() || self.answer.wants.token_ids;
+        if output.text.is_empty() && !repeats && !has_more {
+            return Vec::new();
+        }
+        let Output { index: _, text, token_ids, scores, finish } = output;
+        let prompt = begins.then(|| (&self.answer.prompts[prompt_idx], self.prompt_scores[prompt_idx].as_slice()));
+        let part = Collection { text, token_ids, scores, finish };
+        let choice = self.answer.choice(index, prompt, part, choice.writer.as_mut());
+        // With usage asked for, every chunk has the field, null but in the last.
+        let usage = (self.usage == StreamedUsage::Included).then_some(Value::Null);
+        vec![sse::json(&self.answer.object(vec![choice], usage))]
+    }
+
+    fn finished(&mut self, usage: Usage) -> Option<String> {
+        let last = || sse::json(&self.answer.object(Vec::new(), Some(UsageObject::from(usage))));
+        (self.usage == StreamedUsage::Included).then(last)
+    }
+}

@@ -1,0 +1,228 @@
+//! What clients are told when a request fails: OpenAI's error object over HTTP, a status over gRPC.
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    response::{IntoResponse, Response},
+};
+use http::{HeaderValue, StatusCode, header};
+use serde::Serialize;
+
+use crate::request::RequestError;
+
+/// How long clients should wait before they try again when the server is busy or has no shards.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Names that clients send are shown up to this many characters.
+const LONGEST_SHOWN: usize = 64;
+
+/// Why a request was refused or failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    status: StatusCode,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+/// OpenAI's error object, as it is sent.
+#[derive(Debug, Serialize)]
+pub struct ErrorObject<'a> {
+    error: ErrorBody<'a>,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorBody<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    param: Option<&'a str>,
+    code: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, message: String) -> Self {
+        Self { status, message, param: None, code: None }
+    }
+
+    fn about(param: &str, code: &'static str, message: String) -> Self {
+        let param = Some(shorten(param));
+        Self { status: StatusCode::BAD_REQUEST, message, param, code: Some(code) }
+    }
+
+    /// A field has a value that it can't have. `reason` continues a sentence that begins with the field's name.
+    pub fn invalid(param: &str, reason: impl std::fmt::Display) -> Self {
+        Self::about(param, "invalid_value", format!("'{}' {reason}", shorten(param)))
+    }
+
+    /// A field has the wrong JSON type.
+    pub fn wrong_type(param: &str, want: &str, got: &str) -> Self {
+        Self::about(param, "invalid_type", format!("'{}' must be {want}, got {got}", shorten(param)))
+    }
+
+    /// A field that must be there is not.
+    pub fn missing(param: &str) -> Self {
+        Self::about(param, "missing_required_parameter", format!("'{}' is required", shorten(param)))
+    }
+
+    /// A field that nobody knows.
+    pub fn unknown_field(param: &str) -> Self {
+        let name = shorten(param);
+        Self::about(param, "unknown_parameter", format!("unknown field '{name}': remove it or correct its name"))
+    }
+
+    /// A field of OpenAI's or vLLM's API that has no implementation here, with a value that asks for one.
+    pub fn unsupported(param: &str) -> Self {
+        let message = format!("'{}' with this value is not supported yet: leave it out", shorten(param));
+        Self::about(param, "unsupported_parameter", message)
+    }
+
+    /// Prompt and output don't fit the context.
+    pub fn context_exceeded(param: &str, message: String) -> Self {
+        Self::about(param, "context_length_exceeded", message)
+    }
+
+    /// The body is not a JSON object.
+    pub fn not_json(reason: impl std::fmt::Display) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, format!("the body must be a JSON object: {reason}"))
+    }
+
+    /// The `Content-Type` is not JSON.
+    pub fn not_json_type() -> Self {
+        let message = "the header Content-Type must be application/json".to_owned();
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message)
+    }
+
+    /// The body is longer than the limit.
+    pub fn body_too_large(limit: usize) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is longer than {limit} bytes"))
+    }
+
+    /// The body did not come, or not in time.
+    pub fn body_incomplete(reason: impl std::fmt::Display) -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, format!("the body did not arrive whole: {reason}"))
+    }
+
+    /// No such model.
+    pub fn unknown_model(asked: &str, served: &[String]) -> Self {
+        let message = format!("the model '{}' does not exist; served is {}", shorten(asked), served.join(", "));
+        let mut error = Self::about("model", "model_not_found", message);
+        error.status = StatusCode::NOT_FOUND;
+        error
+    }
+
+    /// No such path.
+    pub fn unknown_path(path: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, format!("no such path: {}", shorten(path)))
+    }
+
+    /// The path exists, the method on it does not.
+    pub fn wrong_method(method: &http::Method, path: &str) -> Self {
+        let message = format!("{} is not possible on {}", shorten(method.as_str()), shorten(path));
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, message)
+    }
+
+    /// Nothing serves now.
+    pub fn not_ready(reason: &str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}"))
+    }
+
+    /// A fault of ours.
+    pub fn internal(reason: impl std::fmt::Display) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, format!("internal error: {reason}"))
+    }
+
+    /// HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The object that clients parse, in a body or in an event of a stream.
+    pub fn object(&self) -> ErrorObject<'_> {
+        let r#type = match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
+            StatusCode::GATEWAY_TIMEOUT => "timeout_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        ErrorObject {
+            error: ErrorBody { message: &self.message, r#type, param: self.param.as_deref(), code: self.code },
+        }
+    }
+}
+
+/// Clients' own words are not repeated at length.
+fn shorten(name: &str) -> String {
+    match name.char_indices().nth(LONGEST_SHOWN) {
+        Some((end, _)) => format!("{}…", &name[..end]),
+        None => name.to_owned(),
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        let (status, code) = match &error {
+            RequestError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, Some("overloaded")),
+            RequestError::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, Some("deadline_exceeded")),
+            RequestError::TooLarge { .. } => (StatusCode::BAD_REQUEST, Some("context_length_exceeded")),
+            RequestError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Some("unavailable")),
+            RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        Self { status, message: error.to_string(), param: None, code }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.object())).into_response();
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER.as_secs()));
+        }
+        response
+    }
+}
+
+impl From<ApiError> for tonic::Status {
+    fn from(error: ApiError) -> Self {
+        let code = match error.status {
+            StatusCode::NOT_FOUND => tonic::Code::NotFound,
+            StatusCode::TOO_MANY_REQUESTS => tonic::Code::ResourceExhausted,
+            StatusCode::SERVICE_UNAVAILABLE => tonic::Code::Unavailable,
+            StatusCode::GATEWAY_TIMEOUT => tonic::Code::DeadlineExceeded,
+            status if status.is_server_error() => tonic::Code::Internal,
+            _ => tonic::Code::InvalidArgument,
+        };
+        Self::new(code, error.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_errors_have_a_status_each() {
+        let cases = [
+            (RequestError::Overloaded { waiting: 9, limit: 9 }, 429, tonic::Code::ResourceExhausted),
+            (RequestError::DeadlineExceeded, 504, tonic::Code::DeadlineExceeded),
+            (RequestError::TooLarge { need: 9, have: 3 }, 400, tonic::Code::InvalidArgument),
+            (RequestError::Unavailable("forming".to_owned()), 503, tonic::Code::Unavailable),
+            (RequestError::Internal("bug".to_owned()), 500, tonic::Code::Internal),
+        ];
+        for (error, status, code) in cases {
+            let api = ApiError::from(error);
+            assert_eq!(api.status().as_u16(), status);
+            let retry = api.clone().into_response().headers().contains_key(header::RETRY_AFTER);
+            assert_eq!(retry, matches!(status, 429 | 503), "{status}");
+            assert_eq!(tonic::Status::from(api).code(), code);
+        }
+    }
+
+    #[test]
+    fn long_names_are_cut_between_characters() {
+        let error = ApiError::unknown_field(&"é".repeat(5000));
+        assert!(error.message.chars().count() < 200);
+        assert!(error.param.is_some_and(|p| p.starts_with('é') && p.ends_with('…')));
+    }
+}

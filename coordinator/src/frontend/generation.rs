@@ -1,0 +1,243 @@
+//! Requests on their way: submitted together, their events in one stream. Dropping it cancels them all.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Instant,
+};
+
+use futures::{Stream, StreamExt, stream::SelectAll};
+use phalanx_cluster::id::TokenId;
+use phalanx_proto::v1::TokenScore;
+
+use super::{FrontendState, error::ApiError};
+use crate::{
+    request::{Finish, Output, Request, RequestError, RequestEvent, Usage},
+    scheduler::handle::RequestStream,
+};
+
+/// Several prompts being continued.
+pub struct Generation {
+    events: SelectAll<Events>,
+    n_prompts: usize,
+    n: u32,
+    usage: Usage,
+    is_over: bool,
+}
+
+/// What happened next.
+#[derive(Debug)]
+pub enum Progress {
+    /// Scores of a prompt's tokens from the second on.
+    PromptScored {
+        /// Which prompt.
+        prompt_idx: usize,
+        /// One per token but the first.
+        scores: Vec<TokenScore>,
+    },
+    /// New tokens of a choice; `output.index` is its index among the choices of its prompt.
+    Output {
+        /// Which prompt.
+        prompt_idx: usize,
+        /// What is new.
+        output: Output,
+    },
+    /// All choices of all prompts are complete.
+    Finished(Usage),
+}
+
+impl FrontendState {
+    /// Submits requests that all ask for the same number of choices. If one is refused, none runs.
+    pub(super) fn submit_all(&self, requests: Vec<Request>) -> Result<Generation, ApiError> {
+        let n = requests.first().map_or(1, |request| request.n);
+        let n_prompts = requests.len();
+        let mut events = SelectAll::new();
+        for (prompt_idx, request) in requests.into_iter().enumerate() {
+            let stream = self.submit.submit(request)?;
+            events.push(Events { prompt_idx, stream: Some(stream) });
+        }
+        Ok(Generation { events, n_prompts, n, usage: Usage::default(), is_over: false })
+    }
+
+    /// When a request that arrived then must be answered: the server's own deadline, or an earlier one.
+    pub(super) fn deadline(&self, arrived_at: Instant, own: Option<Instant>) -> Option<Instant> {
+        let limit = self.limits.deadline.and_then(|limit| arrived_at.checked_add(limit));
+        own.into_iter().chain(limit).min()
+    }
+}
+
+impl Generation {
+    /// Choices of all prompts.
+    pub fn n_choices(&self) -> usize {
+        self.n_prompts * self.n as usize
+    }
+
+    /// Index of a choice among all, counted as OpenAI does: prompt by prompt.
+    pub fn choice_index(n: u32, prompt_idx: usize, output: &Output) -> usize {
+        prompt_idx * n as usize + output.index as usize
+    }
+
+    /// Choices per prompt.
+    pub fn n(&self) -> u32 {
+        self.n
+    }
+
+    /// What happens next; `None` after [`Progress::Finished`] or an error.
+    pub async fn next(&mut self) -> Option<Result<Progress, RequestError>> {
+        if self.is_over {
+            return None;
+        }
+        loop {
+            let (prompt_idx, event) = match self.events.next().await {
+                Some(event) => event,
+                None => {
+                    self.is_over = true;
+                    return Some(Ok(Progress::Finished(self.usage)));
+                }
+            };
+            match event {
+                RequestEvent::PromptScored(scores) => return Some(Ok(Progress::PromptScored { prompt_idx, scores })),
+                RequestEvent::Output(output) => return Some(Ok(Progress::Output { prompt_idx, output })),
+                RequestEvent::Finished(usage) => {
+                    self.usage.prompt_tokens += usage.prompt_tokens;
+                    self.usage.completion_tokens += usage.completion_tokens;
+                    self.usage.cached_tokens += usage.cached_tokens;
+                }
+                RequestEvent::Failed(error) => {
+                    self.is_over = true;
+                    self.events.clear();
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+
+    /// Waits for everything.
+    pub async fn collect(mut self) -> Result<Collected, RequestError> {
+        let mut all = Collected {
+            choices: vec![Collection::default(); self.n_choices()],
+            prompt_scores: vec![None; self.n_prompts],
+            usage: Usage::default(),
+        };
+        while let Some(progress) = self.next().await {
+            match progress? {
+                Progress::PromptScored { prompt_idx, scores } => all.prompt_scores[prompt_idx] = Some(scores),
+                Progress::Output { prompt_idx, output } => {
+                    let index = Self::choice_index(self.n, prompt_idx, &output);
+                    let unknown = || RequestError::Internal(format!("the scheduler made a choice {}", output.index));
+                    let choice = all.choices.get_mut(index).ok_or_else(unknown)?;
+                    choice.text.push_str(&output.text);
+                    choice.token_ids.extend(output.token_ids);
+                    choice.scores.extend(output.scores);
+                    choice.finish = output.finish.or(choice.finish.take());
+                }
+                Progress::Finished(usage) => all.usage = usage,
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Collected {
+    /// Prompt by prompt.
+    pub choices: Vec<Collection>,
+    /// One per prompt, if asked for.
+    pub prompt_scores: Vec<Option<Vec<TokenScore>>>,
+    /// Of all together.
+    pub usage: Usage,
+}
+
+/// A whole choice.
+#[derive(Debug, Clone, Default)]
+pub struct Collection {
+    /// All text.
+    pub text: String,
+    /// All tokens.
+    pub token_ids: Vec<TokenId>,
+    /// Of the tokens, if asked for.
+    pub scores: Vec<TokenScore>,
+    /// Why it ended.
+    pub finish: Option<Finish>,
+}
+
+/// Events of one request, with its prompt's index. A stream that breaks off is a failure.
+struct Events {
+    prompt_idx: usize,
+    stream: Option<RequestStream>,
+}
+
+impl Stream for Events {
+    type Item = (usize, RequestEvent);
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(stream) = &mut self.stream else { return Poll::Ready(None) };
+        let gone = || RequestEvent::Failed(RequestError::Internal("the scheduler is gone".to_owned()));
+        let event = ready!(stream.events.poll_recv(context)).unwrap_or_else(gone);
+        if matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_)) {
+            self.stream = None;
+        }
+        Poll::Ready(Some((self.prompt_idx, event)))
+    }
+}
+
+/// `finish_reason` as OpenAI has it.
+pub fn finish_reason(finish: &Finish) -> &'static str {
+    match finish {
+        Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_) => "stop",
+        Finish::Length => "length",
+    }
+}
+
+/// `stop_reason` as vLLM has it: the stop string or token that ended the choice.
+#[derive(Debug, Clone, serde::Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// A string of `stop`.
+    String(String),
+    /// A token of `stop_token_ids`.
+    Token(TokenId),
+}
+
+impl StopReason {
+    /// None if something else ended it.
+    pub fn of(finish: Option<&Finish>) -> Option<Self> {
+        match finish? {
+            Finish::StopString(text) => Some(Self::String(text.clone())),
+            Finish::StopToken(id) => Some(Self::Token(*id)),
+            Finish::EndOfSequence | Finish::Length => None,
+        }
+    }
+}
+
+/// `usage` as OpenAI has it.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct UsageObject {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u32,
+}
+
+impl From<Usage> for UsageObject {
+    fn from(usage: Usage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            completion_tokens: usage.completion_tokens,
+            total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}

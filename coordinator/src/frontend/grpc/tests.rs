@@ -1,0 +1,223 @@
+use std::net::SocketAddr;
+
+use phalanx_proto::v1::{ChatMessage, ChatMessages, LogitBias, TokenIds, inference_client::InferenceClient};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus};
+
+use super::*;
+use crate::{
+    frontend::tests::fake::Server,
+    request::{Output, RequestEvent},
+    scheduler::handle::Readiness,
+};
+
+/// The services on a real socket.
+async fn serve(server: &Server) -> Channel {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    let routes = grpc_routes(server.state.clone()).unwrap();
+    let incoming = TcpListenerStream::new(listener);
+    tokio::spawn(tonic::transport::Server::builder().add_routes(routes).serve_with_incoming(incoming));
+    Endpoint::try_from(format!("http://{address}")).unwrap().connect().await.unwrap()
+}
+
+fn text(text: &str) -> GenerateRequest {
+    GenerateRequest { prompt: Some(WirePrompt::Text(text.to_owned())), ..GenerateRequest::default() }
+}
+
+async fn collect(channel: &Channel, request: GenerateRequest) -> Result<Vec<GenerateResponse>, Status> {
+    let mut stream = InferenceClient::new(channel.clone()).generate(request).await?.into_inner();
+    let mut all = Vec::new();
+    while let Some(message) = stream.message().await? {
+        all.push(message);
+    }
+    Ok(all)
+}
+
+#[tokio::test]
+async fn a_call_streams_scores_tokens_and_usage() {
+    let server = Server::saying(" très bien");
+    let channel = serve(&server).await;
+    let request = GenerateRequest {
+        logprobs: Some(1),
+        prompt_logprobs: Some(2),
+        n: Some(2),
+        request_id: "job-1".to_owned(),
+        seed: Some(u64::MAX),
+        ..text("ça va")
+    };
+    let all = collect(&channel, request).await.unwrap();
+    let request = server.last_request();
+    assert_eq!((request.sampling.temperature, request.sampling.seed), (1.0, u64::MAX));
+    assert_eq!(all[0].prompt_scores.len(), request.prompt.len() - 1);
+    assert!(all[0].prompt_scores.iter().all(|s| s.top.len() == 2));
+    for index in 0..2 {
+        let parts = || all.iter().filter(|m| m.index == index && m.usage.is_none());
+        assert_eq!(parts().map(|m| m.text.as_str()).collect::<String>(), " très bien");
+        let ids: Vec<u32> = parts().flat_map(|m| m.token_ids.clone()).collect();
+        assert_eq!(ids, server.tokenizer.encode(" très bien", false).unwrap());
+        assert_eq!(parts().map(|m| m.scores.len()).sum::<usize>(), ids.len());
+        assert_eq!(parts().next_back().unwrap().finish_reason(), FinishReason::Stop);
+    }
+    assert!(all.iter().all(|m| m.request_id == "job-1"));
+    let usage = all.last().unwrap().usage.unwrap();
+    assert_eq!(usage.prompt_tokens as usize, request.prompt.len());
+    assert_eq!(usage.cached_tokens, 2);
+}
+
+#[tokio::test]
+async fn prompts_are_texts_ids_or_chats() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let ids = WirePrompt::TokenIds(TokenIds { ids: vec![5, 6] });
+    collect(&channel, GenerateRequest { prompt: Some(ids), model: "tiny".to_owned(), ..Default::default() })
+        .await
+        .unwrap();
+    assert_eq!(server.last_request().prompt, [5, 6]);
+    let messages = vec![ChatMessage { role: "user".to_owned(), content: "hi".to_owned() }];
+    let chat = WirePrompt::Chat(ChatMessages { messages });
+    collect(&channel, GenerateRequest { prompt: Some(chat), ..Default::default() }).await.unwrap();
+    let prompt = server.tokenizer.decode(&server.last_request().prompt, false);
+    assert_eq!(prompt, "<turn>user: hi\n<turn>assistant: ");
+}
+
+#[tokio::test]
+async fn wrong_calls_have_their_code() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let chat = |role: &str| {
+        let messages = vec![ChatMessage { role: role.to_owned(), content: "x".to_owned() }];
+        Some(WirePrompt::Chat(ChatMessages { messages }))
+    };
+    for (request, code) in [
+        (GenerateRequest::default(), Code::InvalidArgument),
+        (GenerateRequest { temperature: Some(-1.0), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { temperature: Some(f32::NAN), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { top_p: Some(0.0), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { n: Some(0), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { max_tokens: Some(1000), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { logprobs: Some(21), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { stop: vec![String::new()], ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { stop_token_ids: vec![u32::MAX], ..text("x") }, Code::InvalidArgument),
+        (
+            GenerateRequest { logit_bias: vec![LogitBias { token_id: 5, bias: 1e9 }], ..text("x") },
+            Code::InvalidArgument,
+        ),
+        (text(""), Code::InvalidArgument),
+        (GenerateRequest { prompt: chat("wizard"), ..Default::default() }, Code::InvalidArgument),
+        (GenerateRequest { model: "other".to_owned(), ..text("x") }, Code::NotFound),
+    ] {
+        assert_eq!(collect(&channel, request.clone()).await.unwrap_err().code(), code, "{request:?}");
+    }
+    let busy = Server::with(|_| Err(RequestError::Overloaded { waiting: 1, limit: 1 }));
+    assert_eq!(collect(&serve(&busy).await, text("x")).await.unwrap_err().code(), Code::ResourceExhausted);
+    let down = Server::with(|_| Ok(vec![RequestEvent::Failed(RequestError::Unavailable("gone".to_owned()))]));
+    assert_eq!(collect(&serve(&down).await, text("x")).await.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn the_call_s_deadline_is_the_request_s() {
+    let server = Server::with(|request| {
+        let left = request.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        assert!(left.is_some_and(|left| left > Duration::from_secs(3000) && left <= Duration::from_secs(3600)));
+        Ok(vec![RequestEvent::Failed(RequestError::DeadlineExceeded)])
+    });
+    let channel = serve(&server).await;
+    let mut request = tonic::Request::new(text("x"));
+    request.set_timeout(Duration::from_secs(3600));
+    let mut stream = InferenceClient::new(channel).generate(request).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap_err().code(), Code::DeadlineExceeded);
+}
+
+#[test]
+fn timeouts_have_eight_digits_and_a_unit() {
+    for (text, expected) in [
+        ("1H", Some(Duration::from_secs(3600))),
+        ("2M", Some(Duration::from_secs(120))),
+        ("300m", Some(Duration::from_millis(300))),
+        ("99999999n", Some(Duration::from_nanos(99_999_999))),
+        ("5u", Some(Duration::from_micros(5))),
+        ("5S", Some(Duration::from_secs(5))),
+        ("999999999S", None),
+        ("S", None),
+        ("", None),
+        ("-1S", None),
+        ("1x", None),
+        ("1é", None),
+    ] {
+        assert_eq!(parse_timeout(text), expected, "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_call_is_cancelled() {
+    let server = Server::with(|_| Ok(vec![RequestEvent::Output(Output { token_ids: vec![5], ..Output::default() })]));
+    let mut stream = InferenceClient::new(serve(&server).await).generate(text("x")).await.unwrap().into_inner();
+    assert_eq!(stream.message().await.unwrap().unwrap().token_ids, [5]);
+    assert_eq!(server.n_cancelled(), 0);
+    drop(stream);
+    let cancelled = server.fake.cancelled.notified();
+    tokio::time::timeout(Duration::from_secs(10), cancelled).await.expect("the server hears of it");
+}
+
+/// The generated health client is generic over its transport; one call is all that is needed of it.
+async fn check(channel: &Channel, service: &str) -> Result<i32, Status> {
+    let mut client = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let request = HealthCheckRequest { service: service.to_owned() };
+    client.check(request).await.map(|response| response.into_inner().status)
+}
+
+#[tokio::test]
+async fn health_follows_readiness() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let serving = i32::from(ServingStatus::Serving);
+    assert_eq!(check(&channel, "").await.unwrap(), serving);
+    assert_eq!(check(&channel, "phalanx.v1.Inference").await.unwrap(), serving);
+    assert_eq!(check(&channel, "other").await.unwrap_err().code(), Code::NotFound);
+    let mut client = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let mut watch = client.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    let mut next = async || watch.message().await.unwrap().map(|r: HealthCheckResponse| r.status());
+    assert_eq!(next().await, Some(ServingStatus::Serving));
+    *server.fake.readiness.lock().unwrap() = Readiness::NotReady("forming".to_owned());
+    assert_eq!(next().await, Some(ServingStatus::NotServing));
+    assert_eq!(check(&channel, "").await.unwrap(), i32::from(ServingStatus::NotServing));
+}
+
+#[tokio::test]
+async fn reflection_lists_all_services_in_both_versions() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let expected = ["grpc.health.v1.Health", "phalanx.v1.Inference"];
+    {
+        use tonic_reflection::pb::v1::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let message_request = Some(MessageRequest::ListServices(String::new()));
+        let request = ServerReflectionRequest { host: String::new(), message_request };
+        let mut client = ServerReflectionClient::new(channel.clone());
+        let mut stream = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+        let response = stream.message().await.unwrap().unwrap();
+        let Some(MessageResponse::ListServicesResponse(list)) = response.message_response else {
+            panic!("{response:?}")
+        };
+        let names: Vec<&str> = list.service.iter().map(|s| s.name.as_str()).collect();
+        assert!(expected.iter().all(|name| names.contains(name)), "{names:?}");
+    }
+    {
+        use tonic_reflection::pb::v1alpha::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let symbol = "phalanx.v1.Inference".to_owned();
+        let message_request = Some(MessageRequest::FileContainingSymbol(symbol));
+        let request = ServerReflectionRequest { host: String::new(), message_request };
+        let mut client = ServerReflectionClient::new(channel);
+        let mut stream = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+        let response = stream.message().await.unwrap().unwrap();
+        assert!(matches!(response.message_response, Some(MessageResponse::FileDescriptorResponse(_))), "{response:?}");
+    }
+}

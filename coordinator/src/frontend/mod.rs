@@ -1,0 +1,152 @@
+//! HTTP and gRPC: what clients send becomes a [`Request`](crate::request::Request), its events become their answers.
+//!
+//! Each endpoint is a file and a line in [`http_router`]. [`fields`] reads JSON, [`params`] is the one way from raw
+//! parameters to checked ones, [`prompt`] turns texts, token ids and chats into tokens, [`generation`] submits and
+//! collects, [`sse`] streams.
+
+pub mod chat;
+pub mod completions;
+pub mod error;
+pub mod fields;
+pub mod generation;
+pub mod grpc;
+pub mod health;
+pub mod json_body;
+pub mod logprobs;
+pub mod messages;
+pub mod models;
+pub mod neutral;
+pub mod observe;
+pub mod params;
+pub mod prometheus;
+pub mod prompt;
+pub mod sse;
+pub mod tokenize;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    http::{Method, Uri},
+    middleware,
+    routing::{get, post},
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::sync::Semaphore;
+
+use crate::{scheduler::handle::Submit, served_model::ServedModel};
+use error::ApiError;
+
+/// Bounds of what clients may send and how long they may take.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Longest body of an HTTP request and longest gRPC message, in bytes.
+    pub max_body_bytes: usize,
+    /// How long a body may take to arrive.
+    pub body_timeout: Duration,
+    /// Most choices of all prompts of one HTTP request together.
+    pub max_choices: usize,
+    /// Deadline of every request, from its arrival; `None` is none. A gRPC call's own, if earlier, counts.
+    pub deadline: Option<Duration>,
+    /// Silence in an event stream before a comment is sent.
+    pub keep_alive: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            body_timeout: Duration::from_secs(60),
+            max_choices: 2048,
+            deadline: None,
+            keep_alive: Duration::from_secs(15),
+        }
+    }
+}
+
+/// What all endpoints share. A clone is a few reference counts.
+#[derive(Clone)]
+pub struct FrontendState {
+    submit: Arc<dyn Submit>,
+    model: Arc<ServedModel>,
+    limits: Arc<Limits>,
+    metrics: PrometheusHandle,
+    /// Parsing, rendering and tokenizing take a core: no more of it at once than there are cores.
+    encoders: Arc<Semaphore>,
+    /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
+    longest_token: usize,
+}
+
+impl FrontendState {
+    /// Looks at every token of the vocabulary once.
+    pub fn new(submit: Arc<dyn Submit>, model: ServedModel, limits: Limits, metrics: PrometheusHandle) -> Self {
+        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let n_tokens = u32::try_from(model.tokenizer.vocab_size()).unwrap_or(u32::MAX);
+        let longest_token = (0..n_tokens).map(|id| model.tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1);
+        Self {
+            submit,
+            model: Arc::new(model),
+            limits: Arc::new(limits),
+            metrics,
+            encoders: Arc::new(Semaphore::new(n_cores)),
+            longest_token,
+        }
+    }
+
+    /// An error unless the name is one of the served model's; no name is the served one.
+    fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
+        match asked {
+            Some(name) if !self.model.names.iter().any(|n| n == name) => {
+                Err(ApiError::unknown_model(name, &self.model.names))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The model's name in answers.
+    fn model_name(&self) -> String {
+        self.model.names.first().cloned().unwrap_or_default()
+    }
+
+    /// Runs work that takes a core for a while on a thread where it holds up nobody.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = Arc::clone(&self.encoders).acquire_owned().await.map_err(ApiError::internal)?;
+        let state = self.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work(&state)
+        });
+        // The only way to fail is a panic; its message went to the log.
+        task.await.map_err(|_| ApiError::internal("preparing the request failed; see the server's log"))?
+    }
+}
+
+/// All HTTP endpoints.
+pub fn http_router(state: FrontendState) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::health))
+        .route("/ping", get(health::health).post(health::health))
+        .route("/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .route("/metrics", get(prometheus::render))
+        .fallback(|uri: Uri| async move { ApiError::unknown_path(uri.path()) })
+        .method_not_allowed_fallback(
+            |method: Method, uri: Uri| async move { ApiError::wrong_method(&method, uri.path()) },
+        )
+        .layer(DefaultBodyLimit::max(state.limits.max_body_bytes))
+        .layer(middleware::from_fn(observe::observe))
+        .with_state(state)
+}
+
+#[cfg(test)]
+mod tests;

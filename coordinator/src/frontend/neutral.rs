@@ -1,0 +1,190 @@
+//! Fields of OpenAI's and vLLM's APIs that do nothing here. Nothing is accepted and then ignored: a field either has no
+//! effect by its nature (a label for somebody's records), or may only have the value that asks for nothing.
+
+use serde_json::{Map, Value};
+
+use super::{
+    error::ApiError,
+    fields::{Fields, Integer, Unsupported},
+};
+
+fn never(_: &Value) -> bool {
+    false
+}
+
+fn is_false(value: &Value) -> bool {
+    *value == Value::Bool(false)
+}
+
+fn is_true(value: &Value) -> bool {
+    *value == Value::Bool(true)
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+fn is_one(value: &Value) -> bool {
+    value.as_f64() == Some(1.0)
+}
+
+fn is_zero(value: &Value) -> bool {
+    value.as_f64() == Some(0.0)
+}
+
+fn is_plain_text(value: &Value) -> bool {
+    value.as_object().is_some_and(|format| format.len() == 1) && value["type"] == "text"
+}
+
+fn is_plain_tier(value: &Value) -> bool {
+    matches!(value.as_str(), Some("auto" | "default"))
+}
+
+fn is_no_choice(value: &Value) -> bool {
+    matches!(value.as_str(), Some("none" | "auto"))
+}
+
+fn is_none(value: &Value) -> bool {
+    value == "none"
+}
+
+fn is_text_only(value: &Value) -> bool {
+    *value == Value::from(vec!["text"])
+}
+
+/// Of both endpoints.
+static UNSUPPORTED: &[Unsupported] = &[
+    ("store", is_false),
+    ("service_tier", is_plain_tier),
+    ("response_format", is_plain_text),
+    ("structured_outputs", never),
+    ("guided_json", never),
+    ("guided_regex", never),
+    ("guided_choice", never),
+    ("guided_grammar", never),
+    ("use_beam_search", is_false),
+    ("length_penalty", is_one),
+    ("early_stopping", is_false),
+    ("truncate_prompt_tokens", never),
+    ("allowed_token_ids", never),
+    ("bad_words", is_empty),
+    ("spaces_between_special_tokens", is_true),
+    ("priority", is_zero),
+    ("cache_salt", never),
+    ("logits_processors", is_empty),
+    ("kv_transfer_params", never),
+];
+
+/// Of chat completions.
+static UNSUPPORTED_IN_CHAT: &[Unsupported] = &[
+    ("tools", is_empty),
+    ("tool_choice", is_no_choice),
+    ("functions", is_empty),
+    ("function_call", is_no_choice),
+    ("modalities", is_text_only),
+    ("audio", never),
+    ("prediction", never),
+    ("web_search_options", never),
+    ("reasoning_effort", is_none),
+    ("verbosity", never),
+    ("moderation", never),
+    ("echo", is_false),
+    ("best_of", is_one),
+    ("chat_template", never),
+    ("documents", is_empty),
+    ("mm_processor_kwargs", is_empty),
+];
+
+/// Of legacy completions.
+static UNSUPPORTED_IN_COMPLETIONS: &[Unsupported] = &[("suffix", never)];
+
+/// Takes the labels and what both endpoints lack.
+fn take_shared(fields: &mut Fields) -> Result<(), ApiError> {
+    fields.take::<String>("user")?;
+    fields.take::<String>("safety_identifier")?;
+    fields.take::<String>("prompt_cache_key")?;
+    fields.take::<Fields>("metadata")?;
+    fields.refuse(UNSUPPORTED)
+}
+
+/// Takes what chat completions lack.
+pub fn take_of_chat(fields: &mut Fields) -> Result<(), ApiError> {
+    take_shared(fields)?;
+    fields.take::<bool>("parallel_tool_calls")?;
+    fields.refuse(UNSUPPORTED_IN_CHAT)
+}
+
+/// Takes what legacy completions lack.
+pub fn take_of_completions(fields: &mut Fields) -> Result<(), ApiError> {
+    take_shared(fields)?;
+    fields.refuse(UNSUPPORTED_IN_COMPLETIONS)
+}
+
+/// How an answer travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// In one piece.
+    Whole,
+    /// In events, as it is made.
+    Streamed(StreamedUsage),
+}
+
+/// Whether a stream ends with a chunk that counts tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamedUsage {
+    /// It does.
+    Included,
+    /// It does not.
+    Omitted,
+}
+
+impl Delivery {
+    /// Takes `stream` and `stream_options`.
+    pub fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        let is_streamed = fields.flag("stream")?;
+        let options = fields.take::<Fields>("stream_options")?;
+        if options.is_some() && !is_streamed {
+            return Err(ApiError::invalid("stream_options", "is only possible when 'stream' is true"));
+        }
+        let Some(mut options) = options else {
+            return Ok(if is_streamed { Self::Streamed(StreamedUsage::Omitted) } else { Self::Whole });
+        };
+        let include = options.flag("include_usage")?;
+        options.refuse(&[("include_obfuscation", is_false), ("continuous_usage_stats", is_false)])?;
+        options.finish()?;
+        Ok(Self::Streamed(if include { StreamedUsage::Included } else { StreamedUsage::Omitted }))
+    }
+}
+
+/// `chat_template_kwargs`: variables for the template.
+pub fn take_template_variables(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+    Ok(fields.take::<Fields>("chat_template_kwargs")?.map(Fields::into_entries).unwrap_or_default())
+}
+
+/// Takes `prompt_logprobs`' and others' precondition: scores of prompts are not streamed.
+pub fn check_prompt_logprobs(prompt_logprobs: Option<Integer>, delivery: Delivery) -> Result<(), ApiError> {
+    if prompt_logprobs.is_some() && delivery != Delivery::Whole {
+        return Err(ApiError::invalid("prompt_logprobs", "is not possible when 'stream' is true"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_field_is_listed_twice() {
+        for special in [UNSUPPORTED_IN_CHAT, UNSUPPORTED_IN_COMPLETIONS] {
+            let mut names: Vec<_> = UNSUPPORTED.iter().chain(special).map(|(name, _)| name).collect();
+            let n_listed = names.len();
+            names.sort();
+            names.dedup();
+            assert_eq!(names.len(), n_listed);
+        }
+    }
+}

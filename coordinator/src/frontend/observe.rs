@@ -1,0 +1,103 @@
+//! One record per request: its span, its time, how it ended. Prompts and outputs are in none of them.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use axum::{
+    extract::{MatchedPath, Request},
+    middleware::Next,
+    response::Response,
+};
+use http::{HeaderName, HeaderValue, Method};
+use tracing::{Instrument, Span};
+
+use crate::metrics as names;
+
+/// Clients name their requests with this header; the answer repeats the name.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer name is replaced.
+const LONGEST_REQUEST_ID: usize = 128;
+/// Status of a request whose client went away, as nginx counts it.
+const CLIENT_GONE: &str = "499";
+
+/// Measures a request from its arrival until the last holder lets go: for a stream, until its last byte or the client's
+/// departure.
+pub struct Record {
+    endpoint: String,
+    abandoned: &'static str,
+    arrived_at: Instant,
+    outcome: OnceLock<String>,
+    is_stream: OnceLock<()>,
+    span: Span,
+}
+
+impl Record {
+    /// A request has arrived. `abandoned` is its status if nobody sets another.
+    pub fn begin(endpoint: String, abandoned: &'static str, span: Span) -> Self {
+        let arrived_at = Instant::now();
+        Self { endpoint, abandoned, arrived_at, outcome: OnceLock::new(), is_stream: OnceLock::new(), span }
+    }
+
+    /// When it arrived.
+    pub fn arrived_at(&self) -> Instant {
+        self.arrived_at
+    }
+
+    /// Its span.
+    pub fn span(&self) -> &Span {
+        &self.span
+    }
+
+    /// How it ended; the first word counts.
+    pub fn end(&self, status: impl Into<String>) {
+        let _ = self.outcome.set(status.into());
+    }
+
+    /// The answer is a stream: its end is told by [`Record::end`], not by the answer's status.
+    pub fn begin_stream(&self) {
+        let _ = self.is_stream.set(());
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let status = self.outcome.take().unwrap_or_else(|| self.abandoned.to_owned());
+        let elapsed = self.arrived_at.elapsed().as_secs_f64();
+        self.span.in_scope(|| tracing::debug!(status, seconds = elapsed, "request ended"));
+        let endpoint = std::mem::take(&mut self.endpoint);
+        metrics::histogram!(names::LATENCY, "endpoint" => endpoint.clone()).record(elapsed);
+        metrics::counter!(names::REQUESTS, "endpoint" => endpoint, "status" => status).increment(1);
+    }
+}
+
+/// Middleware around every endpoint. Unknown paths count as one endpoint, so that clients can't invent labels.
+pub async fn observe(mut request: Request, next: Next) -> Response {
+    let endpoint = request.extensions().get::<MatchedPath>().map_or("unknown", MatchedPath::as_str).to_owned();
+    let given = request.headers().get(REQUEST_ID).filter(|id| is_harmless(id)).cloned();
+    let made = || HeaderValue::try_from(uuid::Uuid::new_v4().simple().to_string());
+    let Ok(request_id) = given.map_or_else(made, Ok) else {
+        return next.run(request).await;
+    };
+    let name = request_id.to_str().unwrap_or_default();
+    let span = if request.method() == Method::GET {
+        tracing::debug_span!("request", endpoint, request_id = name)
+    } else {
+        tracing::info_span!("request", endpoint, request_id = name)
+    };
+    let record = Arc::new(Record::begin(endpoint, CLIENT_GONE, span.clone()));
+    request.extensions_mut().insert(Arc::clone(&record));
+    let mut response = next.run(request).instrument(span).await;
+    if record.is_stream.get().is_none() {
+        record.end(response.status().as_str());
+    }
+    response.headers_mut().insert(REQUEST_ID, request_id);
+    response
+}
+
+/// Names end up in logs: only characters that can't forge a line.
+fn is_harmless(id: &HeaderValue) -> bool {
+    let bytes = id.as_bytes();
+    !bytes.is_empty() && bytes.len() <= LONGEST_REQUEST_ID && bytes.iter().all(u8::is_ascii_graphic)
+}
