@@ -3,8 +3,9 @@
 //! - [`model`]: families of models, loading a rank's slice. [`layer`]: what layers are made of.
 //! - [`step`]: from a plan to tokens. [`sampler`]: from logits to a token.
 //! - [`engine`]: epochs, the thread that computes. [`link`]: the stream to the coordinator.
-//! - [`offline`]: a group in one process, for tests and benchmarks.
+//! - [`offline`]: a group in one process, for tests and for [`bench`].
 
+pub mod bench;
 pub mod config;
 pub mod device;
 pub mod engine;
