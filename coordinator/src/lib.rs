@@ -9,6 +9,7 @@ pub mod membership;
 pub mod metrics;
 pub mod model;
 pub mod request;
+pub mod run;
 pub mod scheduler;
 pub mod sequence;
 pub mod served_model;

@@ -1,2 +1,17 @@
-//! x
-fn main() {}
+//! The `coordinator` program, which is the `shard` program too: this file alone links the shard.
+
+use std::{ffi::OsString, path::Path, process::ExitCode};
+
+use phalanx_coordinator::{run, spawn::SHARD};
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let name = args.first().and_then(|a| Path::new(a).file_name());
+    if name.is_some_and(|n| n == SHARD) {
+        return phalanx_shard::main_from(args);
+    }
+    match args.get(1).and_then(|a| a.to_str()) {
+        Some(SHARD) => phalanx_shard::main_from(args.into_iter().skip(1)),
+        _ => run::main_from(args),
+    }
+}
