@@ -88,13 +88,13 @@ fn take_max_completion_tokens(fields: &mut Fields, raw: &mut RawParams) -> Resul
 pub async fn create(
     State(state): State<FrontendState>,
     Extension(record): Extension<Arc<Record>>,
-    JsonBody(fields): JsonBody,
+    body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let chat = ChatRequest::parse(fields, &state)?;
     let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
     let deadline = state.deadline(record.arrived_at(), None);
     let name = id.clone();
     let prepare = move |state: &FrontendState| -> Result<(ChatRequest, Request), ApiError> {
+        let chat = ChatRequest::parse(body.parse()?, state)?;
         let text = Prompt::Text(state.render(&chat.rendering)?);
         let prompt = state.encode(&text, chat.special_tokens, "messages")?;
         let request = chat.params.request(name, "messages", prompt, &state.model, deadline)?;

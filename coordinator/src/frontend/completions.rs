@@ -123,13 +123,13 @@ struct Encoded {
 pub async fn create(
     State(state): State<FrontendState>,
     Extension(record): Extension<Arc<Record>>,
-    JsonBody(fields): JsonBody,
+    body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let completion = CompletionRequest::parse(fields, &state)?;
     let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
     let deadline = state.deadline(record.arrived_at(), None);
     let name = id.clone();
     let prepare = move |state: &FrontendState| {
+        let completion = CompletionRequest::parse(body.parse()?, state)?;
         let prepared = completion.prepare(state, &name, deadline)?;
         Ok((completion.delivery, completion.wants, prepared))
     };

@@ -1,4 +1,4 @@
-//! The JSON object in a request's body.
+//! A request's body that says it is JSON.
 
 use axum::{
     body::Bytes,
@@ -8,11 +8,16 @@ use http::{StatusCode, header};
 
 use super::{FrontendState, error::ApiError, fields::Fields};
 
-/// Bodies up to this many bytes are parsed where they arrive: handing them over would take longer.
-const PARSED_AT_ONCE: usize = 64 << 10;
+/// Extracts a body of the type JSON, whole but not parsed: parsing a long one takes a core for a while and many times its
+/// memory, so it is done where other long work is, on a thread for it.
+pub struct JsonBody(Bytes);
 
-/// Extracts a body that must be a JSON object.
-pub struct JsonBody(pub Fields);
+impl JsonBody {
+    /// The object in it.
+    pub fn parse(&self) -> Result<Fields, ApiError> {
+        Fields::of_body(&self.0)
+    }
+}
 
 impl FromRequest<FrontendState> for JsonBody {
     type Rejection = ApiError;
@@ -28,10 +33,7 @@ impl FromRequest<FrontendState> for JsonBody {
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::body_too_large(state.limits.max_body_bytes),
             _ => ApiError::body_incomplete(rejection),
         })?;
-        if body.len() <= PARSED_AT_ONCE {
-            return Fields::of_body(&body).map(Self);
-        }
-        state.blocking(move |_| Fields::of_body(&body)).await.map(Self)
+        Ok(Self(body))
     }
 }
 

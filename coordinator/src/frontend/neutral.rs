@@ -91,7 +91,6 @@ static UNSUPPORTED_IN_CHAT: &[Unsupported] = &[
     ("web_search_options", never),
     ("reasoning_effort", is_none),
     ("verbosity", never),
-    ("moderation", never),
     ("echo", is_false),
     ("best_of", is_one),
     ("chat_template", never),

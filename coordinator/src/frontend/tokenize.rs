@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     FrontendState,
     error::ApiError,
-    fields::Integer,
+    fields::{Fields, Integer},
     json_body::JsonBody,
     messages,
     neutral::take_template_variables,
@@ -29,55 +29,45 @@ pub struct Detokenized {
     prompt: String,
 }
 
-enum Source {
-    Text(String),
-    Chat(Rendering),
+/// Of `prompt` or `messages`, exactly one.
+pub async fn tokenize(State(state): State<FrontendState>, body: JsonBody) -> Result<Json<Tokenized>, ApiError> {
+    state.blocking(move |state| tokens_of(state, body.parse()?)).await.map(Json)
 }
 
-/// Of `prompt` or `messages`, exactly one.
-pub async fn tokenize(
-    State(state): State<FrontendState>,
-    JsonBody(mut fields): JsonBody,
-) -> Result<Json<Tokenized>, ApiError> {
+fn tokens_of(state: &FrontendState, mut fields: Fields) -> Result<Tokenized, ApiError> {
     state.check_model(fields.take::<String>("model")?.as_deref())?;
     let adds = fields.take::<bool>("add_special_tokens")?;
-    let source = match (fields.take::<String>("prompt")?, fields.take("messages")?) {
-        (Some(text), None) => Source::Text(text),
-        (None, Some(messages)) => Source::Chat(Rendering {
-            messages: messages::parse(messages)?,
-            ending: Ending::take(&mut fields)?,
-            variables: take_template_variables(&mut fields)?,
-        }),
+    let (text, field, default) = match (fields.take::<String>("prompt")?, fields.take("messages")?) {
+        (Some(text), None) => (text, "prompt", true),
+        (None, Some(messages)) => {
+            let rendering = Rendering {
+                messages: messages::parse(messages)?,
+                ending: Ending::take(&mut fields)?,
+                variables: take_template_variables(&mut fields)?,
+            };
+            (state.render(&rendering)?, "messages", false)
+        }
         (None, None) => return Err(ApiError::missing("prompt")),
         (Some(_), Some(_)) => return Err(ApiError::invalid("messages", "can't stand beside 'prompt'")),
     };
     let wants_texts = fields.flag("return_token_strs")?;
     fields.finish()?;
-    let work = move |state: &FrontendState| {
-        let (text, field, default) = match &source {
-            Source::Text(text) => (text.clone(), "prompt", true),
-            Source::Chat(rendering) => (state.render(rendering)?, "messages", false),
-        };
-        let special_tokens = if adds.unwrap_or(default) { SpecialTokens::Add } else { SpecialTokens::Leave };
-        state.encode(&Prompt::Text(text), special_tokens, field)
-    };
-    let tokens = state.blocking(work).await?;
+    let special_tokens = if adds.unwrap_or(default) { SpecialTokens::Add } else { SpecialTokens::Leave };
+    let tokens = state.encode(&Prompt::Text(text), special_tokens, field)?;
     let texts = || tokens.iter().map(|id| state.model.tokenizer.token_text(*id)).collect();
     let token_strs = wants_texts.then(texts);
-    Ok(Json(Tokenized { count: tokens.len(), max_model_len: state.model.max_model_len, tokens, token_strs }))
+    Ok(Tokenized { count: tokens.len(), max_model_len: state.model.max_model_len, tokens, token_strs })
 }
 
 /// Special tokens stay in the text.
-pub async fn detokenize(
-    State(state): State<FrontendState>,
-    JsonBody(mut fields): JsonBody,
-) -> Result<Json<Detokenized>, ApiError> {
-    state.check_model(fields.take::<String>("model")?.as_deref())?;
-    let tokens = fields.require::<Vec<Integer>>("tokens")?;
-    fields.finish()?;
+pub async fn detokenize(State(state): State<FrontendState>, body: JsonBody) -> Result<Json<Detokenized>, ApiError> {
     let work = move |state: &FrontendState| {
+        let mut fields = body.parse()?;
+        state.check_model(fields.take::<String>("model")?.as_deref())?;
+        let tokens = fields.require::<Vec<Integer>>("tokens")?;
+        fields.finish()?;
         let ids = state.encode(&Prompt::Ids(tokens), SpecialTokens::Leave, "tokens")?;
-        Ok(state.model.tokenizer.decode(&ids, false))
+        Ok(Detokenized { prompt: state.model.tokenizer.decode(&ids, false) })
     };
-    Ok(Json(Detokenized { prompt: state.blocking(work).await? }))
+    state.blocking(work).await.map(Json)
 }
