@@ -188,7 +188,10 @@ impl Config {
             return Err(wrong("max-num-batched-tokens", max_num_batched_tokens, reason));
         }
         let max_model_len = flags.max_model_len.map(|n| within("max-model-len", n, 2, 1 << 28)).transpose()?;
-        let block_size = within("block-size", flags.block_size.unwrap_or(16), 1, 1024)?;
+        let block_size = within("block-size", flags.block_size.unwrap_or(16), 16, 1024)?;
+        if !block_size.is_multiple_of(16) {
+            return Err(wrong("block-size", block_size, "want a multiple of 16: kernels read keys 16 at a time"));
+        }
         let kv_cache_memory = flags.kv_cache_memory.map(|size| size.0);
         if let Some(bytes) = kv_cache_memory.filter(|b| *b < 1 << 16) {
             return Err(wrong("kv-cache-memory", ByteSize(bytes), "want at least 64KiB"));

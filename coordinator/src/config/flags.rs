@@ -86,7 +86,7 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u32>,
 
-    /// Tokens in a KV cache block [default: 16]
+    /// Tokens in a KV cache block, a multiple of 16 [default: 16]
     #[arg(long, env = "PHALANX_BLOCK_SIZE", value_name = "TOKENS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub block_size: Option<u32>,

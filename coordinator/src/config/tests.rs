@@ -67,6 +67,7 @@ fn contradictions_are_refused() {
     assert!(refused(&["--max-num-seqs", "64", "--max-num-batched-tokens", "32"]).contains("--max-num-seqs"));
     assert!(refused(&["--store", "etcd://h:1", "--state-dir", "/x"]).contains("embedded only"));
     assert!(refused(&["--tensor-parallel-size", "0"]).contains("1 to 256"));
+    assert!(refused(&["--block-size", "24"]).contains("multiple of 16"));
     assert!(refused(&["--kv-cache-memory", "much"]).contains("512MiB"));
     assert!(refused(&["--store", "zookeeper://h:1"]).contains("embedded, etcd://"));
     assert!(refused(&["--host", "nowhere.example"]).contains("IP address"));

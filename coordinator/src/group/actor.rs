@@ -125,6 +125,8 @@ struct Seat {
     hello: Hello,
     link: LinkHandle,
     memory: Memory,
+    /// Rank under which its memory is shown.
+    shown_as: Option<usize>,
 }
 
 #[derive(Default, Clone, Copy)]
@@ -178,7 +180,7 @@ impl Actor for Group {
                     incarnation: hello.incarnation,
                     kind: format!("{} {}", hello.version, hello.fingerprint),
                 };
-                let seat = Seat { hello: *hello, link, memory: Memory::default() };
+                let seat = Seat { hello: *hello, link, memory: Memory::default(), shown_as: None };
                 state.seats.insert(candidate.shard.clone(), seat);
                 state.step(&myself, Event::Arrived(candidate), None)?;
             }
@@ -284,16 +286,24 @@ impl State {
 
     fn remember(&mut self, from: &Origin, change: impl FnOnce(&mut Memory)) {
         let rank = self.machine.rank_of(&from.shard);
-        if let Some(seat) = self.seats.get_mut(&from.shard).filter(|s| s.link.origin() == from) {
-            change(&mut seat.memory);
+        let Some(seat) = self.seats.get_mut(&from.shard).filter(|s| s.link.origin() == from) else { return };
+        change(&mut seat.memory);
+        if seat.shown_as != rank {
+            if let Some(before) = seat.shown_as {
+                show_memory(&from.shard, before, Memory::default());
+            }
+            seat.shown_as = rank;
+        }
+        if let Some(rank) = rank {
             show_memory(&from.shard, rank, seat.memory);
         }
     }
 
     fn forget(&mut self, from: &Origin) {
-        if self.seats.get(&from.shard).is_some_and(|s| s.link.origin() == from) {
-            show_memory(&from.shard, self.machine.rank_of(&from.shard), Memory::default());
-            self.seats.remove(&from.shard);
+        if self.seats.get(&from.shard).is_some_and(|s| s.link.origin() == from)
+            && let Some(Seat { shown_as: Some(rank), .. }) = self.seats.remove(&from.shard)
+        {
+            show_memory(&from.shard, rank, Memory::default());
         }
     }
 
@@ -459,8 +469,8 @@ impl State {
     }
 }
 
-fn show_memory(shard: &ShardId, rank: Option<usize>, memory: Memory) {
-    let rank = rank.map_or("none".to_owned(), |r| r.to_string());
+fn show_memory(shard: &ShardId, rank: usize, memory: Memory) {
+    let rank = rank.to_string();
     for (kind, bytes) in [("weights", memory.weights), ("kv", memory.kv), ("resident", memory.resident)] {
         metrics::gauge!(names::SHARD_MEMORY, "shard" => shard.0.clone(), "rank" => rank.clone(), "kind" => kind)
             .set(bytes as f64);
