@@ -2,19 +2,23 @@
 
 use std::marker::PhantomData;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 
 use crate::error::KernelError;
 
 /// A cache line, the unit of allocation.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+const LINE: usize = 64;
+
+/// What memory is asked for in. Its alignment is one that the allocator gives anyway: for larger ones Rust clears the
+/// memory by writing to it, which touches gigabytes of pages that may never be used.
+type Unit = u128;
 
 /// A fixed number of plain elements, zeroed at first, on a 64-byte boundary.
 #[derive(Debug, Default)]
 pub(crate) struct Aligned<T> {
-    lines: Vec<Line>,
+    units: Vec<Unit>,
+    /// Whole lines, from a 64-byte boundary on.
+    used: std::ops::Range<usize>,
     len: usize,
     element: PhantomData<T>,
 }
@@ -24,8 +28,11 @@ impl<T: Pod> Aligned<T> {
     pub fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
         let out_of_memory = |bytes: usize| KernelError::OutOfMemory { what, bytes: bytes as u64, device: "cpu".into() };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(usize::MAX))?;
-        let lines = bytemuck::try_zeroed_vec(bytes.div_ceil(64)).map_err(|()| out_of_memory(bytes))?;
-        Ok(Self { lines, len, element: PhantomData })
+        let n_units = bytes.div_ceil(LINE) * (LINE / size_of::<Unit>());
+        let spare = if n_units > 0 { LINE / size_of::<Unit>() - 1 } else { 0 };
+        let units: Vec<Unit> = bytemuck::try_zeroed_vec(n_units + spare).map_err(|()| out_of_memory(bytes))?;
+        let start = units.as_ptr().align_offset(LINE).min(spare);
+        Ok(Self { units, used: start..start + n_units, len, element: PhantomData })
     }
 
     /// A copy of `values`.
@@ -45,7 +52,7 @@ impl<T: Pod> Aligned<T> {
     }
 
     fn default_empty() -> Self {
-        Self { lines: Vec::new(), len: 0, element: PhantomData }
+        Self { units: Vec::new(), used: 0..0, len: 0, element: PhantomData }
     }
 
     /// Number of elements.
@@ -55,17 +62,17 @@ impl<T: Pod> Aligned<T> {
 
     /// Bytes of memory taken.
     pub fn bytes(&self) -> u64 {
-        size_of_val(self.lines.as_slice()) as u64
+        size_of_val(&self.units[self.used.clone()]) as u64
     }
 
     /// The elements.
     pub fn as_slice(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &bytemuck::cast_slice(&self.units[self.used.clone()])[..self.len]
     }
 
     /// The elements.
     pub fn as_mut_slice(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut bytemuck::cast_slice_mut(&mut self.units[self.used.clone()])[..self.len]
     }
 }
 
