@@ -127,8 +127,9 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}"))
     }
 
-    /// A fault of ours.
+    /// A fault of ours, which goes to the log.
     pub fn internal(reason: impl std::fmt::Display) -> Self {
+        tracing::error!(%reason, "request failed");
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, format!("internal error: {reason}"))
     }
 
@@ -162,6 +163,9 @@ fn shorten(name: &str) -> String {
 
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
+        if let RequestError::Internal(reason) = &error {
+            tracing::error!(reason, "request failed");
+        }
         let (status, code) = match &error {
             RequestError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, Some("overloaded")),
             RequestError::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, Some("deadline_exceeded")),

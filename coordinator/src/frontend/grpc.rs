@@ -27,7 +27,7 @@ use super::{
     params::{Params, RawParams},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
 };
-use crate::request::{Finish, Request, RequestError};
+use crate::request::{Finish, Request};
 
 pub mod health;
 
@@ -170,17 +170,13 @@ fn responses(
                 Ok(message(progress, &request_id))
             }
             Err(error) => {
-                let status = failure(error);
+                let status = Status::from(record.span().in_scope(|| ApiError::from(error)));
                 record.end(code_name(status.code()));
                 Err(status)
             }
         };
         Some((response, (generation, request_id, record)))
     })
-}
-
-fn failure(error: RequestError) -> Status {
-    ApiError::from(error).into()
 }
 
 fn message(progress: Progress, request_id: &str) -> GenerateResponse {

@@ -80,8 +80,7 @@ impl<C: Chunks> Streaming<C> {
                 self.record.end("200");
             }
             Err(error) => {
-                self.record.span().in_scope(|| tracing::warn!(%error, "request failed in mid-stream"));
-                let error = ApiError::from(error);
+                let error = self.record.span().in_scope(|| ApiError::from(error));
                 self.ready.push_back(json(&error.object()));
                 self.record.end(error.status().as_str());
             }

@@ -9,7 +9,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_res
 use super::*;
 use crate::{
     frontend::tests::fake::Server,
-    request::{Output, RequestEvent},
+    request::{Output, RequestError, RequestEvent},
     scheduler::handle::Readiness,
 };
 
