@@ -197,6 +197,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // What still runs gets an error rather than silence.
     parts.scheduler.stop();
     servers.flush().await;
+    local.stop_restarting();
     parts.dismiss_shards().await;
     local.end().await;
     servers.abort();

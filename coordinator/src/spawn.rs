@@ -61,9 +61,14 @@ impl LocalShards {
         Self { ending, tasks }
     }
 
+    /// From now on a shard that ends is not started again. Tell them to end next.
+    pub fn stop_restarting(&self) {
+        self.ending.send_replace(true);
+    }
+
     /// Waits until all have ended: by themselves (they were told), else by SIGTERM, else by SIGKILL.
     pub async fn end(self) {
-        self.ending.send_replace(true);
+        self.stop_restarting();
         for task in self.tasks {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a shard's keeper has ended before its shard");

@@ -59,6 +59,8 @@ pub enum GroupMsg {
     EpochTaken(Result<Epoch, String>),
     /// A pause is over.
     PauseOver,
+    /// All shards are about to be told to end: their loss is no news.
+    Ending,
     /// Somebody wants to know.
     Status(RpcReplyPort<Box<StatusResponse>>),
 }
@@ -144,6 +146,7 @@ pub struct State {
     plans: Option<Arc<GroupPlans>>,
     progress: Option<LoadProgress>,
     told_to_wait: Option<String>,
+    is_ending: bool,
 }
 
 impl Actor for Group {
@@ -164,7 +167,15 @@ impl Actor for Group {
         let epoch = Epoch::from_raw(record.epoch);
         let machine = GroupMachine::new(config.world_size, epoch, record.ranks, config.give_up_after);
         metrics::gauge!(names::EPOCH).set(record.epoch as f64);
-        Ok(State { config, machine, seats: BTreeMap::new(), plans: None, progress: None, told_to_wait: None })
+        Ok(State {
+            config,
+            machine,
+            seats: BTreeMap::new(),
+            plans: None,
+            progress: None,
+            told_to_wait: None,
+            is_ending: false,
+        })
     }
 
     async fn handle(
@@ -195,6 +206,7 @@ impl Actor for Group {
                 state.step(&myself, Event::EpochRefused, None)?;
             }
             GroupMsg::PauseOver => state.step(&myself, Event::PauseOver, None)?,
+            GroupMsg::Ending => state.is_ending = true,
             GroupMsg::Status(reply) => {
                 // Who asked may have given up.
                 let _ = reply.send(Box::new(state.status()));
@@ -330,12 +342,16 @@ impl State {
                 }
                 Action::Serving { epoch, kv_blocks } => self.serving(epoch, kv_blocks),
                 Action::Lost { epoch, cause } => {
-                    tracing::warn!(%epoch, cause, "the group is lost; running requests wait for the next");
+                    if self.is_ending {
+                        tracing::debug!(%epoch, cause, "the group ends");
+                    } else {
+                        tracing::warn!(%epoch, cause, "the group is lost; running requests wait for the next");
+                    }
                     if let Some(plans) = self.plans.take() {
                         plans.end();
                     }
                     let kind = if cause.contains("has failed") { "failed" } else { "lost" };
-                    metrics::counter!(names::FAILOVERS, "cause" => kind).increment(1);
+                    metrics::counter!(names::FAILOVERS, "cause" => kind).increment(u64::from(!self.is_ending));
                     self.config.lost(&cause);
                 }
                 Action::Retire { epoch, shard } => {
@@ -441,7 +457,7 @@ impl State {
     fn say_what_is_missing(&mut self) {
         let missing = self.machine.waits_for();
         if missing != self.told_to_wait {
-            if let Some(missing) = &missing {
+            if let Some(missing) = missing.as_ref().filter(|_| !self.is_ending) {
                 tracing::info!("waiting: {missing}");
             }
             self.told_to_wait = missing;

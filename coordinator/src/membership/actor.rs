@@ -105,6 +105,7 @@ impl Actor for Membership {
                 let _ = reply.send(state.group.clone());
             }
             MembershipMsg::Shutdown { reason, reply } => {
+                state.tell_group(GroupMsg::Ending);
                 for (_, link) in state.members.values() {
                     link.send(Message::Shutdown(Shutdown { reason: reason.clone() }));
                 }
