@@ -1,5 +1,7 @@
 //! Reads a JSON object field by field. Every error names its field, and a field that nobody took is an error too.
 
+mod bounded;
+
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
@@ -19,9 +21,10 @@ pub struct Fields {
 }
 
 impl Fields {
-    /// The object in a body. Nesting deeper than 128 levels is an error, not a stack overflow: the parser counts.
+    /// The object in a body. Nesting deeper than 128 levels is an error, not a stack overflow: the parser counts. So are
+    /// more than a million values.
     pub fn of_body(body: &[u8]) -> Result<Self, ApiError> {
-        match serde_json::from_slice(body) {
+        match bounded::parse(body) {
             Ok(Value::Object(map)) => Ok(Self { at: String::new(), map }),
             Ok(other) => Err(ApiError::not_json(format!("it is {}", kind(&other)))),
             Err(error) => Err(ApiError::not_json(error)),
