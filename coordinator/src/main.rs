@@ -12,6 +12,7 @@ fn main() -> ExitCode {
     }
     match args.get(1).and_then(|a| a.to_str()) {
         Some(SHARD) => phalanx_shard::main_from(args.into_iter().skip(1)),
+        Some("bench") => phalanx_shard::bench::main_from(args.into_iter().skip(1)),
         _ => run::main_from(args),
     }
 }
