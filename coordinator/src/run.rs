@@ -41,6 +41,8 @@ use crate::{
 
 /// Failed formations in a row, before anything was served, after which local shards are not tried again.
 const GIVE_UP_AFTER: u32 = 3;
+/// Filter of the actor framework's own log, unless configured.
+const ACTOR_LOG: &str = "ractor=warn";
 /// Threads beside those of shards: heartbeats must go on while requests are parsed.
 const LEAST_THREADS: usize = 4;
 /// HTTP/2 window: a large message comes in without waiting for window updates.
@@ -91,7 +93,11 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn init_log(config: &Config) {
     // Checked when the configuration was resolved.
-    let filter = EnvFilter::try_new(&config.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let mut filter = EnvFilter::try_new(&config.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
+    if !config.log_level.contains("ractor") {
+        // Its spans would number actors in front of each of their lines.
+        filter = filter.add_directive(ACTOR_LOG.parse().expect("a fixed directive is well formed"));
+    }
     let _has_log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -36,7 +36,7 @@ const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 const END_LIMIT: Duration = Duration::from_secs(3);
 
 /// Variables that shards may see; the others that begin with `PHALANX_` are this process's options.
-const PASSED_ON: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALANX_LOG"];
+const PASSED_ON: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX"];
 
 /// The local shards, each with a task that keeps it alive.
 pub struct LocalShards {
@@ -52,6 +52,7 @@ impl LocalShards {
             let keeper = Keeper {
                 name: format!("local-{index}"),
                 args: arguments(config, grpc, index),
+                log_level: config.log_level.clone(),
                 ending: ending.subscribe(),
                 fatal: fatal.clone(),
             };
@@ -101,6 +102,7 @@ fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
 struct Keeper {
     name: String,
     args: Vec<OsString>,
+    log_level: String,
     ending: watch::Receiver<bool>,
     fatal: mpsc::UnboundedSender<String>,
 }
@@ -153,7 +155,7 @@ impl Keeper {
                 command.env_remove(name);
             }
         }
-        command.spawn()
+        command.env("PHALANX_LOG", &self.log_level).spawn()
     }
 }
 
