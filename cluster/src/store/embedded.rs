@@ -397,7 +397,7 @@ mod tests {
         let path = dir.path().to_owned();
         let store = EmbeddedStore::open(Some(path.clone()), HISTORY).await.unwrap();
         let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
-        store.put("a", b"1".to_vec(), None).await.unwrap();
+        store.put("a", vec![0xff, 0], None).await.unwrap();
         let second = store.put("b", b"2".to_vec(), Some(lease)).await.unwrap();
         let before = store.list("").await.unwrap();
 

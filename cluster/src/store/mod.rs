@@ -27,11 +27,38 @@ pub struct Record {
     /// Full key.
     pub key: String,
     /// Whatever was put.
+    #[serde(with = "readable")]
     pub value: Vec<u8>,
     /// The store's revision at the record's last change.
     pub mod_revision: Revision,
     /// The lease that it dies with.
     pub lease: Option<LeaseId>,
+}
+
+/// Values as text where they are text, so that people can read a store's file; else as a list of bytes.
+mod readable {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Form {
+        Text(String),
+        Bytes(Vec<u8>),
+    }
+
+    pub fn serialize<S: Serializer>(value: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        match std::str::from_utf8(value) {
+            Ok(text) => text.serialize(serializer),
+            Err(_) => value.serialize(serializer),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        Ok(match Form::deserialize(deserializer)? {
+            Form::Text(text) => text.into_bytes(),
+            Form::Bytes(bytes) => bytes,
+        })
+    }
 }
 
 /// All records under a prefix at one moment.
