@@ -26,6 +26,7 @@ const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALA
 #[command(
     name = "coordinator",
     version,
+    args_override_self = true,
     after_help = "Every option can be given as the environment variable in brackets, and as a key of the --config file \
                   (TOML; the option's name with underscores). Flags come before variables, variables before the file.\n\n\
                   `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\n\

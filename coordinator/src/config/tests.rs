@@ -53,6 +53,7 @@ fn flags_are_taken() {
     assert_eq!(config.kv_cache_memory, Some(512 << 20));
     assert!(!config.enable_prefix_caching);
     assert_eq!(config.http_address.to_string(), "[::]:8000");
+    assert_eq!(resolve(&["--port", "1", "--port", "2"]).unwrap().http_address.port(), 2, "the last one counts");
     assert!(resolve(&["--enable-prefix-caching", "m.gguf"]).unwrap().enable_prefix_caching);
     let small = resolve(&["--max-num-batched-tokens", "16"]).unwrap();
     assert_eq!((small.max_num_batched_tokens, small.max_num_seqs), (16, 16));

@@ -353,6 +353,8 @@ impl GroupMachine {
         let cause = format!("rank {rank} ({shard}) has failed: {error}");
         let mut actions = self.dissolve(&cause, None);
         if !self.has_served && self.give_up_after.is_some_and(|limit| self.failures >= limit) {
+            // Nothing ends this pause: the process is about to.
+            self.phase = Phase::Pausing;
             actions.push(Action::GiveUp(cause));
         } else if self.failures == 1 {
             actions.extend(self.try_to_form());
