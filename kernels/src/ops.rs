@@ -54,7 +54,7 @@ pub struct LinearSource<'a> {
     pub n_in: usize,
     /// The numbers, row-major.
     pub data: WeightData<'a>,
-    /// Added to each output, `[n_out]`.
+    /// Added to each output, `[n_out]`; where inputs are dealt to ranks, one rank alone has it.
     pub bias: Option<&'a [f32]>,
     /// Width of exact-sum slices along the inputs, for [`Ops::linear_exact`]; divides `n_in`. `None`: for [`Ops::linear`].
     pub slice_width: Option<usize>,
@@ -224,7 +224,8 @@ pub trait Ops: Send {
     /// `x`: `[n_rows, n_in]`; each `out`: `[n_rows, n_out]`.
     fn linear(&mut self, x: Buf, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError>;
 
-    /// `out = x · weightᵀ` as exact sums over this rank's slices; a bias is not added.
+    /// `out = x · weightᵀ` as exact sums over this rank's slices; a bias counts as one more slice, so that one rank alone
+    /// must have it.
     /// `x`: `[n_rows, n_in]`; `out`: `[n_rows, n_out]`.
     fn linear_exact(&mut self, x: Buf, n_rows: usize, weight: Linear, out: FixedBuf) -> Result<(), KernelError>;
 

@@ -87,7 +87,8 @@ pub fn to_fixed(v: f32) -> i64 {
     if v.is_nan() { -(1 << 51) } else { v.clamp(-limit, limit).round_ties_even() as i64 }
 }
 
-/// `[n_rows, n_out]`: sums over each slice of inputs, as fixed-point numbers, added (wrapping). No bias.
+/// `[n_rows, n_out]`: sums over each slice of inputs, as fixed-point numbers, added (wrapping); the bias counts as
+/// one more slice.
 pub fn linear_exact(x: &[f32], n_rows: usize, source: &LinearSource<'_>, precision: Precision) -> Vec<i64> {
     let width = source.slice_width.unwrap_or(source.n_in);
     let mut out = Vec::new();
@@ -96,7 +97,8 @@ pub fn linear_exact(x: &[f32], n_rows: usize, source: &LinearSource<'_>, precisi
         for row in 0..source.n_out {
             let slices = (0..source.n_in).step_by(width);
             let fixed = slices.map(|from| to_fixed(sum(x, source, precision, row, from, from + width)));
-            out.push(fixed.fold(0i64, i64::wrapping_add));
+            let bias = source.bias.map_or(0, |bias| to_fixed(bias[row]));
+            out.push(fixed.fold(bias, i64::wrapping_add));
         }
     }
     out

@@ -6,17 +6,17 @@ use crate::layer::{pre_norm::PreNormLayer, tensors::LayerTensors};
 /// The family.
 pub struct Llama;
 
-/// Hugging Face's `attention_bias` adds a bias to the projections; few checkpoints have it.
+/// Hugging Face's `attention_bias` and `mlp_bias` add biases to the projections; few checkpoints have them.
 const TENSORS: &[TensorSpec] = &[
     TensorSpec::norm("attn_norm"),
     TensorSpec::matrix("attn_q", Part::QueryRows, Bias::IfPresent),
     TensorSpec::matrix("attn_k", Part::KvRows, Bias::IfPresent),
     TensorSpec::matrix("attn_v", Part::KvRows, Bias::IfPresent),
-    TensorSpec::matrix("attn_output", Part::QueryColumns, Bias::None),
+    TensorSpec::matrix("attn_output", Part::QueryColumns, Bias::IfPresent),
     TensorSpec::norm("ffn_norm"),
-    TensorSpec::matrix("ffn_gate", Part::FfnRows, Bias::None),
-    TensorSpec::matrix("ffn_up", Part::FfnRows, Bias::None),
-    TensorSpec::matrix("ffn_down", Part::FfnColumns, Bias::None),
+    TensorSpec::matrix("ffn_gate", Part::FfnRows, Bias::IfPresent),
+    TensorSpec::matrix("ffn_up", Part::FfnRows, Bias::IfPresent),
+    TensorSpec::matrix("ffn_down", Part::FfnColumns, Bias::IfPresent),
 ];
 
 impl Architecture for Llama {

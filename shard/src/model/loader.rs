@@ -95,7 +95,8 @@ fn survey(checkpoint: &dyn Checkpoint, architecture: &dyn Architecture, shape: &
         read.insert(weight);
         let bias = format!("{stem}.bias");
         if has_bias(checkpoint, spec, &bias) {
-            bytes += stored_bytes(checkpoint.require(&bias, 1, rows)?, 1, my_rows.len());
+            let info = checkpoint.require(&bias, 1, rows)?;
+            bytes += if my_cols.start == 0 { stored_bytes(info, 1, my_rows.len()) } else { 0 };
             read.insert(bias);
         }
         Ok(())
@@ -184,7 +185,8 @@ impl Loader<'_> {
             return Ok(None);
         }
         let bias_name = format!("{stem}.bias");
-        let bias = if has_bias(self.checkpoint, spec, &bias_name) {
+        // Where inputs are dealt to ranks, the rank that has the first input adds the bias.
+        let bias = if cols.start == 0 && has_bias(self.checkpoint, spec, &bias_name) {
             Some(self.values(&bias_name, rows.clone())?)
         } else {
             None

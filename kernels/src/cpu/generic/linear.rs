@@ -14,7 +14,7 @@ use super::{
 pub(crate) enum Out {
     /// Plus the bias, `[n_rows, n_out]`.
     Floats(*mut f32),
-    /// As fixed-point numbers, slice by slice, `[n_rows, n_out]`.
+    /// As fixed-point numbers, slice by slice and the bias as one more, `[n_rows, n_out]`.
     Fixed(*mut i64),
 }
 
@@ -115,7 +115,12 @@ unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
             for r in 0..R {
                 let at = (first_row + r) * task.n_out + column;
                 match task.out {
-                    Out::Fixed(out) => out.add(at).copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n),
+                    Out::Fixed(out) => {
+                        if !task.bias.is_null() {
+                            S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(task.bias.add(column)));
+                        }
+                        out.add(at).copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n);
+                    }
                     Out::Floats(out) => {
                         let mut v = S::load(sums.0[t][r].as_ptr());
                         if !task.bias.is_null() {

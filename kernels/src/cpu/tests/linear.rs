@@ -59,6 +59,7 @@ fn dense_weights_take_any_width() {
             assert_same(&linear(ops, &x, 3, &matrix), &want, &ops.name());
         }
         matrix.slice_width = Some(slice_width);
+        matrix.bias = slice_width.is_multiple_of(2).then(|| random.floats(matrix.n_out));
         let want = reference::linear_exact(&x, 3, &matrix.source(), Precision::Auto);
         for ops in &mut devices(Precision::Auto, 1) {
             assert_eq!(linear_exact(ops, &x, 3, &matrix), want, "{}", ops.name());
