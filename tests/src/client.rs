@@ -55,7 +55,8 @@ pub fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
 /// Calls `Generate` and puts the stream together.
 pub async fn generate(grpc: &str, request: GenerateRequest) -> Result<Answer> {
     let n = request.n.unwrap_or(1) as usize;
-    let mut client = InferenceClient::connect(grpc.to_owned()).await.context("connect")?.max_decoding_message_size(64 << 20);
+    let mut client =
+        InferenceClient::connect(grpc.to_owned()).await.context("connect")?.max_decoding_message_size(64 << 20);
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer { choices: vec![Choice::default(); n], ..Answer::default() };
     let mut finished = false;
@@ -129,7 +130,8 @@ pub fn post(url: &str, body: &Value) -> Result<HttpAnswer> {
 pub fn post_stream(url: &str, body: &Value) -> Result<SseStream> {
     let response = agent().post(url).header("content-type", "application/json").send(&serde_json::to_vec(body)?)?;
     let status = response.status().as_u16();
-    let mut reader: BufReader<Box<dyn std::io::Read + Send>> = BufReader::new(Box::new(response.into_body().into_reader()));
+    let mut reader: BufReader<Box<dyn std::io::Read + Send>> =
+        BufReader::new(Box::new(response.into_body().into_reader()));
     if status != 200 {
         let mut text = String::new();
         std::io::Read::read_to_string(&mut reader, &mut text)?;

@@ -110,7 +110,12 @@ pub fn difference(golden: &Golden, outcome: &Outcome) -> Difference {
     for (case, answer) in golden.cases.iter().zip(&outcome.forced) {
         let expected = case.prompt_logprobs[1..].iter().map(|l| l.expect("only the first has none"));
         let expected: Vec<f64> = expected.chain(case.steps.iter().map(|s| s.logprob)).collect();
-        assert_eq!(answer.prompt_scores.len(), expected.len(), "{}: scores of all prompt tokens but the first", case.id);
+        assert_eq!(
+            answer.prompt_scores.len(),
+            expected.len(),
+            "{}: scores of all prompt tokens but the first",
+            case.id
+        );
         let ids = case.prompt_ids[1..].iter().copied().chain(case.steps.iter().map(|s| s.id));
         let n_prompt = case.prompt_ids.len() - 1;
         for (position, ((score, id), expected)) in answer.prompt_scores.iter().zip(ids).zip(expected).enumerate() {

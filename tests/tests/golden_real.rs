@@ -22,7 +22,8 @@ struct Bar {
 
 async fn outcome_of(alias: &str, golden: &golden::Golden, dtype: &str, world_size: usize) -> Outcome {
     let size = world_size.to_string();
-    let args = ["--tensor-parallel-size", &size, "--dtype", dtype, "--kv-cache-memory", "512MiB", "--max-model-len", "2048"];
+    let args =
+        ["--tensor-parallel-size", &size, "--dtype", dtype, "--kv-cache-memory", "512MiB", "--max-model-len", "2048"];
     let cluster = Cluster::start(&model(alias), &args);
     let outcome = golden::run(&cluster.grpc, golden).await;
     assert!(cluster.interrupt().success());

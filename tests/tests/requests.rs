@@ -23,7 +23,11 @@ async fn cancelled_requests_free_their_blocks() {
     let body = json!({"model": "default", "prompt": "Once upon a time", "max_tokens": 1900, "stream": true, "ignore_eos": true});
     let models = get(&format!("{}/v1/models", cluster.http)).unwrap().json().unwrap();
     let name = models["data"][0]["id"].as_str().unwrap().to_owned();
-    let body = { let mut b = body; b["model"] = json!(name); b };
+    let body = {
+        let mut b = body;
+        b["model"] = json!(name);
+        b
+    };
     let mut streams = Vec::new();
     for _ in 0..4 {
         let mut stream = post_stream(&format!("{}/v1/completions", cluster.http), &body).unwrap();
@@ -45,7 +49,8 @@ async fn cancelled_requests_free_their_blocks() {
     assert!(tokens < 8.0 * 1900.0, "the requests did not run to their end");
     assert_eq!(metric(&cluster.http, "sequences_running"), 0.0);
     // A deadline ends a call just the same.
-    let late = tokio::time::timeout(Duration::from_millis(300), generate(&cluster.grpc, greedy(&[504, 3575], 1900))).await;
+    let late =
+        tokio::time::timeout(Duration::from_millis(300), generate(&cluster.grpc, greedy(&[504, 3575], 1900))).await;
     assert!(late.is_err(), "1900 tokens take longer");
     wait_until("its blocks are free", || metric(&cluster.http, "kv_blocks_used") == 0.0);
     assert!(cluster.interrupt().success());
@@ -67,7 +72,8 @@ fn malformed(model: &str) -> Vec<(&'static str, Vec<u8>)> {
             body[field] = value;
             all.push((path, serde_json::to_vec(&body).unwrap()));
         };
-        let fields = ["temperature", "top_p", "n", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty"];
+        let fields =
+            ["temperature", "top_p", "n", "max_tokens", "stop", "seed", "presence_penalty", "frequency_penalty"];
         for field in fields {
             change(field, json!({"wrong": "type"}));
             change(field, json!([[1]]));
@@ -114,9 +120,14 @@ fn malformed(model: &str) -> Vec<(&'static str, Vec<u8>)> {
     all.push(("/v1/completions", serde_json::to_vec(&json!({"model": model, "prompt": [1, 2, 999_999_999]})).unwrap()));
     all.push(("/v1/completions", serde_json::to_vec(&json!({"model": model, "prompt": [-1]})).unwrap()));
     all.push(("/v1/completions", serde_json::to_vec(&json!({"model": model, "prompt": [""]})).unwrap()));
-    all.push(("/v1/completions", serde_json::to_vec(&json!({"model": model, "prompt": "x", "logprobs": 1000})).unwrap()));
+    all.push((
+        "/v1/completions",
+        serde_json::to_vec(&json!({"model": model, "prompt": "x", "logprobs": 1000})).unwrap(),
+    ));
     all.push(("/v1/completions", serde_json::to_vec(&json!({"prompt": 5, "model": model})).unwrap()));
-    for messages in [json!([]), json!("hi"), json!([{"role": "wizard", "content": "x"}]), json!([{"content": "x"}]), json!([1])] {
+    for messages in
+        [json!([]), json!("hi"), json!([{"role": "wizard", "content": "x"}]), json!([{"content": "x"}]), json!([1])]
+    {
         all.push(("/v1/chat/completions", serde_json::to_vec(&json!({"model": model, "messages": messages})).unwrap()));
     }
     all

@@ -22,8 +22,8 @@ impl BlockFormat<22> for Q5_0 {
         out.scales[0] = half(block, 0);
         let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
         for (i, byte) in block[6..].iter().enumerate() {
-            out.quants[i] = ((byte & 15) | ((high >> i) & 1) as u8 * 16) as i8 - 16;
-            out.quants[i + 16] = ((byte >> 4) | ((high >> (i + 16)) & 1) as u8 * 16) as i8 - 16;
+            out.quants[i] = ((byte & 15) | (((high >> i) & 1) as u8 * 16)) as i8 - 16;
+            out.quants[i + 16] = ((byte >> 4) | (((high >> (i + 16)) & 1) as u8 * 16)) as i8 - 16;
         }
     }
 }

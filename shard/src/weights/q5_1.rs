@@ -23,8 +23,8 @@ impl BlockFormat<24> for Q5_1 {
         out.mins[0] = half(block, 2);
         let high = u32::from_le_bytes([block[4], block[5], block[6], block[7]]);
         for (i, byte) in block[8..].iter().enumerate() {
-            out.quants[i] = ((byte & 15) | ((high >> i) & 1) as u8 * 16) as i8;
-            out.quants[i + 16] = ((byte >> 4) | ((high >> (i + 16)) & 1) as u8 * 16) as i8;
+            out.quants[i] = ((byte & 15) | (((high >> i) & 1) as u8 * 16)) as i8;
+            out.quants[i + 16] = ((byte >> 4) | (((high >> (i + 16)) & 1) as u8 * 16)) as i8;
         }
     }
 }

@@ -26,8 +26,8 @@ impl BlockFormat<176> for Q5K {
         let pairs = out.quants.as_chunks_mut::<64>().0;
         for (p, (pair, bytes)) in pairs.iter_mut().zip(block[48..].as_chunks::<32>().0).enumerate() {
             for (i, (byte, high)) in bytes.iter().zip(high).enumerate() {
-                pair[i] = ((byte & 15) | ((high >> (2 * p)) & 1) * 16) as i8;
-                pair[i + 32] = ((byte >> 4) | ((high >> (2 * p + 1)) & 1) * 16) as i8;
+                pair[i] = ((byte & 15) | (((high >> (2 * p)) & 1) * 16)) as i8;
+                pair[i + 32] = ((byte >> 4) | (((high >> (2 * p + 1)) & 1) * 16)) as i8;
             }
         }
     }
