@@ -7,7 +7,7 @@ import openai
 
 client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
 model = client.models.list().data[0].id
-messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "What is the capital of France?"}]
+messages = [{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Why is the sky blue?"}]
 shared = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 24}
 
 whole = client.chat.completions.create(**shared, logprobs=True, top_logprobs=2)
