@@ -1,7 +1,5 @@
 //! What a checkpoint says of itself, checked.
 
-use crate::id::TokenId;
-
 /// The numbers that shape a decoder-only transformer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -168,13 +166,4 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions (Hugging Face's `truncate`, true by default).
         truncate: bool,
     },
-}
-
-/// Token ids that a checkpoint names.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SpecialTokens {
-    /// Beginning of sequence.
-    pub bos: Option<TokenId>,
-    /// Any of these ends a sequence.
-    pub eos: Vec<TokenId>,
 }

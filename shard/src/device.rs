@@ -1,4 +1,4 @@
-//! Devices by name. A backend is one line in [`BACKENDS`].
+//! Devices by name. A backend is one line in `BACKENDS`.
 
 use std::str::FromStr;
 

@@ -3,7 +3,7 @@
 //! - [`model`]: families of models, loading a rank's slice. [`layer`]: what layers are made of.
 //! - [`step`]: from a plan to tokens. [`sampler`]: from logits to a token.
 //! - [`engine`]: epochs, the thread that computes. [`link`]: the stream to the coordinator.
-//! - [`offline`]: a group in one process, for tests and for [`bench`].
+//! - [`offline`]: a group in one process, for tests and for [`mod@bench`].
 
 pub mod bench;
 pub mod config;

@@ -29,7 +29,8 @@ const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALA
     args_override_self = true,
     after_help = "Every option can be given as the environment variable in brackets, and as a key of the --config file \
                   (TOML; the option's name with underscores). Flags come before variables, variables before the file.\n\n\
-                  `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\n\
+                  `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\
+                  `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
                   phalanx ready http://HOST:PORT grpc://HOST:PORT model=NAME tp=N shards=ID,ID epoch=E"
@@ -128,7 +129,7 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
 
-    /// Requests that may wait; more are refused with status 503 [default: 1024]
+    /// Requests that may wait; more are refused with status 429 [default: 1024]
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<u32>,

@@ -27,7 +27,7 @@ pub struct Candidate {
     pub shard: ShardId,
     /// Which life of its process.
     pub incarnation: u64,
-    /// Ranks of one group have this in common: version, numerics, and the host where they must share memory.
+    /// Ranks of one group have this in common: version and numerics.
     pub kind: String,
 }
 
@@ -217,7 +217,7 @@ impl GroupMachine {
         Some(if have < want {
             format!("{have} of {want} shards are attached")
         } else {
-            format!("{have} shards are attached, but no {want} of them have version, numerics and host in common")
+            format!("{have} shards are attached, but no {want} of them have version and numerics in common")
         })
     }
 

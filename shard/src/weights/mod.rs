@@ -1,6 +1,6 @@
 //! From a checkpoint's tensors to the few layouts that devices take: any rows and columns of any tensor type, exactly.
 //!
-//! A tensor type is one file and one line in [`DECODERS`]. Widening loses nothing: `scale * quant + min` in f32 gives
+//! A tensor type is one file and one line in `DECODERS`. Widening loses nothing: `scale * quant + min` in f32 gives
 //! the very bits that ggml's own dequantization gives. Only the bytes of the wanted rows are touched.
 
 mod block;
