@@ -111,6 +111,7 @@ mod tests {
             n: 2,
             sampling: Default::default(),
             max_tokens: 5,
+            is_open_ended: false,
             stop: StopConditions::default(),
             deadline: None,
         };

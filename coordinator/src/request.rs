@@ -18,6 +18,9 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Most tokens per choice, at least 1 unless `prompt_logprobs` alone is asked for; prompt and output fit the context.
     pub max_tokens: u32,
+    /// Whether `max_tokens` is only the rest of the context because the client asked for no number: fewer will do where
+    /// KV memory is smaller than the context.
+    pub is_open_ended: bool,
     /// What ends a choice before `max_tokens`.
     pub stop: StopConditions,
     /// When to give up; `None` is never.
@@ -85,7 +88,7 @@ pub enum Finish {
     StopToken(TokenId),
     /// A stop string of the request.
     StopString(String),
-    /// `max_tokens` or the context is reached.
+    /// `max_tokens`, the context or (of open-ended requests) KV memory is reached.
     Length,
 }
 

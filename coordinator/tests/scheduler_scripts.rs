@@ -132,6 +132,7 @@ impl Script {
                 ..SamplingParams::default()
             },
             max_tokens: number(words, "max", 4),
+            is_open_ended: words.contains(&"open"),
             stop: StopConditions {
                 strings: value(words, "stop").map(str::to_owned).into_iter().collect(),
                 ignore_eos: !words.contains(&"eos"),

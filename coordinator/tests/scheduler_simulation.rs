@@ -380,6 +380,7 @@ fn request(luck: &mut Luck, idx: usize, heads: &[Vec<u32>], now: Instant) -> Req
         n: if luck.one_in(4) { luck.within(2, 3) as u32 } else { 1 },
         sampling,
         max_tokens: max_tokens as u32,
+        is_open_ended: false,
         stop: StopConditions {
             strings,
             token_ids: if luck.one_in(4) { tokens(luck, 1) } else { Vec::new() },

@@ -2,7 +2,7 @@
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
 };
 use serde::Serialize;
 
@@ -46,7 +46,11 @@ pub async fn list(State(state): State<FrontendState>) -> Json<Models> {
 }
 
 /// `GET /v1/models/{id}`. Ids may contain slashes.
-pub async fn retrieve(State(state): State<FrontendState>, Path(id): Path<String>) -> Result<Json<Model>, ApiError> {
+pub async fn retrieve(
+    State(state): State<FrontendState>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Model>, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::invalid("model", "must be UTF-8"))?;
     state.check_model(Some(&id))?;
     Ok(Json(model(&state, &id)))
 }

@@ -250,7 +250,8 @@ impl Params {
         }
         let seed = self.seed.unwrap_or_else(random_seed);
         let sampling = SamplingParams { seed, ..self.sampling.clone() };
-        Ok(Request { id, prompt, n: self.n, sampling, max_tokens, stop: self.stop.clone(), deadline })
+        let is_open_ended = self.max_tokens.is_none() && self.default_max_tokens == u32::MAX;
+        Ok(Request { id, prompt, n: self.n, sampling, max_tokens, is_open_ended, stop: self.stop.clone(), deadline })
     }
 }
 

@@ -239,7 +239,8 @@ impl Machine {
         if let Some(token) = request.prompt.iter().find(|t| **t as usize >= self.limits.vocab) {
             return broken(format!("prompt has token {token}, want less than {}", self.limits.vocab));
         }
-        self.too_large(prompt_len, policy::max_output(prompt_len, request.max_tokens, self.limits.max_model_len))
+        let max_tokens = policy::max_output(prompt_len, request.max_tokens, self.limits.max_model_len);
+        self.too_large(prompt_len, if request.is_open_ended { max_tokens.min(1) } else { max_tokens })
     }
 
     /// Whether the serving group could not hold a sequence even if it had all blocks.

@@ -143,7 +143,8 @@ impl Machine {
                 }
                 continue;
             }
-            if let Some(error) = self.too_large(sequence.prompt_len, sequence.max_tokens) {
+            let Some((prompt_len, max_tokens)) = self.bound_output(key) else { return };
+            if let Some(error) = self.too_large(prompt_len, max_tokens) {
                 self.fail(key.request, error, out);
                 continue;
             }
@@ -152,6 +153,18 @@ impl Machine {
             }
             self.add_chunk(key, draft);
         }
+    }
+
+    /// Prompt and most output of a sequence; an open-ended one is content with what the blocks can hold.
+    fn bound_output(&mut self, key: SequenceKey) -> Option<(usize, usize)> {
+        let is_open_ended = self.requests.get(&key.request)?.request.is_open_ended;
+        let sequence = self.sequences.get_mut(&key)?;
+        if is_open_ended && let Some(group) = &self.group {
+            let n_positions = group.blocks.n_blocks() * group.blocks.block_size();
+            let most = policy::most_output(sequence.prompt_len, n_positions);
+            sequence.max_tokens = sequence.max_tokens.min(most.max(sequence.n_output + 1));
+        }
+        Some((sequence.prompt_len, sequence.max_tokens))
     }
 
     /// Gives a sequence blocks and a slot, or `None` if there are too few blocks.

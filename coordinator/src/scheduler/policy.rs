@@ -17,6 +17,11 @@ pub fn max_output(prompt_len: usize, max_tokens: u32, max_model_len: usize) -> u
     (max_tokens as usize).min(max_model_len.saturating_sub(prompt_len))
 }
 
+/// Tokens that a sequence can generate alone in a cache of so many positions: the last one's row is never computed.
+pub fn most_output(prompt_len: usize, n_positions: usize) -> usize {
+    (n_positions + 1).saturating_sub(prompt_len)
+}
+
 /// Blocks to leave for the sequences that run when another is admitted: without some, the newcomer would be the first to
 /// be preempted, again and again. None if nothing runs: then the oldest gets all there is.
 pub fn spare_blocks(n_blocks: usize, n_running: usize) -> usize {

@@ -91,6 +91,7 @@ fn request(max_tokens: u32) -> Request {
         n: 1,
         sampling: SamplingParams::default(),
         max_tokens,
+        is_open_ended: false,
         stop: StopConditions::default(),
         deadline: None,
     }
