@@ -202,7 +202,11 @@ impl Merged {
         // A device that is not here should be known before the coordinator counts on it.
         device.open(Precision::Auto).map_err(|error| value("device", device.name.clone(), error.to_string()))?;
         let listen = SocketAddr::from_str(&self.listen)
-            .map_err(|_| value("listen", self.listen.clone(), "want ADDRESS:PORT, such as 0.0.0.0:7000"))?;
+            .map_err(|_| value("listen", self.listen.clone(), "want ADDRESS:PORT, such as 10.0.0.5:7000"))?;
+        if listen.ip().is_unspecified() {
+            let want = "want the address at which the other machines reach this one, such as 10.0.0.5:7000";
+            return Err(value("listen", self.listen.clone(), want));
+        }
         let kinds: Vec<&str> = collective::KINDS.iter().map(|kind| kind.name).collect();
         let collective = match self.collective.as_str() {
             "auto" => None,

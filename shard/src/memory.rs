@@ -91,8 +91,10 @@ fn group_free(cgroup: &str, mount: &Path) -> Option<u64> {
     least
 }
 
+/// Cached file pages of a group and those below it: version 1 has a counter of its own for that.
 fn inactive_file(stat: &str) -> Option<u64> {
-    stat.lines().find_map(|line| line.strip_prefix("inactive_file ")).and_then(|n| n.trim().parse().ok())
+    let field = |name| stat.lines().find_map(|line| line.strip_prefix(name)).and_then(|n: &str| n.trim().parse().ok());
+    field("total_inactive_file ").or_else(|| field("inactive_file "))
 }
 
 #[cfg(test)]

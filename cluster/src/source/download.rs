@@ -100,6 +100,8 @@ impl Downloader {
             remove(part)?;
             return Err(SourceError::Size { url: remote.url.to_owned(), want, got });
         }
+        // Its final name will be trusted: the bytes must be on the disk before.
+        std::fs::File::open(part).and_then(|file| file.sync_all()).map_err(SourceError::file("write", part))?;
         if let Some(want) = remote.sha256 {
             let got = hash(part)?;
             if !got.eq_ignore_ascii_case(want) {

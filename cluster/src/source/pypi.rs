@@ -150,7 +150,8 @@ fn unpack(wheel: &Path, part: &Part, out: &Path) -> Result<(), SourceError> {
     // One byte more than promised would be a bomb or a damaged archive.
     let copied = io::copy(&mut entry.by_ref().take(bytes.saturating_add(1)), &mut file);
     match copied {
-        Ok(copied) if copied == bytes => Ok(()),
+        // Its final name will be trusted: the bytes must be on the disk before.
+        Ok(copied) if copied == bytes => file.sync_all().map_err(SourceError::file("write", out)),
         Ok(copied) => Err(bad(format!("{name} has {copied} bytes, the archive says {bytes}"))),
         Err(error) => Err(bad(format!("{name}: {error}"))),
     }

@@ -244,7 +244,13 @@ impl Rank {
         match self.weights {
             WeightsOrExecutor::Weights(weights) => *weights,
             WeightsOrExecutor::Executor(executor, key, weight_bytes) => {
-                let (ops, model, scratch) = executor.into_parts();
+                let (mut ops, model, scratch) = executor.into_parts();
+                // The next group measures free memory before it allocates its own pages.
+                if self.kv.n_kv_heads > 0
+                    && let Err(error) = ops.alloc_kv(KvShape { n_blocks: 0, ..self.kv })
+                {
+                    tracing::warn!(%error, "the KV pages of the last group are not freed");
+                }
                 Weights { key, weight_bytes, ops, model, scratch }
             }
         }

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use self::header::Header;
 pub use self::value::{Array, Value};
-use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile};
+use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile, update_with_samples};
 use crate::{checkpoint::hex, model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// Files that begin with `GGUF`.
@@ -59,6 +59,7 @@ impl Gguf {
         let mut sha = Sha256::new();
         sha.update(&file.bytes()[..header.data_start]);
         sha.update((file.bytes().len() as u64).to_le_bytes());
+        header.ranges.iter().for_each(|range| update_with_samples(&mut sha, &file.bytes()[range.clone()]));
         let identity = hex(&sha.finalize());
         Ok(Self { file, header, config, identity })
     }

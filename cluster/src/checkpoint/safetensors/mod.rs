@@ -14,7 +14,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use self::header::Entry;
-use super::{Checkpoint, CheckpointError, Format, TensorInfo, hex, map::MappedFile};
+use super::{Checkpoint, CheckpointError, Format, TensorInfo, hex, map::MappedFile, update_with_samples};
 use crate::model_config::ModelConfig;
 
 const CONFIG: &str = "config.json";
@@ -75,6 +75,7 @@ impl Safetensors {
             let (data_start, entries) = header::read(file.path(), file.bytes())?;
             sha.update(&file.bytes()[..data_start]);
             sha.update((file.bytes().len() as u64).to_le_bytes());
+            entries.iter().for_each(|entry| update_with_samples(&mut sha, &file.bytes()[entry.range.clone()]));
             index.add(file, entries, part.tensors)?;
         }
 
