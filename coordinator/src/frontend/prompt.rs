@@ -139,7 +139,11 @@ impl FrontendState {
             return Err(ApiError::invalid("messages", "can't be used: the model has no chat template"));
         };
         let add_generation_prompt = chat.ending == Ending::GenerationPrompt;
-        let rendered = template.render(&chat.messages, None, add_generation_prompt, &chat.variables);
+        let messages = match chat.ending {
+            Ending::OpenMessage => mark_last_message(&chat.messages)?,
+            Ending::GenerationPrompt | Ending::LastMessage => chat.messages.clone(),
+        };
+        let rendered = template.render(&messages, None, add_generation_prompt, &chat.variables);
         let rendered = rendered.map_err(|error| match error {
             TemplateError::Refused { .. } | TemplateError::Render { .. } | TemplateError::Exhausted => {
                 ApiError::invalid("messages", format!("can't be rendered: {error}"))
@@ -147,22 +151,35 @@ impl FrontendState {
             other => ApiError::internal(other),
         })?;
         match chat.ending {
-            Ending::OpenMessage => open_last_message(rendered, chat.messages.last()),
+            Ending::OpenMessage => cut_at_mark(rendered),
             Ending::GenerationPrompt | Ending::LastMessage => Ok(rendered),
         }
     }
 }
 
-/// Cuts off what the template wrote after the last message's text.
-fn open_last_message(mut rendered: String, last: Option<&Value>) -> Result<String, ApiError> {
-    let refused = |reason: &str| ApiError::invalid("continue_final_message", reason);
-    let last = last.filter(|m| m["role"] == "assistant").and_then(|m| m["content"].as_str());
-    let content = last.filter(|c| !c.trim().is_empty());
-    let content = content.ok_or_else(|| refused("needs a last message of the role assistant with a text"))?;
-    // Some templates trim messages.
-    let found = [content, content.trim_end(), content.trim()].into_iter();
-    let end = found.filter_map(|text| rendered.rfind(text).map(|at| at + text.len())).next();
-    rendered.truncate(end.ok_or_else(|| refused("is impossible: the chat template changes the last message"))?);
+/// Written behind an open last message, to find its end again: the text alone could stand in the template's ending too.
+/// A code point that no text uses (Unicode's private use area).
+const MARK: char = '\u{e000}';
+
+fn not_open(reason: &str) -> ApiError {
+    ApiError::invalid("continue_final_message", reason)
+}
+
+/// The messages with [`MARK`] behind the last one's text.
+fn mark_last_message(messages: &[Value]) -> Result<Vec<Value>, ApiError> {
+    let mut messages = messages.to_vec();
+    let last = messages.last_mut().filter(|m| m["role"] == "assistant");
+    let content = last.map(|m| &mut m["content"]).filter(|c| c.as_str().is_some_and(|c| !c.trim().is_empty()));
+    let content = content.ok_or_else(|| not_open("needs a last message of the role assistant with a text"))?;
+    *content = format!("{}{MARK}", content.as_str().unwrap_or_default()).into();
+    Ok(messages)
+}
+
+/// Cuts off the mark and what the template wrote after it.
+fn cut_at_mark(mut rendered: String) -> Result<String, ApiError> {
+    let end =
+        rendered.rfind(MARK).ok_or_else(|| not_open("is impossible: the chat template changes the last message"))?;
+    rendered.truncate(end);
     Ok(rendered)
 }
 
@@ -188,11 +205,16 @@ mod tests {
 
     #[test]
     fn the_last_message_stays_open() {
-        let last = json!({"role": "assistant", "content": "one two "});
-        let open = |text: &str| open_last_message(text.to_owned(), Some(&last));
-        assert_eq!(open("<a>one two <end>").unwrap(), "<a>one two ");
-        assert_eq!(open("<a>one two<end>").unwrap(), "<a>one two");
-        assert!(open("<a>three<end>").is_err());
-        assert!(open_last_message("x".to_owned(), Some(&json!({"role": "user", "content": "x"}))).is_err());
+        let open = |last: Value, before: &str, after: &str| {
+            let messages = mark_last_message(&[last])?;
+            cut_at_mark(format!("{before}{}{after}", messages[0]["content"].as_str().unwrap_or_default()))
+        };
+        let says = |text: &str| json!({"role": "assistant", "content": text});
+        assert_eq!(open(says("one two "), "<a>", "<end>").unwrap(), "<a>one two ");
+        // The text stands in the template's ending as well.
+        assert_eq!(open(says("<"), "<a>", "<end>").unwrap(), "<a><");
+        assert!(cut_at_mark("<a>three<end>".to_owned()).is_err());
+        assert!(open(json!({"role": "user", "content": "x"}), "", "").is_err());
+        assert!(open(says("  "), "", "").is_err());
     }
 }
