@@ -30,7 +30,8 @@ pub fn binary(name: &str) -> PathBuf {
     let binary = folder.join(name);
     let built = modified(&binary)
         .unwrap_or_else(|| panic!("{} is missing: run `cargo test --workspace` or build it first", binary.display()));
-    for folder in ["coordinator/src", "shard/src", "kernels/src", "cluster/src", "proto/proto"] {
+    let own = if name == "coordinator" { Some("coordinator/src") } else { None };
+    for folder in ["shard/src", "kernels/src", "cluster/src", "proto/proto"].into_iter().chain(own) {
         let newest = newest_source(&repository().join(folder));
         assert!(newest <= built, "{} is older than {folder}: run `cargo build --workspace` first", binary.display());
     }
