@@ -46,6 +46,10 @@ fn newest_source(folder: &Path) -> SystemTime {
     let mut newest = SystemTime::UNIX_EPOCH;
     for entry in fs::read_dir(folder).expect("source folders are readable").flatten() {
         let path = entry.path();
+        // Unit tests in files of their own are no part of a binary.
+        if path.file_stem().and_then(|n| n.to_str()).is_some_and(|n| n == "tests" || n.ends_with("_tests")) {
+            continue;
+        }
         let time = if path.is_dir() { newest_source(&path) } else { modified(&path).unwrap_or(newest) };
         newest = newest.max(time);
     }
