@@ -14,19 +14,15 @@ const FLOAT32_MARGIN: f64 = 4e-3;
 /// Margin below which the default path may choose another token.
 const AUTO_MARGIN: f64 = 0.5;
 
-/// Differences of llama.cpp on the same file and steps: the default path must not be worse. They are known to 3 and to
-/// 2 decimals, so that is how many are compared.
+/// Differences of llama.cpp on the same file and steps: the default path must not be worse.
 struct Bar {
     mean: f64,
     p99: f64,
 }
 
-impl Bar {
-    fn holds(&self, off: &golden::Difference) -> bool {
-        (off.mean * 1000.0).round() <= (self.mean * 1000.0).round()
-            && (off.p99 * 100.0).round() <= (self.p99 * 100.0).round()
-    }
-}
+/// SmolLM2's 99th percentile is 0.17498, and llama.cpp's is 0.17: that bar is NOT reached yet. Until it is, this keeps the
+/// distance from growing; `docs/performance.md` says so too.
+const SMOLLM2_P99_TODAY: f64 = 0.175;
 
 async fn outcome_of(alias: &str, golden: &golden::Golden, dtype: &str, world_size: usize) -> Outcome {
     let size = world_size.to_string();
@@ -54,7 +50,7 @@ async fn check(alias: &str, file: &str, bar: Bar) {
                 assert!(off.max <= FLOAT32_LOGPROB && off.prompt_max <= FLOAT32_LOGPROB, "{alias}: {off:?}");
                 golden::check_greedy(&golden, &outcome, FLOAT32_MARGIN);
             } else {
-                assert!(bar.holds(&off), "{alias}: {off:?}");
+                assert!(off.mean <= bar.mean && off.p99 <= bar.p99, "{alias}: {off:?}");
                 golden::check_greedy(&golden, &outcome, AUTO_MARGIN);
             }
             first = Some(outcome);
@@ -64,7 +60,7 @@ async fn check(alias: &str, file: &str, bar: Bar) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn smollm2_matches_the_reference() {
-    check(SMOLLM2, "smollm2-135m-instruct-q4_1.prompts.json.gz", Bar { mean: 0.030, p99: 0.17 }).await;
+    check(SMOLLM2, "smollm2-135m-instruct-q4_1.prompts.json.gz", Bar { mean: 0.030, p99: SMOLLM2_P99_TODAY }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
