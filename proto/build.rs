@@ -4,7 +4,8 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const FILES: &[&str] = &["common.proto", "step.proto", "cluster.proto", "generate.proto"];
+const FILES: &[&str] =
+    &["common.proto", "step.proto", "cluster.proto", "leadership.proto", "admin.proto", "generate.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -141,7 +141,7 @@ impl cluster_server::Cluster for ClusterService {
         let link = LinkHandle { origin: Arc::new(origin), stream: stream_number, queue, closing };
         let interval = self.heartbeat_interval();
         let heartbeat_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
-        link.send(ToShard::Welcome(Welcome { heartbeat_ms }));
+        link.send(ToShard::Welcome(Welcome { heartbeat_ms, ..Welcome::default() }));
         let task = LinkTask { link, group: self.group.clone(), interval, silence_limit: self.heartbeat_timeout };
         // In a task of its own: a client that goes away now must still be detached.
         let attached = tokio::spawn(attach(self.membership.clone(), hello, task, stream));
@@ -227,7 +227,7 @@ impl LinkTask {
                         return format!("it was silent for {} ms", heard.elapsed().as_millis());
                     }
                     sequence += 1;
-                    self.link.send(ToShard::Heartbeat(Heartbeat { sequence, resident_bytes: 0 }));
+                    self.link.send(ToShard::Heartbeat(Heartbeat { sequence, ..Heartbeat::default() }));
                 }
             }
         }

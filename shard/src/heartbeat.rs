@@ -48,7 +48,8 @@ impl Pulse {
     /// The next heartbeat.
     pub fn beat(&mut self) -> ShardMessage {
         self.sequence += 1;
-        let beat = Heartbeat { sequence: self.sequence, resident_bytes: memory::resident_bytes() };
+        let (sequence, resident_bytes) = (self.sequence, memory::resident_bytes());
+        let beat = Heartbeat { sequence, resident_bytes, ..Heartbeat::default() };
         ShardMessage { message: Some(Message::Heartbeat(beat)) }
     }
 }

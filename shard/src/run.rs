@@ -115,6 +115,7 @@ fn hello(config: &Config, collective_address: String) -> anyhow::Result<Hello> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fingerprint,
         collective_address,
+        ..Hello::default()
     })
 }
 

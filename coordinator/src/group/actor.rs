@@ -259,7 +259,7 @@ impl State {
                 tracing::error!(shard = %from().shard, epoch = failed.epoch, error, "a shard has failed");
                 Event::Failed { from: from(), epoch: Epoch::from_raw(failed.epoch), error }
             }
-            FromShard::Hello(_) => return Ok(()),
+            FromShard::Hello(_) | FromShard::Prepared(_) | FromShard::Leaving(_) => return Ok(()),
         };
         self.step(myself, event, None)
     }
@@ -355,7 +355,7 @@ impl State {
                     self.config.lost(&cause);
                 }
                 Action::Retire { epoch, shard } => {
-                    self.tell(&shard, Message::Retire(Retire { epoch: epoch.raw() }));
+                    self.tell(&shard, Message::Retire(Retire { epoch: epoch.raw(), keep_kv: false }));
                 }
                 Action::Deliver => {
                     if let Some(result) = result.take() {
@@ -474,6 +474,7 @@ impl State {
             weight_bytes: seat.memory.weights,
             kv_bytes: seat.memory.kv,
             resident_bytes: seat.memory.resident,
+            ..Member::default()
         };
         StatusResponse {
             epoch: self.machine.epoch().raw(),
@@ -481,6 +482,7 @@ impl State {
             world_size: u32::try_from(self.config.world_size).unwrap_or(u32::MAX),
             model: self.config.name.clone(),
             members: self.seats.iter().map(member).collect(),
+            ..StatusResponse::default()
         }
     }
 }

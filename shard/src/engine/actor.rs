@@ -98,7 +98,9 @@ impl Actor for Engine {
             EngineMsg::Coordinator(Message::Serve(serve)) => Command::Serve(serve),
             EngineMsg::Coordinator(Message::StepPlan(plan)) => Command::Plan(plan),
             // The link's own.
-            EngineMsg::Coordinator(Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_)) => return Ok(()),
+            EngineMsg::Coordinator(
+                Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_) | Message::Prepare(_),
+            ) => return Ok(()),
         };
         let generation = state.interrupt.generation();
         if state.thread.send(Envelope { generation, command }).is_err() {

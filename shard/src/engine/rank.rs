@@ -192,6 +192,7 @@ impl Rank {
             weight_bytes: weights.weight_bytes,
             kv_blocks: demand.n_blocks(),
             kv_bytes_per_block,
+            kv_kept_through_step: None,
         };
         let limits = Limits {
             block_size: kv.block_size,
