@@ -136,7 +136,13 @@ async fn load(shards: &mut [&mut FakeShard], kv_blocks: &[u32]) -> Vec<Form> {
     let mut forms = Vec::new();
     for (shard, kv_blocks) in shards.iter_mut().zip(kv_blocks) {
         let form = shard.hear_form().await;
-        let loaded = Loaded { epoch: form.epoch, weight_bytes: 100, kv_blocks: *kv_blocks, kv_bytes_per_block: 10 };
+        let loaded = Loaded {
+            epoch: form.epoch,
+            weight_bytes: 100,
+            kv_blocks: *kv_blocks,
+            kv_bytes_per_block: 10,
+            ..Loaded::default()
+        };
         shard.say(ToCoordinator::Loaded(loaded));
         forms.push(form);
     }

@@ -159,6 +159,7 @@ fn form(epoch: u64, path: &Path, host_id: &str) -> Form {
         max_step_rows: 64,
         max_sequences: 4,
         max_model_len: 64,
+        ..Form::default()
     }
 }
 
@@ -213,7 +214,7 @@ async fn a_shard_serves_fails_reattaches_and_shuts_down() {
 
     let mut attached = shards.recv().await.expect("a shard");
     assert_eq!(attached.hello().await.incarnation, 7);
-    attached.send(ToShard::Welcome(Welcome { heartbeat_ms: 20 }));
+    attached.send(ToShard::Welcome(Welcome { heartbeat_ms: 20, ..Welcome::default() }));
     let weight_bytes = attached.form(form(3, &path, "here")).await;
 
     // Both plans are sent before the first result: the shard knows the token that it samples.
@@ -242,7 +243,7 @@ async fn a_shard_serves_fails_reattaches_and_shuts_down() {
     assert_eq!(attached.form(form(6, &path, "here")).await, weight_bytes);
     attached.send(ToShard::StepPlan(StepPlan { epoch: 6, ..next(6, 1, tokens.len()) }));
     assert!(attached.failed().await.error.contains("not known"));
-    attached.send(ToShard::Retire(Retire { epoch: 6 }));
+    attached.send(ToShard::Retire(Retire { epoch: 6, keep_kv: false }));
 
     // The stream breaks: the shard comes again, and epochs may count anew.
     drop(attached);
