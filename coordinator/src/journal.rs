@@ -114,6 +114,8 @@ mod tests {
             is_open_ended: false,
             stop: StopConditions::default(),
             deadline: None,
+            priority: 0,
+            resume: Vec::new(),
         };
         let (key, mut journal) = (RequestKey(7), Journal::default());
         let choice = |choice| SequenceKey { request: key, choice };

@@ -1,6 +1,6 @@
 //! A request as the scheduler takes it: parsed, tokenized and checked. Frontends make it; nothing after them validates again.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{SamplingParams, TokenScore};
@@ -25,6 +25,21 @@ pub struct Request {
     pub stop: StopConditions,
     /// When to give up; `None` is never.
     pub deadline: Option<Instant>,
+    /// Lower goes first, equal ones in order of arrival.
+    pub priority: i32,
+    /// What an earlier life of the request has emitted, per choice from the first on; choices without an entry, or with an
+    /// empty one, begin afresh. These tokens are told again, as if they had just been sampled, and the choice goes on
+    /// behind them.
+    pub resume: Vec<ResumedChoice>,
+}
+
+/// Output of a choice in an earlier life of its request.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ResumedChoice {
+    /// In order from the first.
+    pub tokens: Vec<TokenId>,
+    /// Of each token, if the request asks for scores; else empty.
+    pub scores: Vec<TokenScore>,
 }
 
 impl Request {
@@ -107,12 +122,16 @@ pub struct Usage {
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum RequestError {
     /// The queue is full.
-    #[error("the server is busy: {waiting} requests wait, the limit is {limit}: retry later")]
+    #[error("the server is busy: {waiting} {of} wait, the limit is {limit}: retry in {} s", retry_after.as_secs())]
     Overloaded {
-        /// Requests that wait.
+        /// How much waits.
         waiting: usize,
         /// Most that may wait.
         limit: usize,
+        /// What is counted.
+        of: Queued,
+        /// When it is worth to try again, in whole seconds, at least one.
+        retry_after: Duration,
     },
     /// The deadline passed.
     #[error("the request's deadline passed")]
@@ -128,7 +147,31 @@ pub enum RequestError {
     /// The cluster can't serve and won't soon.
     #[error("no shards are serving: {0}")]
     Unavailable(String),
+    /// Shards were lost again and again while they computed this request.
+    #[error("shards were lost {losses} times in a row while they computed this request: it is not tried again")]
+    Poison {
+        /// Losses without a token between them.
+        losses: u32,
+    },
     /// A fault of ours.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+/// What a bound of the queue counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queued {
+    /// Requests.
+    Requests,
+    /// Prompt tokens.
+    PromptTokens,
+}
+
+impl std::fmt::Display for Queued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Requests => "requests",
+            Self::PromptTokens => "prompt tokens",
+        })
+    }
 }

@@ -171,7 +171,7 @@ async fn shards_form_a_group_and_step() {
     assert_eq!((forms[0].collective_secret.len(), forms[0].model.as_str()), (32, "m.gguf"));
     assert_eq!(forms[0].collective_secret, forms[1].collective_secret);
 
-    let GroupEvent::Serving { epoch: 1, n_blocks: 7, plans } = coordinator.event().await else { panic!("serving") };
+    let GroupEvent::Serving { epoch: 1, n_blocks: 7, plans, .. } = coordinator.event().await else { panic!("serving") };
     plans.send(StepPlan { epoch: 1, step: 1, ..StepPlan::default() });
     for shard in [&mut a, &mut b] {
         assert!(matches!(shard.hear().await, FromCoordinator::StepPlan(plan) if plan.step == 1));
@@ -198,7 +198,7 @@ async fn a_broken_stream_is_a_loss_and_its_shard_gets_its_rank_back() {
     let GroupEvent::Serving { plans, .. } = coordinator.event().await else { panic!("serving") };
 
     drop(a);
-    let GroupEvent::Lost { epoch: 1, cause } = coordinator.event().await else { panic!("lost") };
+    let GroupEvent::Lost { epoch: 1, cause, .. } = coordinator.event().await else { panic!("lost") };
     assert!(cause.contains("rank 0 (a)"), "{cause}");
     assert!(matches!(b.hear().await, FromCoordinator::Retire(r) if r.epoch == 1));
     plans.send(StepPlan { epoch: 1, step: 1, ..StepPlan::default() });

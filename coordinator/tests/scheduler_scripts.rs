@@ -6,7 +6,8 @@
 //! submit a prompt=5 max=2             prompt=3@9: 3 tokens from 9 on; prompts from 0 share their beginnings
 //!     options: n=, logprobs, echo, eos, stop=TEXT, min=, deadline=MS
 //! result 1 a=7 b=3                    step 1's tokens; prompt scores come by themselves
-//! cancel a | lose | wait MS | status
+//! hold | resume                       no plans until then; idle: no step is in flight
+//! cancel a | lose [planned] | wait MS | status
 //! ```
 //!
 //! `UPDATE_SCRIPTS=1 cargo test` writes the answers that came into the scripts: read the difference before you commit it.
@@ -85,9 +86,11 @@ impl Script {
                 self.epoch += 1;
                 self.slots.clear();
                 self.plans.clear();
-                Event::GroupServing { epoch: self.epoch, n_blocks: number(&words, "blocks", 100) }
+                Event::GroupServing { epoch: self.epoch, n_blocks: number(&words, "blocks", 100), kept: None }
             }
-            "lose" => Event::GroupLost { epoch: self.epoch },
+            "lose" => Event::GroupLost { epoch: self.epoch, is_planned: words.contains(&"planned") },
+            "hold" => Event::Hold { epoch: self.epoch },
+            "resume" => Event::Resume { epoch: self.epoch },
             "submit" => {
                 self.names.push(words[1].to_owned());
                 Event::Submit(RequestKey(self.names.len() as u64 - 1), self.request(&words))
@@ -140,6 +143,8 @@ impl Script {
             },
             deadline: value(words, "deadline")
                 .map(|ms| self.now + Duration::from_millis(ms.parse().expect("milliseconds"))),
+            priority: number(words, "priority", 0),
+            resume: Vec::new(),
         }
     }
 
@@ -184,6 +189,7 @@ impl Script {
             Action::Measure(Measure::Preempted) => "preempted\n".to_owned(),
             Action::Measure(Measure::Fenced) => "fenced\n".to_owned(),
             Action::Measure(_) | Action::Admitted(_) => String::new(),
+            Action::Idle(epoch) => format!("idle in epoch {epoch}\n"),
             Action::Warn(reason) => format!("warning: {reason}\n"),
         }
     }

@@ -189,7 +189,7 @@ impl World {
                 Action::Emit(key, event) => self.deliver(key, event),
                 Action::Warn(reason) => panic!("{reason}"),
                 Action::Measure(measure) => self.count(&measure),
-                Action::Admitted(_) => {}
+                Action::Admitted(_) | Action::Idle(_) => {}
             }
         }
     }
@@ -235,14 +235,14 @@ impl World {
     fn serve(&mut self) {
         self.epoch += 1;
         self.shard = Some(FakeShard::new(self.epoch, self.n_blocks, self.limits));
-        self.event(Event::GroupServing { epoch: self.epoch, n_blocks: self.n_blocks });
+        self.event(Event::GroupServing { epoch: self.epoch, n_blocks: self.n_blocks, kept: None });
     }
 
     fn lose(&mut self) {
         if let Some(mut shard) = self.shard.take() {
             self.stale.extend(shard.run_next());
             self.totals.n_lost += 1;
-            self.event(Event::GroupLost { epoch: self.epoch });
+            self.event(Event::GroupLost { epoch: self.epoch, is_planned: false });
         }
     }
 
@@ -389,6 +389,8 @@ fn request(luck: &mut Luck, idx: usize, heads: &[Vec<u32>], now: Instant) -> Req
             skip_special_tokens: true,
         },
         deadline: luck.one_in(10).then(|| now + Duration::from_millis(luck.below(80) as u64)),
+        priority: 0,
+        resume: Vec::new(),
     }
 }
 

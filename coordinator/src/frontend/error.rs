@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::request::RequestError;
 
-/// How long clients should wait before they try again when the server is busy or has no shards.
+/// How long clients should wait before they try again when there are no shards.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Names that clients send are shown up to this many characters.
 const LONGEST_SHOWN: usize = 64;
@@ -24,6 +24,8 @@ pub struct ApiError {
     message: String,
     param: Option<String>,
     code: Option<&'static str>,
+    /// When it is worth to try again, if it is.
+    retry_after: Option<Duration>,
 }
 
 /// OpenAI's error object, as it is sent.
@@ -42,12 +44,13 @@ struct ErrorBody<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, message: String) -> Self {
-        Self { status, message, param: None, code: None }
+        let retry_after = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_AFTER);
+        Self { status, message, param: None, code: None, retry_after }
     }
 
     fn about(param: &str, code: &'static str, message: String) -> Self {
         let param = Some(shorten(param));
-        Self { status: StatusCode::BAD_REQUEST, message, param, code: Some(code) }
+        Self { status: StatusCode::BAD_REQUEST, message, param, code: Some(code), retry_after: None }
     }
 
     /// A field has a value that it can't have. `reason` continues a sentence that begins with the field's name.
@@ -171,17 +174,23 @@ impl From<RequestError> for ApiError {
             RequestError::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, Some("deadline_exceeded")),
             RequestError::TooLarge { .. } => (StatusCode::BAD_REQUEST, Some("context_length_exceeded")),
             RequestError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Some("unavailable")),
+            RequestError::Poison { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("request_poison")),
             RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
-        Self { status, message: error.to_string(), param: None, code }
+        let retry_after = match &error {
+            RequestError::Overloaded { retry_after, .. } => Some(*retry_after),
+            RequestError::Unavailable(_) => Some(RETRY_AFTER),
+            _ => None,
+        };
+        Self { status, message: error.to_string(), param: None, code, retry_after }
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.object())).into_response();
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER.as_secs()));
+        if let Some(after) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
         }
         response
     }
@@ -204,21 +213,26 @@ impl From<ApiError> for tonic::Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::Queued;
 
     #[test]
     fn request_errors_have_a_status_each() {
+        let retry_after = Duration::from_secs(17);
+        let overloaded = RequestError::Overloaded { waiting: 9, limit: 9, of: Queued::Requests, retry_after };
         let cases = [
-            (RequestError::Overloaded { waiting: 9, limit: 9 }, 429, tonic::Code::ResourceExhausted),
+            (overloaded, 429, tonic::Code::ResourceExhausted),
             (RequestError::DeadlineExceeded, 504, tonic::Code::DeadlineExceeded),
             (RequestError::TooLarge { need: 9, have: 3 }, 400, tonic::Code::InvalidArgument),
             (RequestError::Unavailable("forming".to_owned()), 503, tonic::Code::Unavailable),
+            (RequestError::Poison { losses: 3 }, 500, tonic::Code::Internal),
             (RequestError::Internal("bug".to_owned()), 500, tonic::Code::Internal),
         ];
         for (error, status, code) in cases {
             let api = ApiError::from(error);
             assert_eq!(api.status().as_u16(), status);
-            let retry = api.clone().into_response().headers().contains_key(header::RETRY_AFTER);
-            assert_eq!(retry, matches!(status, 429 | 503), "{status}");
+            let response = api.clone().into_response();
+            let retry = response.headers().get(header::RETRY_AFTER).map(|v| v.to_str().expect("digits"));
+            assert_eq!(retry, [(429, "17"), (503, "1")].into_iter().find(|(s, _)| *s == status).map(|(_, v)| v));
             assert_eq!(tonic::Status::from(api).code(), code);
         }
     }

@@ -251,7 +251,18 @@ impl Params {
         let seed = self.seed.unwrap_or_else(random_seed);
         let sampling = SamplingParams { seed, ..self.sampling.clone() };
         let is_open_ended = self.max_tokens.is_none() && self.default_max_tokens == u32::MAX;
-        Ok(Request { id, prompt, n: self.n, sampling, max_tokens, is_open_ended, stop: self.stop.clone(), deadline })
+        Ok(Request {
+            id,
+            prompt,
+            n: self.n,
+            sampling,
+            max_tokens,
+            is_open_ended,
+            stop: self.stop.clone(),
+            deadline,
+            priority: 0,
+            resume: Vec::new(),
+        })
     }
 }
 

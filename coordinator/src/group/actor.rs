@@ -107,7 +107,7 @@ impl GroupConfig {
 
     fn lost(&self, cause: &str) {
         if let Some(epoch) = self.serving.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            (self.scheduler)(GroupEvent::Lost { epoch: epoch.raw(), cause: cause.to_owned() });
+            (self.scheduler)(GroupEvent::Lost { epoch: epoch.raw(), cause: cause.to_owned(), is_planned: false });
         }
     }
 }
@@ -434,7 +434,7 @@ impl State {
         self.plans = Some(Arc::clone(&plans));
         *self.config.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(epoch);
         let n_blocks = kv_blocks as usize;
-        (self.config.scheduler)(GroupEvent::Serving { epoch: epoch.raw(), n_blocks, plans });
+        (self.config.scheduler)(GroupEvent::Serving { epoch: epoch.raw(), n_blocks, plans, kept: None });
         // The process may be ending.
         let _ = self.config.notices.send(Notice::Serving { epoch, shards });
     }

@@ -41,4 +41,8 @@ impl PlanSink for GroupPlans {
         }
         last.send(Message::StepPlan(plan));
     }
+
+    fn idle(&self, epoch: u64) {
+        tracing::debug!(epoch, "no step is in flight");
+    }
 }

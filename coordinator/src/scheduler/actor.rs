@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     metrics as names,
-    request::{Request, RequestError, RequestEvent},
+    request::{Queued, Request, RequestError, RequestEvent},
     sequence::RequestKey,
     text::decode::Detokenizers,
 };
@@ -130,7 +130,12 @@ impl Submit for SchedulerHandle {
     fn submit(&self, request: Request) -> Result<RequestStream, RequestError> {
         let place = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| {
             let limit = self.max_queued_requests;
-            RequestError::Overloaded { waiting: limit - self.queue.available_permits().min(limit), limit }
+            RequestError::Overloaded {
+                waiting: limit - self.queue.available_permits().min(limit),
+                limit,
+                of: Queued::Requests,
+                retry_after: Duration::from_secs(1),
+            }
         })?;
         let key = RequestKey(self.next_key.fetch_add(1, Ordering::Relaxed));
         let (sender, events) = mpsc::unbounded_channel();
@@ -233,8 +238,8 @@ impl State {
 
     fn on_group(&mut self, event: GroupEvent) {
         match event {
-            GroupEvent::Serving { epoch, n_blocks, plans } => {
-                let actions = self.machine.step(Instant::now(), Event::GroupServing { epoch, n_blocks });
+            GroupEvent::Serving { epoch, n_blocks, plans, kept } => {
+                let actions = self.machine.step(Instant::now(), Event::GroupServing { epoch, n_blocks, kept });
                 if self.machine.status().epoch == Some(epoch) {
                     self.plans = Some(plans);
                     self.readiness.send_replace(Readiness::Serving);
@@ -242,13 +247,15 @@ impl State {
                 self.perform(actions);
                 self.record_status();
             }
-            GroupEvent::Lost { epoch, cause } => {
-                self.step(Event::GroupLost { epoch });
+            GroupEvent::Lost { epoch, cause, is_planned } => {
+                self.step(Event::GroupLost { epoch, is_planned });
                 if self.machine.status().epoch.is_none() {
                     self.plans = None;
                     self.readiness.send_replace(Readiness::NotReady(cause));
                 }
             }
+            GroupEvent::Hold { epoch } => self.step(Event::Hold { epoch }),
+            GroupEvent::Resume { epoch } => self.step(Event::Resume { epoch }),
             GroupEvent::Stepped(result) => self.step(Event::Stepped(result)),
         }
     }
@@ -260,6 +267,11 @@ impl State {
                     Some(plans) => plans.send(plan),
                     None => tracing::error!(epoch = plan.epoch, step = plan.step, "a plan has nowhere to go"),
                 },
+                Action::Idle(epoch) => {
+                    if let Some(plans) = &self.plans {
+                        plans.idle(epoch);
+                    }
+                }
                 Action::Emit(key, event) => self.emit(key, event),
                 Action::Admitted(key) => {
                     if let Some(client) = self.clients.get_mut(&key) {

@@ -26,6 +26,15 @@ pub struct Limits {
     pub prefix_caching: bool,
 }
 
+/// What the KV pages of a new group hold of an earlier epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// Epoch whose plans wrote the rows.
+    pub epoch: u64,
+    /// All rows that steps up to this one wrote are there, on every rank; 0: none.
+    pub through_step: u64,
+}
+
 /// Something that happened.
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -33,16 +42,30 @@ pub enum Event {
     Submit(RequestKey, Request),
     /// Nobody waits for the request any more.
     Cancel(RequestKey),
-    /// A group takes plans from step 1 on; all its blocks are empty.
+    /// A group takes plans from step 1 on.
     GroupServing {
         /// Epoch of its plans.
         epoch: u64,
         /// KV blocks on every rank.
         n_blocks: usize,
+        /// What they hold; empty if nothing is said.
+        kept: Option<Kept>,
     },
     /// The group is over.
     GroupLost {
         /// Which.
+        epoch: u64,
+        /// Whether it ended on purpose.
+        is_planned: bool,
+    },
+    /// Plan nothing more, and say when no step is in flight.
+    Hold {
+        /// Which group.
+        epoch: u64,
+    },
+    /// Plan again.
+    Resume {
+        /// Which group.
         epoch: u64,
     },
     /// Rank 0 finished a step.
@@ -56,6 +79,8 @@ pub enum Event {
 pub enum Action {
     /// Send a plan to all ranks.
     SendPlan(StepPlan),
+    /// Tell the group of this epoch that it was put on hold and has no step in flight.
+    Idle(u64),
     /// Tell a client. After `Finished` or `Failed` the request is forgotten.
     Emit(RequestKey, RequestEvent),
     /// A request left the queue: it runs for the first time.

@@ -5,17 +5,21 @@ use std::sync::Arc;
 use phalanx_proto::v1::{StepPlan, StepResult};
 use tokio::sync::mpsc;
 
+pub use super::event::Kept;
 use crate::request::{Request, RequestError, RequestEvent};
 
 /// Sends a step plan to every rank of the group. Must not block.
 pub trait PlanSink: Send + Sync {
     /// Queues the plan; a plan of an epoch that is over is dropped.
     fn send(&self, plan: StepPlan);
+
+    /// No step of the epoch is in flight and none will be planned until `Resume`: the answer to `Hold`, once for each.
+    fn idle(&self, epoch: u64);
 }
 
 /// What a group tells the scheduler.
 pub enum GroupEvent {
-    /// The group takes plans from now on, beginning with step 1. All KV pages are empty.
+    /// The group takes plans from now on, beginning with step 1. KV pages are empty, unless `kept`.
     Serving {
         /// Epoch that plans must carry.
         epoch: u64,
@@ -23,6 +27,8 @@ pub enum GroupEvent {
         n_blocks: usize,
         /// Where plans go.
         plans: Arc<dyn PlanSink>,
+        /// What the pages hold of an earlier epoch.
+        kept: Option<Kept>,
     },
     /// The group is over: running sequences go back to waiting and are replayed when the next one serves.
     Lost {
@@ -30,6 +36,18 @@ pub enum GroupEvent {
         epoch: u64,
         /// For the log and for clients that can't wait.
         cause: String,
+        /// Whether it ended on purpose: then no request can be to blame.
+        is_planned: bool,
+    },
+    /// The group is about to be switched: no more plans, and [`PlanSink::idle`] once no step is in flight. Pages stay.
+    Hold {
+        /// Which group.
+        epoch: u64,
+    },
+    /// The switch was given up: plans again.
+    Resume {
+        /// Which group.
+        epoch: u64,
     },
     /// Rank 0 finished a step.
     Stepped(StepResult),

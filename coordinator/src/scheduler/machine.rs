@@ -66,6 +66,18 @@ pub(super) struct Group {
     pub(super) slots: Slots,
     /// The sequence that found too few blocks, and how many were available: it is not tried again before there are more.
     pub(super) refused: Option<(SequenceKey, usize)>,
+    pub(super) hold: Hold,
+}
+
+/// Whether a group takes plans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// It does.
+    Off,
+    /// It must not get any; nobody has been told yet that no step is in flight.
+    Draining,
+    /// It has none, and the group knows.
+    Idle,
 }
 
 /// A plan that was sent and whose result is awaited.
@@ -135,17 +147,23 @@ impl Machine {
         match event {
             Event::Submit(key, request) => self.on_submit(now, key, request, &mut out),
             Event::Cancel(key) => self.forget(key),
-            Event::GroupServing { epoch, n_blocks } => self.on_serving(epoch, n_blocks, &mut out),
-            Event::GroupLost { epoch } => self.on_lost(epoch, &mut out),
+            Event::GroupServing { epoch, n_blocks, kept: _ } => self.on_serving(epoch, n_blocks, &mut out),
+            Event::GroupLost { epoch, is_planned: _ } => self.on_lost(epoch, &mut out),
+            Event::Hold { epoch } => self.on_hold(epoch, Hold::Draining, &mut out),
+            Event::Resume { epoch } => self.on_hold(epoch, Hold::Off, &mut out),
             Event::Stepped(result) => self.on_stepped(now, result, &mut out),
             Event::Tick => {}
         }
         self.expire(now, &mut out);
-        while self.group.as_ref().is_some_and(|g| g.in_flight.len() < MAX_IN_FLIGHT) {
+        while self.group.as_ref().is_some_and(|g| g.hold == Hold::Off && g.in_flight.len() < MAX_IN_FLIGHT) {
             match self.plan(&mut out) {
                 Some(plan) => out.push(Action::SendPlan(plan)),
                 None => break,
             }
+        }
+        if let Some(group) = self.group.as_mut().filter(|g| g.hold == Hold::Draining && g.in_flight.is_empty()) {
+            group.hold = Hold::Idle;
+            out.push(Action::Idle(group.epoch));
         }
         out
     }
@@ -282,7 +300,15 @@ impl Machine {
             in_flight: VecDeque::new(),
             slots: Slots::default(),
             refused: None,
+            hold: Hold::Off,
         });
+    }
+
+    fn on_hold(&mut self, epoch: u64, hold: Hold, out: &mut Vec<Action>) {
+        match self.group.as_mut().filter(|g| g.epoch == epoch) {
+            Some(group) => group.hold = hold,
+            None => out.push(Action::Measure(Measure::Fenced)),
+        }
     }
 
     fn on_lost(&mut self, epoch: u64, out: &mut Vec<Action>) {

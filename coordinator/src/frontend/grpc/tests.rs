@@ -9,7 +9,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_res
 use super::*;
 use crate::{
     frontend::tests::fake::Server,
-    request::{Output, RequestError, RequestEvent},
+    request::{Output, Queued, RequestError, RequestEvent},
     scheduler::handle::Readiness,
 };
 
@@ -111,7 +111,14 @@ async fn wrong_calls_have_their_code() {
     ] {
         assert_eq!(collect(&channel, request.clone()).await.unwrap_err().code(), code, "{request:?}");
     }
-    let busy = Server::with(|_| Err(RequestError::Overloaded { waiting: 1, limit: 1 }));
+    let busy = Server::with(|_| {
+        Err(RequestError::Overloaded {
+            waiting: 1,
+            limit: 1,
+            of: Queued::Requests,
+            retry_after: Duration::from_secs(1),
+        })
+    });
     assert_eq!(collect(&serve(&busy).await, text("x")).await.unwrap_err().code(), Code::ResourceExhausted);
     let down = Server::with(|_| Ok(vec![RequestEvent::Failed(RequestError::Unavailable("gone".to_owned()))]));
     assert_eq!(collect(&serve(&down).await, text("x")).await.unwrap_err().code(), Code::Unavailable);

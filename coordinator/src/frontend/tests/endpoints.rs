@@ -9,7 +9,7 @@ use tower::ServiceExt;
 use super::fake::{CONTEXT, Server, post};
 use crate::{
     frontend::{Limits, prometheus},
-    request::{Output, Request, RequestError, RequestEvent},
+    request::{Output, Queued, Request, RequestError, RequestEvent},
     scheduler::handle::Readiness,
 };
 
@@ -118,7 +118,12 @@ async fn one_refused_prompt_cancels_the_others() {
     let count = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let server = Server::with(move |_| match count.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
         0 | 1 => Ok(Vec::new()),
-        _ => Err(RequestError::Overloaded { waiting: 2, limit: 2 }),
+        _ => Err(RequestError::Overloaded {
+            waiting: 2,
+            limit: 2,
+            of: Queued::Requests,
+            retry_after: Duration::from_secs(1),
+        }),
     });
     let answer = server.post("/v1/completions", &json!({"prompt": ["a", "b", "c"]})).await;
     assert_eq!(answer.status, 429);

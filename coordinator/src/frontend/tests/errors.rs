@@ -1,9 +1,14 @@
+use std::time::Duration;
+
 use axum::body::Body;
 use http::Request as HttpRequest;
 use serde_json::{Value, json};
 
 use super::fake::Server;
-use crate::{frontend::Limits, request::RequestError};
+use crate::{
+    frontend::Limits,
+    request::{Queued, RequestError},
+};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -187,7 +192,14 @@ async fn too_long_prompts_are_told_all_counts() {
 #[tokio::test]
 async fn protocol_errors_have_their_status() {
     let server = Server::limited(
-        |_| Err(RequestError::Overloaded { waiting: 9, limit: 9 }),
+        |_| {
+            Err(RequestError::Overloaded {
+                waiting: 9,
+                limit: 9,
+                of: Queued::Requests,
+                retry_after: Duration::from_secs(1),
+            })
+        },
         Limits { max_body_bytes: 4096, ..Limits::default() },
     );
     let untyped = HttpRequest::post(CHAT).body(Body::from("{}")).unwrap();

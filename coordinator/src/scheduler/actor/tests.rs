@@ -4,7 +4,7 @@ use phalanx_proto::v1::{Sample, SamplingParams, StepPlan, StepResult};
 
 use super::*;
 use crate::{
-    request::{Finish, StopConditions},
+    request::{Finish, Queued, StopConditions},
     text::decode::Detokenize,
 };
 
@@ -34,6 +34,8 @@ impl PlanSink for Plans {
     fn send(&self, plan: StepPlan) {
         let _ = self.0.lock().expect("no test panics while it holds the lock").send(plan);
     }
+
+    fn idle(&self, _: u64) {}
 }
 
 struct Fixture {
@@ -63,7 +65,7 @@ impl Fixture {
 
     fn serve(&self, epoch: u64) {
         let plans: Arc<dyn PlanSink> = Arc::clone(&self.sink) as Arc<dyn PlanSink>;
-        self.handle.group_event(GroupEvent::Serving { epoch, n_blocks: 10, plans });
+        self.handle.group_event(GroupEvent::Serving { epoch, n_blocks: 10, plans, kept: None });
     }
 
     async fn plan(&mut self) -> StepPlan {
@@ -94,6 +96,8 @@ fn request(max_tokens: u32) -> Request {
         is_open_ended: false,
         stop: StopConditions::default(),
         deadline: None,
+        priority: 0,
+        resume: Vec::new(),
     }
 }
 
@@ -114,7 +118,7 @@ async fn a_request_is_answered_across_a_lost_group() {
     let RequestEvent::Output(output) = next(&mut stream).await else { panic!("a token is awaited") };
     assert_eq!((output.text.as_str(), output.token_ids, output.finish), ("x", vec![7], None));
 
-    fixture.handle.group_event(GroupEvent::Lost { epoch: 1, cause: "rank 1 is gone".to_owned() });
+    fixture.handle.group_event(GroupEvent::Lost { epoch: 1, cause: "rank 1 is gone".to_owned(), is_planned: false });
     assert_eq!(fixture.status().await.n_waiting, 1);
     assert_eq!(fixture.handle.readiness(), Readiness::NotReady("rank 1 is gone".to_owned()));
     fixture.serve(2);
@@ -138,7 +142,15 @@ async fn one_request_too_many_is_refused_until_others_run() {
     let mut fixture = Fixture::new(2).await;
     let streams = [1, 2].map(|_| fixture.handle.submit(request(9)).expect("there is room"));
     let refused = fixture.handle.submit(request(9)).map(|_| ());
-    assert_eq!(refused, Err(RequestError::Overloaded { waiting: 2, limit: 2 }));
+    assert_eq!(
+        refused,
+        Err(RequestError::Overloaded {
+            waiting: 2,
+            limit: 2,
+            of: Queued::Requests,
+            retry_after: Duration::from_secs(1)
+        })
+    );
     fixture.serve(1);
     fixture.plan().await;
     fixture.status().await;
