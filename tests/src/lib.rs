@@ -2,6 +2,7 @@
 //! with golden data. Nothing here knows the inside of a process.
 
 pub mod client;
+pub mod faults;
 pub mod golden;
 pub mod model_cache;
 pub mod process;

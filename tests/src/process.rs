@@ -26,7 +26,9 @@ pub fn repository() -> PathBuf {
 /// If it is missing or older than its sources: a test must never pass on yesterday's binary.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the running test has a path");
-    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let folder = test.parent().expect("a file lies in a folder");
+    // Tests lie in target/PROFILE/deps, programs one higher.
+    let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let binary = folder.join(name);
     let built = modified(&binary)
         .unwrap_or_else(|| panic!("{} is missing: run `cargo test --workspace` or build it first", binary.display()));
@@ -59,20 +61,36 @@ fn newest_source(folder: &Path) -> SystemTime {
 /// A process whose output is kept, killed when dropped.
 pub struct Process {
     child: Child,
-    log: Arc<Mutex<String>>,
+    log: Log,
     lines: mpsc::Receiver<String>,
 }
+
+/// Lines with the moments at which they came.
+type Log = Arc<Mutex<Vec<(Instant, String)>>>;
 
 impl Process {
     /// Starts a binary of the workspace with exactly these arguments and a clean `PHALANX_*` environment.
     pub fn start(name: &str, args: &[String]) -> Self {
-        let mut command = Command::new(binary(name));
+        Self::start_in(&[], name, args)
+    }
+
+    /// The same as the argument of another program, such as `ip netns exec NAME`.
+    pub fn start_in(wrapper: &[String], name: &str, args: &[String]) -> Self {
+        let binary = binary(name);
+        let mut command = match wrapper.split_first() {
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(binary);
+                command
+            }
+            None => Command::new(binary),
+        };
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (key, _) in std::env::vars().filter(|(key, _)| key.starts_with("PHALANX_") && key != "PHALANX_CACHE") {
             command.env_remove(key);
         }
         let mut child = command.spawn().unwrap_or_else(|e| panic!("start {name}: {e}"));
-        let log = Arc::new(Mutex::new(String::new()));
+        let log = Log::default();
         let (sender, lines) = mpsc::channel();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
@@ -88,7 +106,19 @@ impl Process {
 
     /// Everything that was written to stdout and stderr so far.
     pub fn log(&self) -> String {
-        self.log.lock().expect("readers do not panic").clone()
+        let log = self.log.lock().expect("readers do not panic");
+        log.iter().flat_map(|(_, line)| [line.as_str(), "\n"]).collect()
+    }
+
+    /// Lines that came after a moment, with theirs.
+    pub fn log_since(&self, moment: Instant) -> Vec<(Instant, String)> {
+        let log = self.log.lock().expect("readers do not panic");
+        log.iter().filter(|(at, _)| *at >= moment).cloned().collect()
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("the child is ours")
     }
 
     /// Waits for a line of stdout that starts with `prefix`.
@@ -138,15 +168,11 @@ impl Drop for Process {
     }
 }
 
-fn keep_lines(reader: impl BufRead + Send + 'static, log: Arc<Mutex<String>>, sender: Option<mpsc::Sender<String>>) {
+fn keep_lines(reader: impl BufRead + Send + 'static, log: Log, sender: Option<mpsc::Sender<String>>) {
     thread::spawn(move || {
         for line in reader.split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
-            {
-                let mut log = log.lock().expect("readers do not panic");
-                log.push_str(&line);
-                log.push('\n');
-            }
+            log.lock().expect("readers do not panic").push((Instant::now(), line.clone()));
             if let Some(sender) = &sender {
                 let _ = sender.send(line);
             }

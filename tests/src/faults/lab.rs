@@ -1,0 +1,274 @@
+//! Starts a row's cluster, takes the reference, runs rounds, checks.
+
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use tokio::runtime::Runtime;
+
+use super::{
+    compare::{Difference, compare},
+    deployment::Deployment,
+    eventually,
+    load::{self, Job, Sizes},
+    resources::Resources,
+    round::{Load, Round},
+    rows::{Epochs, Row},
+    setup::Setup,
+    stream::Record,
+};
+use crate::workload::Numbers;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Decides requests and moments.
+    pub seed: u64,
+    /// Rounds of each row.
+    pub rounds: usize,
+    /// The full matrix: faults last as long as in production.
+    pub full: bool,
+    /// Says more.
+    pub verbose: bool,
+}
+
+/// What a round came to.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Requests.
+    pub requests: usize,
+    /// Requests that did not end as they should.
+    pub lost: usize,
+    /// Against the reference.
+    pub difference: Difference,
+    /// From the fault to the first sign that the cluster knows.
+    pub detection: Option<Duration>,
+    /// Largest gap between two tokens of a stream, after the fault.
+    pub stall: Duration,
+    /// Latest first token of a stream.
+    pub first_token: Duration,
+    /// Tokens computed again, as the coordinator counts them.
+    pub replayed: f64,
+    /// What is wrong besides.
+    pub problems: Vec<String>,
+    /// What the coordinators hold when all is well again.
+    pub resources: Resources,
+}
+
+impl Outcome {
+    /// Whether every promise was kept.
+    pub fn is_good(&self) -> bool {
+        self.lost == 0 && self.difference.is_none() && self.problems.is_empty()
+    }
+}
+
+/// All rounds of a row.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Name of the row.
+    pub row: &'static str,
+    /// What the fault is, in words.
+    pub fault: &'static str,
+    /// Model that was served.
+    pub model: &'static str,
+    /// Seed of all rounds.
+    pub seed: u64,
+    /// Largest gap between two tokens without a fault.
+    pub quiet_gap: Duration,
+    /// Latest first token without a fault.
+    pub quiet_first_token: Duration,
+    /// The rounds.
+    pub outcomes: Vec<Outcome>,
+    /// What is wrong with the row as a whole.
+    pub problems: Vec<String>,
+}
+
+impl Report {
+    /// Whether every promise was kept in every round.
+    pub fn is_good(&self) -> bool {
+        self.problems.is_empty() && !self.outcomes.is_empty() && self.outcomes.iter().all(Outcome::is_good)
+    }
+}
+
+struct Reference {
+    records: Vec<Record>,
+    all_tokens: u64,
+    prefill: Duration,
+    quiet_gap: Duration,
+    steps: u64,
+}
+
+/// Runs a row.
+pub fn run(row: &'static Row, options: &Options) -> Report {
+    let setup = (row.setup)();
+    let mut report = Report {
+        row: row.name,
+        fault: row.fault,
+        model: setup.model.name(),
+        seed: options.seed,
+        quiet_gap: Duration::ZERO,
+        quiet_first_token: Duration::ZERO,
+        outcomes: Vec::new(),
+        problems: Vec::new(),
+    };
+    if let Err(error) = run_rounds(row, setup, options, &mut report) {
+        report.problems.push(format!("{error:#}"));
+    }
+    report
+}
+
+fn run_rounds(row: &'static Row, setup: Setup, options: &Options, report: &mut Report) -> Result<()> {
+    let runtime = Arc::new(Runtime::new()?);
+    let sizes = row.sizes.map_or_else(|| Sizes::of(setup.model), |sizes| sizes(setup.model));
+    let jobs = load::mix(options.seed, sizes);
+    let plain = Setup { own_shards: setup.own_shards.iter().map(|_| Default::default()).collect(), ..setup.clone() };
+    let mut deployment = Deployment::start(&runtime, if row.fresh { &plain } else { &setup })?;
+    let reference = reference(&runtime, &mut deployment, &jobs)?;
+    report.quiet_gap = reference.quiet_gap;
+    report.quiet_first_token = reference.prefill;
+    for index in 0..options.rounds {
+        let seed = options.seed.wrapping_mul(1000).wrapping_add(index as u64);
+        if row.fresh {
+            report.problems.extend(deployment.end());
+            let mut numbers = Numbers(seed);
+            let setup = row.arm.map_or_else(|| setup.clone(), |arm| arm(setup.clone(), reference.steps, &mut numbers));
+            deployment = Deployment::start(&runtime, &setup)?;
+        }
+        let began = Instant::now();
+        let outcome = round(row, &runtime, &mut deployment, &jobs, &reference, Numbers(seed), options);
+        let failed = !outcome.as_ref().is_ok_and(Outcome::is_good);
+        if failed || options.verbose {
+            eprintln!("---- {} round {index}, seed {}: log since its start ----", row.name, options.seed);
+            for (at, line) in deployment.log_since(began) {
+                eprintln!("{:8.3} {line}", (at - began).as_secs_f64());
+            }
+        }
+        let outcome = outcome.with_context(|| format!("round {index}"))?;
+        eprintln!("{}", super::report::line(row.name, index, &outcome));
+        report.outcomes.push(outcome);
+    }
+    report.problems.extend(leak(&report.outcomes));
+    report.problems.extend(deployment.end());
+    Ok(())
+}
+
+fn reference(runtime: &Runtime, deployment: &mut Deployment, jobs: &[Job]) -> Result<Reference> {
+    let steps = deployment.metric("step_seconds_count");
+    let began = Instant::now();
+    let records = Load::start(runtime, deployment, jobs, None)?.finish(runtime);
+    for (record, job) in records.iter().zip(jobs) {
+        ensure!(record.error.is_none(), "{} without any fault: {:?}", job.kind, record.error);
+        let n_tokens: usize = record.choices.iter().map(|c| c.tokens.len()).sum();
+        ensure!(n_tokens > 0, "{} without any fault: no tokens", job.kind);
+    }
+    deployment.wait_whole()?;
+    let all_tokens = records.iter().flat_map(|r| &r.choices).map(|c| c.tokens.len() as u64).sum();
+    let prefill = records.iter().filter_map(Record::first_token).max().unwrap_or_default();
+    let quiet_gap = records.iter().map(|r| r.longest_gap(began)).max().unwrap_or_default();
+    let steps = deployment.metric("step_seconds_count") - steps;
+    Ok(Reference { records, all_tokens, prefill, quiet_gap, steps: steps as u64 })
+}
+
+fn round(
+    row: &'static Row,
+    runtime: &Runtime,
+    deployment: &mut Deployment,
+    jobs: &[Job],
+    reference: &Reference,
+    numbers: Numbers,
+    options: &Options,
+) -> Result<Outcome> {
+    let (epoch, failovers) = (deployment.epoch(), deployment.failovers());
+    let replayed = deployment.metric("phalanx_replayed_tokens_total");
+    let lives = deployment.coordinator_pids();
+    let key = format!("fault-{}-{}", row.name, numbers.0);
+    let load = Load::start(runtime, deployment, jobs, row.resumes.then_some(key.as_str()))?;
+    let mut faulty = Round {
+        deployment: &mut *deployment,
+        load: &load,
+        numbers,
+        all_tokens: reference.all_tokens,
+        prefill: reference.prefill,
+        injected: None,
+        runtime,
+        full: options.full,
+    };
+    let started = Instant::now();
+    let fault = (row.inject)(&mut faulty);
+    let injected = faulty.injected.unwrap_or(started);
+    let records = load.finish(runtime);
+    fault.context("the fault could not be made")?;
+    let detection = detection(deployment, injected, failovers, row);
+    let mut outcome = Outcome {
+        requests: records.len(),
+        lost: 0,
+        difference: Difference::default(),
+        detection,
+        stall: records.iter().map(|r| r.longest_gap(injected)).max().unwrap_or_default(),
+        first_token: records.iter().filter_map(Record::first_token).max().unwrap_or_default(),
+        replayed: 0.0,
+        problems: Vec::new(),
+        resources: Resources::default(),
+    };
+    judge(&mut outcome, &records, reference, jobs);
+    if let Err(error) = deployment.wait_whole() {
+        outcome.problems.push(format!("the cluster does not recover: {error:#}"));
+        return Ok(outcome);
+    }
+    if eventually("KV blocks are free", || deployment.metric("kv_blocks_used") == 0.0).is_err() {
+        outcome.problems.push(format!("{} KV blocks stay in use", deployment.metric("kv_blocks_used")));
+    }
+    outcome.replayed = (deployment.metric("phalanx_replayed_tokens_total") - replayed).max(0.0);
+    let grown = deployment.epoch() - epoch;
+    match row.epochs {
+        Epochs::Same if grown != 0.0 => outcome.problems.push(format!("the epoch grew by {grown}")),
+        Epochs::Grow if grown <= 0.0 => outcome.problems.push(format!("the epoch changed by {grown}")),
+        _ => {}
+    }
+    // A coordinator that was started again counts from 0.
+    let counted = deployment.failovers() - failovers;
+    if row.epochs == Epochs::Grow && lives == deployment.coordinator_pids() && counted < 1.0 {
+        outcome.problems.push(format!("phalanx_failovers_total changed by {counted}"));
+    }
+    // What a burst of requests left behind in allocators and connection pools should have settled.
+    thread::sleep(Duration::from_millis(200));
+    outcome.resources = deployment.resources();
+    Ok(outcome)
+}
+
+fn judge(outcome: &mut Outcome, records: &[Record], reference: &Reference, jobs: &[Job]) {
+    for (index, ((record, expected), job)) in records.iter().zip(&reference.records).zip(jobs).enumerate() {
+        if let Some(error) = &record.error {
+            outcome.lost += 1;
+            let n_tokens: usize = record.choices.iter().map(|c| c.tokens.len()).sum();
+            outcome.problems.push(format!("stream {index} ({}) lost after {n_tokens} tokens: {error}", job.kind));
+            continue;
+        }
+        let difference = compare(expected, record);
+        if !difference.is_none() {
+            outcome.problems.push(format!("stream {index} ({}): {difference:?}", job.kind));
+        }
+        outcome.difference = outcome.difference.plus(difference);
+    }
+}
+
+/// The first line of a log above INFO since the fault, or that says that a member is lost.
+fn detection(deployment: &Deployment, injected: Instant, failovers: f64, row: &Row) -> Option<Duration> {
+    if row.epochs == Epochs::Same && deployment.failovers() <= failovers {
+        return None;
+    }
+    let lines = deployment.log_since(injected);
+    let sign = lines.iter().find(|(_, l)| l.contains(" WARN ") || l.contains(" ERROR ") || l.contains(" detached "));
+    sign.map(|(at, _)| *at - injected)
+}
+
+/// File descriptors must not grow with the rounds.
+fn leak(outcomes: &[Outcome]) -> Option<String> {
+    let (first, last) = (outcomes.first()?.resources.descriptors, outcomes.last()?.resources.descriptors);
+    // Connections come and go; a leak grows with every round.
+    let allowed = 16 + outcomes.len() / 2;
+    (last > first + allowed).then(|| format!("file descriptors grew from {first} to {last}"))
+}

@@ -1,0 +1,139 @@
+//! One round: the load runs, and a row's fault looks for its moment.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+use rustix::process::Signal;
+use tokio::{runtime::Runtime, task::JoinHandle};
+
+use super::{
+    deployment::Deployment,
+    load::Job,
+    stream::{Client, Progress, Record, run},
+    within,
+};
+use crate::{process::signal_pid, workload::Numbers};
+
+/// Longest wait for a stream's progress before a fault.
+const MOMENT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A running load.
+pub struct Load {
+    /// How far all streams are.
+    pub progress: Arc<Progress>,
+    vanish: Vec<Arc<AtomicBool>>,
+    tasks: Vec<JoinHandle<Record>>,
+}
+
+impl Load {
+    /// Starts all requests at once. With a `key`, clients come back after a broken connection.
+    pub fn start(runtime: &Runtime, deployment: &Deployment, jobs: &[Job], key: Option<&str>) -> Result<Self> {
+        let (http, grpc) = deployment.addresses()?;
+        let progress = Arc::new(Progress::default());
+        let vanish: Vec<_> = jobs.iter().map(|_| Arc::new(AtomicBool::new(false))).collect();
+        let tasks = jobs.iter().zip(&vanish).enumerate().map(|(index, (job, vanish))| {
+            let client = Client {
+                http: http.clone(),
+                grpc: grpc.clone(),
+                key: key.map(|k| format!("{k}-{index}")),
+                vanish: Arc::clone(vanish),
+                progress: Arc::clone(&progress),
+            };
+            runtime.spawn(run(client, job.clone()))
+        });
+        let tasks = tasks.collect();
+        Ok(Self { progress, vanish, tasks })
+    }
+
+    /// Waits for all streams.
+    pub fn finish(self, runtime: &Runtime) -> Vec<Record> {
+        let all = runtime.block_on(futures::future::join_all(self.tasks));
+        all.into_iter().map(|r| r.expect("clients do not panic")).collect()
+    }
+}
+
+/// What a row's fault works with.
+pub struct Round<'a> {
+    /// The processes.
+    pub deployment: &'a mut Deployment,
+    /// The streams.
+    pub load: &'a Load,
+    /// Seeded.
+    pub numbers: Numbers,
+    /// Tokens of all streams together, without the fault.
+    pub all_tokens: u64,
+    /// From the start to the last first token, without the fault.
+    pub prefill: Duration,
+    /// When the fault began.
+    pub injected: Option<Instant>,
+    /// Runs clients.
+    pub runtime: &'a Runtime,
+    /// Whether this is the full matrix: what is away stays away longer.
+    pub full: bool,
+}
+
+impl Round<'_> {
+    /// Waits until a seeded token between these shares (percent) of all tokens has come.
+    pub fn wait_decode(&mut self, from: u64, to: u64) -> Result<()> {
+        let share = from + self.numbers.below(to - from + 1);
+        let wanted = self.all_tokens * share / 100;
+        self.wait_tokens(wanted)
+    }
+
+    /// Waits until so many tokens have come.
+    pub fn wait_tokens(&self, wanted: u64) -> Result<()> {
+        let progress = &self.load.progress;
+        let all = self.load.tasks.len() as u64;
+        within(MOMENT_LIMIT, "enough tokens came", || {
+            progress.tokens.load(Ordering::Relaxed) >= wanted || progress.ended.load(Ordering::Relaxed) == all
+        })?;
+        if progress.ended.load(Ordering::Relaxed) == all {
+            bail!("all streams ended before the fault");
+        }
+        Ok(())
+    }
+
+    /// Waits for a seeded moment while prompts are computed.
+    pub fn wait_prefill(&mut self) {
+        let span = u64::try_from(self.prefill.as_millis()).unwrap_or(1000);
+        // Requests need a little time to arrive.
+        thread::sleep(Duration::from_millis(span / 10 + self.numbers.below(span * 6 / 10 + 1)));
+    }
+
+    /// Notes that the fault begins now.
+    pub fn inject(&mut self) {
+        self.injected.get_or_insert_with(Instant::now);
+    }
+
+    /// The fault: a signal to a process.
+    pub fn signal(&mut self, pid: u32, signal: Signal) {
+        self.inject();
+        signal_pid(pid, signal);
+    }
+
+    /// Process id of a seeded rank, or of a given one.
+    pub fn rank_pid(&mut self, rank: Option<u32>) -> Result<u32> {
+        let world = u64::from(self.deployment.setup.world_size);
+        let rank = rank.unwrap_or_else(|| u32::try_from(self.numbers.below(world)).unwrap_or(0));
+        Ok(self.deployment.rank(rank)?.pid)
+    }
+
+    /// Makes a client vanish at its next event.
+    pub fn vanish(&self, client: usize) {
+        self.load.vanish[client].store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the group serves another epoch than before, or until all streams ended.
+    pub fn wait_reformed(&self, before: f64) -> Result<()> {
+        super::eventually("the group serves another epoch", || {
+            self.deployment.epoch() > before && self.deployment.status().is_ok_and(|s| s.phase == "serving")
+        })
+    }
+}

@@ -1,0 +1,176 @@
+//! Shards that die, hang or come late.
+
+use std::{thread, time::Duration};
+
+use anyhow::Result;
+use rustix::process::Signal;
+
+use super::{Epochs, PLAIN, Row};
+use crate::faults::{
+    load::Sizes,
+    round::Round,
+    setup::{Model, Setup},
+};
+
+pub(super) static ROWS: &[Row] = &[
+    Row {
+        name: "none",
+        fault: "nothing at all: what the laboratory itself does",
+        epochs: Epochs::Same,
+        inject: |round| round.wait_decode(50, 50),
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-decode",
+        fault: "SIGKILL of a shard in decode, with a spare",
+        setup: || Setup::local(Model::Smollm2, 1),
+        inject: kill_in_decode,
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-decode-no-spare",
+        short: false,
+        fault: "SIGKILL of a shard in decode, without a spare: its keeper starts it again",
+        setup: || Setup::local(Model::Smollm2, 0),
+        inject: kill_in_decode,
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-prefill",
+        short: false,
+        fault: "SIGKILL of a shard while prompts are computed, with a spare",
+        setup: || Setup::local(Model::Smollm2, 1).with(&["--no-enable-prefix-caching"]),
+        sizes: Some(long_prompts),
+        inject: |round| {
+            round.wait_prefill();
+            kill(round)
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shards-kill-two",
+        fault: "SIGKILL of both shards of the group at once, with one spare",
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let pids = [round.rank_pid(Some(0))?, round.rank_pid(Some(1))?];
+            pids.into_iter().for_each(|pid| round.signal(pid, Signal::KILL));
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-thrice",
+        fault: "SIGKILL of a shard three times, each as soon as the group serves again",
+        inject: |round| {
+            round.wait_decode(5, 20)?;
+            for last in [false, false, true] {
+                let epoch = round.deployment.epoch();
+                kill(round)?;
+                if !last {
+                    round.wait_reformed(epoch)?;
+                }
+            }
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-stop-5s",
+        fault: "SIGSTOP of a shard in decode for 5 s, with a spare",
+        setup: || Setup::local(Model::Tiny, 1).with(&["--heartbeat-timeout-ms", "500"]),
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let pid = round.rank_pid(None)?;
+            round.signal(pid, Signal::STOP);
+            thread::sleep(Duration::from_secs(5));
+            round.signal(pid, Signal::CONT);
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-stop-for-ever",
+        short: false,
+        fault: "SIGSTOP of a local shard in decode for ever, with a spare",
+        setup: || Setup::local(Model::Tiny, 1).with(&["--heartbeat-timeout-ms", "500"]),
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let pid = round.rank_pid(None)?;
+            round.signal(pid, Signal::STOP);
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-loading",
+        short: false,
+        fault: "SIGKILL of a shard in decode, and of another one while the group loads",
+        setup: || Setup::local(Model::Smollm2, 0),
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            kill(round)?;
+            // The first one is back after 0.1 s and loads for some tenths of a second.
+            thread::sleep(Duration::from_millis(150 + round.numbers.below(400)));
+            let others = round.deployment.coordinators[0].local_shards();
+            let index = usize::try_from(round.numbers.below(others.len().max(1) as u64)).unwrap_or(0);
+            if let Some(pid) = others.get(index) {
+                round.signal(*pid, Signal::KILL);
+            }
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "spare-kill",
+        fault: "SIGKILL of the spare in decode",
+        epochs: Epochs::Same,
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let pid = round.deployment.spare()?.pid;
+            round.signal(pid, Signal::KILL);
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "spare-kill-promotion",
+        fault: "SIGKILL of a shard in decode, and of the spare while it takes over",
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let spare = round.deployment.spare()?.pid;
+            kill(round)?;
+            thread::sleep(Duration::from_millis(round.numbers.below(60)));
+            round.signal(spare, Signal::KILL);
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "kv-exhaustion-kill",
+        fault: "SIGKILL of a shard while KV memory is far too small for the load",
+        setup: || Setup::local(Model::Tiny, 1).with(&["--kv-cache-memory", "1MiB"]),
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            kill(round)
+        },
+        ..PLAIN
+    },
+];
+
+fn long_prompts(model: Model) -> Sizes {
+    match model {
+        Model::Tiny => Sizes { prompt: 200, tokens: 100, ..Sizes::of(model) },
+        Model::Smollm2 => Sizes { prompt: 500, sentences: 40, tokens: 32, ..Sizes::of(model) },
+    }
+}
+
+fn kill(round: &mut Round<'_>) -> Result<()> {
+    let pid = round.rank_pid(None)?;
+    round.signal(pid, Signal::KILL);
+    Ok(())
+}
+
+fn kill_in_decode(round: &mut Round<'_>) -> Result<()> {
+    round.wait_decode(10, 70)?;
+    kill(round)
+}

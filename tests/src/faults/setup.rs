@@ -1,0 +1,117 @@
+//! What runs in a row.
+
+use std::path::PathBuf;
+
+use crate::{golden, model_cache};
+
+/// Which model is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Model {
+    /// Three layers of a tiny checkpoint: steps take about a millisecond.
+    Tiny,
+    /// SmolLM2 135M.
+    Smollm2,
+}
+
+impl Model {
+    /// Where it lies; fetched if need be.
+    pub fn path(self) -> PathBuf {
+        match self {
+            Self::Tiny => golden::tiny("llama"),
+            Self::Smollm2 => model_cache::model(model_cache::SMOLLM2),
+        }
+    }
+
+    /// As the command line and the reports spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tiny => "tiny",
+            Self::Smollm2 => "smollm2",
+        }
+    }
+}
+
+/// Where membership lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreKind {
+    /// In the coordinator.
+    Embedded,
+    /// In a real etcd of so many members.
+    Etcd(usize),
+}
+
+/// Which coordinator clients call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clients {
+    /// The leader.
+    OfLeader,
+    /// A standby, which forwards.
+    OfStandby,
+}
+
+/// A shard that the laboratory starts itself, because a fault needs its options.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OwnShard {
+    /// Options of its first life only, such as `--failpoint step:5:abort`.
+    pub first_life: Vec<String>,
+    /// Whether it reaches the coordinator through the proxy.
+    pub proxied: bool,
+}
+
+/// What runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setup {
+    /// Model.
+    pub model: Model,
+    /// Ranks.
+    pub world_size: u32,
+    /// Shards that each coordinator starts.
+    pub local_shards: u32,
+    /// Shards that the laboratory starts, and starts again when they end.
+    pub own_shards: Vec<OwnShard>,
+    /// Coordinators.
+    pub coordinators: usize,
+    /// Store.
+    pub store: StoreKind,
+    /// Whom clients call.
+    pub clients: Clients,
+    /// More options of the coordinators.
+    pub args: Vec<String>,
+}
+
+impl Setup {
+    /// One coordinator, two ranks, `spares` spares: all local.
+    pub fn local(model: Model, spares: u32) -> Self {
+        Self {
+            model,
+            world_size: 2,
+            local_shards: 2 + spares,
+            own_shards: Vec::new(),
+            coordinators: 1,
+            store: StoreKind::Embedded,
+            clients: Clients::OfLeader,
+            args: Vec::new(),
+        }
+    }
+
+    /// One coordinator, two ranks, `spares` spares: processes of the laboratory.
+    pub fn own(model: Model, spares: u32) -> Self {
+        Self {
+            local_shards: 0,
+            own_shards: vec![OwnShard::default(); 2 + spares as usize],
+            ..Self::local(model, spares)
+        }
+    }
+
+    /// The same with more options of the coordinators.
+    pub fn with(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|a| (*a).to_owned()));
+        self
+    }
+
+    /// Shards that are attached when all is well.
+    pub fn shards(&self) -> usize {
+        // Every coordinator starts its own local shards, and all of them serve the one that leads.
+        self.own_shards.len() + self.local_shards as usize * self.coordinators
+    }
+}
