@@ -7,7 +7,7 @@ use std::time::Instant;
 use half::f16;
 use phalanx_kernels::{
     CpuConfig, CpuOps, Isa,
-    ops::{Attention, Buf, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData},
+    ops::{ActivationLevels, Attention, Buf, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -54,9 +54,23 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
         _ => WeightData::F32(&values),
     };
     let before = ops.resident_bytes();
-    let weight = ops.load_linear(LinearSource { n_out, n_in, data, bias: None, slice_width: None })?;
+    let weight = ops.load_linear(LinearSource {
+        n_out,
+        n_in,
+        data,
+        bias: None,
+        slice_width: None,
+        activations: ActivationLevels::One,
+    })?;
     let bytes = (ops.resident_bytes() - before) as f64;
-    let exact = ops.load_linear(LinearSource { n_out, n_in, data, bias: None, slice_width: Some(n_in / 2) })?;
+    let exact = ops.load_linear(LinearSource {
+        n_out,
+        n_in,
+        data,
+        bias: None,
+        slice_width: Some(n_in / 2),
+        activations: ActivationLevels::One,
+    })?;
     let (x, out, fixed) = (vector(ops, 512 * n_in)?, ops.alloc(512 * n_out)?, ops.alloc_fixed(512 * n_out)?);
     for n_rows in [1, 4, 8, 32, 128, 512] {
         let products = (n_rows * n) as f64;
@@ -79,7 +93,7 @@ fn bench_decode(ops: &mut CpuOps) -> Result<()> {
     let quants: Vec<u8> = (0..n_out * n_in).map(|i| (i * 7 % 16) as u8).collect();
     let scales = vec![0.5; n_out * n_in / 32];
     let data = WeightData::Q4 { quants: &quants, scales: &scales, mins: &scales };
-    let source = LinearSource { n_out, n_in, data, bias: None, slice_width: None };
+    let source = LinearSource { n_out, n_in, data, bias: None, slice_width: None, activations: ActivationLevels::One };
     let begin = Instant::now();
     let weights = (0..n_matrices)
         .map(|_| ops.load_linear(LinearSource { ..source }))

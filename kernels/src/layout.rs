@@ -127,6 +127,8 @@ pub(crate) struct Packed {
     /// Padded to whole tiles.
     pub bias: Option<Aligned<f32>>,
     pub slice_width: Option<usize>,
+    /// Levels of the activations that it meets; 1 for dense weights.
+    pub n_levels: usize,
 }
 
 fn shape(want: String, got: String) -> KernelError {
@@ -319,6 +321,7 @@ impl Packed {
             data: Aligned::zeroed("weights", 0)?,
             bias: None,
             slice_width: source.slice_width,
+            n_levels: if kind.is_quantized() { source.activations.count() } else { 1 },
         };
         let tile_bytes = packed.tile_bytes();
         packed.data = Aligned::zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;

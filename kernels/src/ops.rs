@@ -38,8 +38,8 @@ pub struct Rope(pub(crate) u32);
 /// How numbers are kept and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// Quantized weights stay packed and meet activations of 8 bits (groups of 32, f32 scale); dense weights meet f32
-    /// activations; the KV cache is f16.
+    /// Quantized weights stay packed and meet activations of 8 bits (groups of 32, f32 scale; see [`ActivationLevels`]);
+    /// dense weights meet f32 activations; the KV cache is f16.
     Auto,
     /// Activations and KV cache in f32; quantized weights are expanded to exactly the f32 values they stand for.
     Float32,
@@ -58,6 +58,29 @@ pub struct LinearSource<'a> {
     pub bias: Option<&'a [f32]>,
     /// Width of exact-sum slices along the inputs, for [`Ops::linear_exact`]; divides `n_in`. `None`: for [`Ops::linear`].
     pub slice_width: Option<usize>,
+    /// How finely activations are quantized that meet quantized weights.
+    pub activations: ActivationLevels,
+}
+
+/// How finely activations are quantized where weights are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ActivationLevels {
+    /// 8 bits in groups of 32.
+    #[default]
+    One,
+    /// 8 bits in groups of 32, and what they miss in 8 bits more: some 15 bits, for twice the multiplications. For products
+    /// whose errors grow afterwards, as scores of attention do.
+    Two,
+}
+
+impl ActivationLevels {
+    /// As a number.
+    pub fn count(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+        }
+    }
 }
 
 /// The numbers of a weight matrix, row-major.
@@ -220,7 +243,8 @@ pub trait Ops: Send {
     /// `x`, `out`: `[n_rows, width]`; `weight`: `[width]`.
     fn rms_norm(&mut self, x: Buf, weight: Buf, eps: f32, out: Buf, n_rows: usize) -> Result<(), KernelError>;
 
-    /// `out = x · weightᵀ + bias` for each pair; the weights share `n_in`, and `x` is quantized once for all of them.
+    /// `out = x · weightᵀ + bias` for each pair; the weights share `n_in` and [`ActivationLevels`], and `x` is quantized once
+    /// for all of them.
     /// `x`: `[n_rows, n_in]`; each `out`: `[n_rows, n_out]`.
     fn linear(&mut self, x: Buf, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError>;
 

@@ -5,7 +5,7 @@ use super::{
     CpuOps, Shared,
     generic::{
         linear::{LinearTask, Out},
-        quantize::{Block, QUANT_ROW_BYTES},
+        quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
     },
     table::LinearFn,
 };
@@ -47,12 +47,14 @@ impl CpuOps {
             return Ok(());
         }
         let n_in = self.weights[first].n_in;
+        // Dense weights count one level, and don't mind those of others.
+        let n_levels = outputs.clone().map(|(index, _)| self.weights[index].n_levels).max().unwrap_or(1);
         let kinds = || outputs.clone().map(|(index, _)| self.weights[index].kind);
         let (quantized, dense) = (kinds().any(|k| k.is_quantized()), kinds().any(|k| !k.is_quantized()));
         // SAFETY: the contract above.
         unsafe {
             if quantized {
-                self.quantize(x, n_rows, n_in)?;
+                self.quantize(x, n_rows, n_in, n_levels)?;
             }
             if dense && n_rows > 1 {
                 self.interleave(x, n_rows, n_in)?;
@@ -87,6 +89,7 @@ impl CpuOps {
                     n_steps: weight.n_steps(),
                     steps_per_slice,
                     x: packed,
+                    n_levels: weight.n_levels,
                     n_rows,
                     n_out: weight.n_out,
                     bias: weight.bias.as_ref().map_or(std::ptr::null(), |bias| bias.as_slice().as_ptr()),
@@ -128,9 +131,15 @@ impl CpuOps {
     ///
     /// # Safety
     /// `x` is valid for `n_rows * n_in` elements; `n_in` is a multiple of 32.
-    unsafe fn quantize(&mut self, x: *const f32, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
+    unsafe fn quantize(
+        &mut self,
+        x: *const f32,
+        n_rows: usize,
+        n_in: usize,
+        n_levels: usize,
+    ) -> Result<(), KernelError> {
         let n_groups = n_in / GROUP;
-        self.quantized.reserve("quantized activations", n_rows * n_groups * QUANT_ROW_BYTES)?;
+        self.quantized.reserve("quantized activations", n_rows * n_groups * n_levels * QUANT_ROW_BYTES)?;
         let (table, out, x) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()), Shared(x));
         let rows_per_task = rows_per_task(n_rows, n_in);
         self.pool.run(n_rows.div_ceil(rows_per_task), &|index, _| {
@@ -138,9 +147,10 @@ impl CpuOps {
                 let block = Block::of_row(n_rows, table.rows, row);
                 // SAFETY: the contract above; the buffer has room for all rows, each row writes its own part.
                 unsafe {
-                    let out = out.get().add(block.first_row * n_groups * QUANT_ROW_BYTES);
+                    let out = out.get().add(block.first_row * n_groups * n_levels * QUANT_ROW_BYTES);
                     let x = x.get().add(row * n_in);
-                    (table.quantize_row)(x, n_groups, row - block.first_row, block.n_rows, out);
+                    let place = QuantPlace { row: row - block.first_row, block_rows: block.n_rows, n_levels };
+                    (table.quantize_row)(x, n_groups, place, out);
                 }
             }
         });

@@ -164,9 +164,14 @@ impl Ops for CpuOps {
         let op = "linear";
         let Some((first, _)) = outputs.first() else { return Ok(()) };
         check_distinct(op, &[x], outputs.iter().map(|(_, out)| *out))?;
+        let mut n_levels = None;
         for (weight, out) in outputs {
             if weight.n_in != first.n_in {
                 return Err(shape_error(op, format!("weights of {} inputs", first.n_in), weight.n_in.to_string()));
+            }
+            let packed = self.weight(op, *weight)?;
+            if packed.kind.is_quantized() && packed.n_levels != *n_levels.get_or_insert(packed.n_levels) {
+                return Err(shape_error(op, "weights that meet the same activations", format!("{weight:?} does not")));
             }
             if self.weight(op, *weight)?.slice_width.is_some() {
                 return Err(shape_error(op, "weights without slices", format!("{weight:?}, made for linear_exact")));

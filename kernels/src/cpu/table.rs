@@ -6,7 +6,7 @@ use super::{
         attention::{self, AttentionTask},
         elementwise,
         linear::{self, LinearTask},
-        quantize,
+        quantize::{self, QuantPlace},
         quantized::{Factored, Q4, Q6Half, Q8, Q8Half, ScaleF16, ScaleF32},
         store,
         tile::{Bf16, Dense, F16, F32, Tile},
@@ -29,7 +29,7 @@ pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
 pub(crate) struct Table {
     /// Rows of a block of activations.
     pub rows: usize,
-    pub quantize_row: unsafe fn(*const f32, usize, usize, usize, *mut u8),
+    pub quantize_row: unsafe fn(*const f32, usize, QuantPlace, *mut u8),
     pub pack_rows: unsafe fn(*const f32, usize, usize, *mut f32),
     pub linear: fn(Kind) -> LinearFn,
     pub store_f16: StoreFn,
@@ -66,8 +66,8 @@ macro_rules! kernels {
             use super::*;
 
             $(#[$features])?
-            unsafe fn quantize_row(x: *const f32, n_groups: usize, row: usize, block_rows: usize, out: *mut u8) {
-                unsafe { quantize::quantize_row(x, n_groups, row, block_rows, out) }
+            unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
+                unsafe { quantize::quantize_row(x, n_groups, place, out) }
             }
             $(#[$features])?
             unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {

@@ -20,6 +20,12 @@ pub fn quantize(x: &[f32]) -> (Vec<i32>, f32, f32) {
     (quants, d, s)
 }
 
+/// What quantized activations miss, `x - d * quant` (product rounded, then difference): what a second level quantizes. 0
+/// where they are not finite.
+fn misses(x: &[f32], quants: &[i32], d: f32) -> Vec<f32> {
+    x.iter().zip(quants).map(|(x, q)| if d.is_nan() { 0.0 } else { x - d * *q as f32 }).collect()
+}
+
 /// The f32 that a weight stands for: the product of scale and quant is rounded, then the sum with the min.
 fn value(data: &WeightData<'_>, at: usize) -> f32 {
     match *data {
@@ -50,18 +56,24 @@ fn sum(x: &[f32], source: &LinearSource<'_>, precision: Precision, row: usize, f
         }
     };
     for k32 in (from..to).step_by(32) {
-        let (x_quants, d_x, s_x) = quantize(&x[k32..k32 + 32]);
-        for k in (k32..k32 + 32).step_by(group) {
-            let isum: i32 = (0..group).map(|i| quant(k + i) * x_quants[k + i - k32]).sum();
-            let (d_w, m_w) = match source.data {
-                WeightData::Q4 { scales, mins, .. } => (scales[at(k) / 32], Some(mins[at(k) / 32])),
-                WeightData::Q8 { scales, mins, .. } => (scales[at(k) / group], mins.map(|mins| mins[at(k) / group])),
-                WeightData::F32(_) | WeightData::F16(_) | WeightData::Bf16(_) => (1.0, None),
-            };
-            acc = (d_w * d_x).mul_add(isum as f32, acc);
-            if let Some(m_w) = m_w {
-                acc = m_w.mul_add(s_x, acc);
+        let mut rest = x[k32..k32 + 32].to_vec();
+        for _level in 0..source.activations.count() {
+            let (x_quants, d_x, s_x) = quantize(&rest);
+            for k in (k32..k32 + 32).step_by(group) {
+                let isum: i32 = (0..group).map(|i| quant(k + i) * x_quants[k + i - k32]).sum();
+                let (d_w, m_w) = match source.data {
+                    WeightData::Q4 { scales, mins, .. } => (scales[at(k) / 32], Some(mins[at(k) / 32])),
+                    WeightData::Q8 { scales, mins, .. } => {
+                        (scales[at(k) / group], mins.map(|mins| mins[at(k) / group]))
+                    }
+                    WeightData::F32(_) | WeightData::F16(_) | WeightData::Bf16(_) => (1.0, None),
+                };
+                acc = (d_w * d_x).mul_add(isum as f32, acc);
+                if let Some(m_w) = m_w {
+                    acc = m_w.mul_add(s_x, acc);
+                }
             }
+            rest = misses(&rest, &x_quants, d_x);
         }
     }
     acc

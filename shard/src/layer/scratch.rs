@@ -2,7 +2,7 @@
 
 use phalanx_kernels::{
     error::KernelError,
-    ops::{Buf, FixedBuf, Linear, LinearSource, Ops, WeightData},
+    ops::{ActivationLevels, Buf, FixedBuf, Linear, LinearSource, Ops, WeightData},
 };
 
 use crate::model::RankShape;
@@ -53,8 +53,14 @@ impl Scratch {
         let hidden = shape.config.hidden;
         let logit_rows = LOGIT_ROWS.min(max_rows);
         let zeros = vec![0.0; hidden];
-        let nothing =
-            LinearSource { n_out: 1, n_in: hidden, data: WeightData::F32(&zeros), bias: None, slice_width: None };
+        let nothing = LinearSource {
+            n_out: 1,
+            n_in: hidden,
+            data: WeightData::F32(&zeros),
+            bias: None,
+            slice_width: None,
+            activations: ActivationLevels::One,
+        };
         Ok(Self {
             max_rows,
             residual: ops.alloc(max_rows * hidden)?,

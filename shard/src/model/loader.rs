@@ -196,7 +196,8 @@ impl Loader<'_> {
             self.state.done_bytes += stored_bytes(info, rows.len(), cols.len());
         }
         let weight = OwnedWeight::load(self.checkpoint, &name, rows, cols)?;
-        let source = weight.as_source(bias.as_deref(), self.shape.slice_width(spec.part));
+        let source =
+            weight.as_source(bias.as_deref(), self.shape.slice_width(spec.part), self.shape.activations(spec.part));
         let linear = self.ops.load_linear(source).map_err(|source| device(&name, source))?;
         self.report()?;
         Ok(Some(linear))

@@ -21,7 +21,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use phalanx_cluster::checkpoint::{Checkpoint, CheckpointError, TensorInfo, TensorType};
-use phalanx_kernels::ops::{LinearSource, WeightData};
+use phalanx_kernels::ops::{ActivationLevels, LinearSource, WeightData};
 
 /// How one tensor type becomes a layout.
 struct Decoder {
@@ -122,8 +122,13 @@ impl OwnedWeight {
     }
 
     /// The matrix as devices take it. `bias` and `slice_width` as in [`LinearSource`].
-    pub fn as_source<'a>(&'a self, bias: Option<&'a [f32]>, slice_width: Option<usize>) -> LinearSource<'a> {
-        LinearSource { n_out: self.n_out, n_in: self.n_in, data: self.data(), bias, slice_width }
+    pub fn as_source<'a>(
+        &'a self,
+        bias: Option<&'a [f32]>,
+        slice_width: Option<usize>,
+        activations: ActivationLevels,
+    ) -> LinearSource<'a> {
+        LinearSource { n_out: self.n_out, n_in: self.n_in, data: self.data(), bias, slice_width, activations }
     }
 
     /// The numbers.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{
     super::simd::{LANES, Line, Simd},
     quantize::Block,
-    tile::{Sums, Tile, Weights},
+    tile::{Inputs, Sums, Tile, Weights},
 };
 
 /// Where sums go.
@@ -29,6 +29,8 @@ pub(crate) struct LinearTask {
     pub steps_per_slice: usize,
     /// Packed activations, all blocks of rows.
     pub x: *const u8,
+    /// Levels of quantized activations; 1 for dense weights.
+    pub n_levels: usize,
     pub n_rows: usize,
     pub n_out: usize,
     /// Padded to whole tiles; null for none.
@@ -64,7 +66,8 @@ pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
 #[inline(always)]
 unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
     // SAFETY: blocks lie one after another.
-    let x = unsafe { task.x.add(first_row * task.n_steps * K::X_BYTES) };
+    let at = unsafe { task.x.add(first_row * task.n_steps * task.n_levels * K::X_BYTES) };
+    let x = Inputs { at, n_levels: task.n_levels };
     let mut tile = task.tiles.start;
     if R == 1 && S::ROWS > 1 {
         // One row alone keeps few sums in flight: two tiles at once hide the latency of the additions.
@@ -86,7 +89,7 @@ unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_r
 #[inline(always)]
 unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
     task: &LinearTask,
-    x: *const u8,
+    x: Inputs,
     first_row: usize,
     first_tile: usize,
 ) {

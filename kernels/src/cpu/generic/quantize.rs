@@ -5,7 +5,8 @@
 //!
 //! - for dense weights (`pack_rows`), a step is one input: R f32. One row alone needs no packing;
 //! - for quantized weights (`quantize_row`), a step is 32 inputs: R x 32 i8, R scales d (f32), R products s = d * sum
-//!   (f32), and R each of -128 * sum of all 32, of the first 16, of the last 16 quants (i32).
+//!   (f32), and R each of -128 * sum of all 32, of the first 16, of the last 16 quants (i32). With two levels the same
+//!   follows for what the first level misses, x - d * quant.
 //!
 //! **Quantization** of 32 activations: `a` = the largest magnitude. If `a` is below 2^-100, d = 0 and all quants are 0. If
 //! any activation is not finite, d is NaN, which makes NaN of every output that meets it. Otherwise d = a / 127,
@@ -104,27 +105,68 @@ pub(crate) fn quantize_group(x: &[f32; GROUP]) -> QuantGroup {
     QuantGroup { quants, scale: amax / 127.0, sums }
 }
 
-/// Quantizes row `row` of a block of `block_rows`, `n_groups` groups at `x`, into the block at `out`.
+/// What a quantized group misses of its activations; 0 where they are not finite.
+#[inline(always)]
+fn residual(x: &[f32; GROUP], group: &QuantGroup) -> [f32; GROUP] {
+    if group.scale.is_nan() {
+        return [0.0; GROUP];
+    }
+    let mut rest = [0.0; GROUP];
+    for i in 0..GROUP {
+        rest[i] = x[i] - group.scale * f32::from(group.quants[i]);
+    }
+    rest
+}
+
+/// Where [`quantize_row`] puts a row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct QuantPlace {
+    /// Row in its block.
+    pub row: usize,
+    /// Rows of the block.
+    pub block_rows: usize,
+    /// 1 or 2.
+    pub n_levels: usize,
+}
+
+/// Quantizes a row of `n_groups` groups at `x` into the block at `out`.
 ///
 /// # Safety
-/// `x` is valid for `n_groups * 32` f32, `out` for writing `n_groups * block_rows * QUANT_ROW_BYTES` bytes and aligned to
-/// 4; `row < block_rows`.
+/// `x` is valid for `n_groups * 32` f32, `out` for writing `n_groups * block_rows * n_levels * QUANT_ROW_BYTES` bytes and
+/// aligned to 4; `row < block_rows`.
 #[inline(always)]
-pub(crate) unsafe fn quantize_row(x: *const f32, n_groups: usize, row: usize, block_rows: usize, out: *mut u8) {
+pub(crate) unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
     for group in 0..n_groups {
-        // SAFETY: the contract above: groups lie one after another in both.
+        // SAFETY: the contract above: groups, and levels in them, lie one after another.
         unsafe {
-            let q = quantize_group(&*x.add(group * GROUP).cast::<[f32; GROUP]>());
-            let step = out.add(group * block_rows * QUANT_ROW_BYTES);
-            step.add(row * GROUP).cast::<[i8; GROUP]>().write_unaligned(q.quants);
-            let floats = step.add(block_rows * GROUP).cast::<f32>().add(row);
-            floats.write(q.scale);
-            floats.add(block_rows).write(q.scale * (q.sums[0] + q.sums[1]) as f32);
-            let biases = floats.add(2 * block_rows).cast::<i32>();
-            biases.write(-128 * (q.sums[0] + q.sums[1]));
-            biases.add(block_rows).write(-128 * q.sums[0]);
-            biases.add(2 * block_rows).write(-128 * q.sums[1]);
+            let x = &*x.add(group * GROUP).cast::<[f32; GROUP]>();
+            let q = quantize_group(x);
+            let first = group * place.n_levels;
+            write_group(&q, first, place, out);
+            if place.n_levels == 2 {
+                write_group(&quantize_group(&residual(x, &q)), first + 1, place, out);
+            }
         }
+    }
+}
+
+/// Writes a group as level `level` of the block at `out`, counted over all its steps.
+///
+/// # Safety
+/// As [`quantize_row`]; there is such a level.
+#[inline(always)]
+unsafe fn write_group(q: &QuantGroup, level: usize, QuantPlace { row, block_rows, .. }: QuantPlace, out: *mut u8) {
+    // SAFETY: the contract above.
+    unsafe {
+        let step = out.add(level * block_rows * QUANT_ROW_BYTES);
+        step.add(row * GROUP).cast::<[i8; GROUP]>().write_unaligned(q.quants);
+        let floats = step.add(block_rows * GROUP).cast::<f32>().add(row);
+        floats.write(q.scale);
+        floats.add(block_rows).write(q.scale * (q.sums[0] + q.sums[1]) as f32);
+        let biases = floats.add(2 * block_rows).cast::<i32>();
+        biases.write(-128 * (q.sums[0] + q.sums[1]));
+        biases.add(block_rows).write(-128 * q.sums[0]);
+        biases.add(2 * block_rows).write(-128 * q.sums[1]);
     }
 }
 

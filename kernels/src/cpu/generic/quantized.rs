@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{
     super::simd::{LANES, Simd},
     quantize::QUANT_ROW_BYTES,
-    tile::{STEPS_PER_HEAD, Sums, Tile, Weights},
+    tile::{Inputs, STEPS_PER_HEAD, Sums, Tile, Weights},
 };
 use crate::layout::GROUP;
 
@@ -158,7 +158,7 @@ impl<Q: Quantized> Tile for Q {
     #[inline(always)]
     unsafe fn sums<S: Simd, const R: usize, const T: usize>(
         w: Weights,
-        x: *const u8,
+        x: Inputs,
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     ) {
@@ -167,11 +167,13 @@ impl<Q: Quantized> Tile for Q {
             for part in 0..S::PARTS {
                 let mut acc = [[S::h_zero(); R]; T];
                 for step in steps.clone() {
-                    let x = x.add(step * R * QUANT_ROW_BYTES);
-                    for t in 0..T {
-                        let (head, first) = w.parts::<Q>(t);
-                        let quants = first.add(step * Self::STEP_BYTES);
-                        Q::step::<S, R>(StepAt { head, quants, step, part }, x, &mut acc[t]);
+                    for level in step * x.n_levels..(step + 1) * x.n_levels {
+                        let x = x.at.add(level * R * QUANT_ROW_BYTES);
+                        for t in 0..T {
+                            let (head, first) = w.parts::<Q>(t);
+                            let quants = first.add(step * Self::STEP_BYTES);
+                            Q::step::<S, R>(StepAt { head, quants, step, part }, x, &mut acc[t]);
+                        }
                     }
                 }
                 for t in 0..T {

@@ -3,7 +3,8 @@
 //! Order of the sums, for every output: from 0, input after input.
 //! - dense: `acc = fma(w, x, acc)` for each input;
 //! - quantized: for each group of weights `acc = fma(d_w * d_x, isum as f32, acc)`, where isum is the exact sum of the
-//!   products of quants; then, if there are mins, `acc = fma(m_w, s_x, acc)`.
+//!   products of quants; then, if there are mins, `acc = fma(m_w, s_x, acc)`. With two levels of activations this is done
+//!   for the first level of 32 inputs, then for the second, before the next 32 inputs.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -31,10 +32,19 @@ pub(crate) trait Tile {
     /// The CPU has `S`; `w` and `x` hold the steps.
     unsafe fn sums<S: Simd, const R: usize, const T: usize>(
         w: Weights,
-        x: *const u8,
+        x: Inputs,
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     );
+}
+
+/// Where a block's activations lie.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs {
+    /// The first step.
+    pub at: *const u8,
+    /// Levels of quantized activations in each step.
+    pub n_levels: usize,
 }
 
 /// Where the weights of some tiles lie.
@@ -138,14 +148,14 @@ impl<E: Element> Tile for Dense<E> {
     #[inline(always)]
     unsafe fn sums<S: Simd, const R: usize, const T: usize>(
         w: Weights,
-        x: *const u8,
+        x: Inputs,
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     ) {
         // SAFETY: the trait's contract; steps lie one after another in both.
         unsafe {
             let mut acc = [[S::splat(0.0); R]; T];
-            let x = x.cast::<f32>();
+            let x = x.at.cast::<f32>();
             for k in steps {
                 for t in 0..T {
                     let p = w.parts::<Self>(t).1.add(k * Self::STEP_BYTES);

@@ -29,6 +29,7 @@ fn every_kernel_computes_the_bits_of_the_reference() {
             for (n_rows, n_out, n_in) in SHAPES {
                 let mut matrix = Matrix::random(&mut random, kind, n_out, n_in);
                 matrix.bias = (n_rows % 2 == 1).then(|| random.floats(n_out));
+                matrix.activations = if n_out % 3 == 0 { ActivationLevels::Two } else { ActivationLevels::One };
                 let x = random.wild(n_rows * n_in);
                 let want = reference::linear(&x, n_rows, &matrix.source(), precision);
                 let width = [n_in, 32, 32 * (n_in / 64).max(1)][n_rows % 3];
@@ -82,6 +83,7 @@ fn extreme_quants_do_not_overflow() {
             },
             bias: None,
             slice_width: None,
+            activations: ActivationLevels::One,
         };
         let want = f64::from(weight) * activation * n_in as f64;
         for ops in &mut devices(Precision::Auto, 1) {
@@ -100,6 +102,7 @@ fn extreme_quants_do_not_overflow() {
         },
         bias: None,
         slice_width: None,
+        activations: ActivationLevels::One,
     };
     for activation in [-1.0, 1.0] {
         for ops in &mut devices(Precision::Auto, 1) {
@@ -117,6 +120,7 @@ fn activations_that_are_not_finite_poison_only_their_own_row() {
         let mut matrix = Matrix::random(&mut random, kind, 20, 64);
         let mut x = random.floats(4 * 64);
         (x[70], x[150], x[151]) = (f32::NAN, f32::INFINITY, f32::MAX);
+        matrix.activations = if kind % 2 == 0 { ActivationLevels::Two } else { ActivationLevels::One };
         x[192..224].fill(1e-40);
         let want = reference::linear(&x, 4, &matrix.source(), Precision::Auto);
         assert!(want[20..40].iter().all(|v| v.is_nan()));
@@ -244,7 +248,14 @@ fn fixed_point_conversion_is_the_same_everywhere() {
     assert_eq!(reference::to_fixed(f32::NAN), -(1 << 51));
     assert_eq!(reference::to_fixed(f32::INFINITY), 1 << 51);
     // A column of ones passes the value through: n_in = 1.
-    let identity = Matrix { n_out: 1, n_in: 1, data: Data::F32(vec![1.0]), bias: None, slice_width: Some(1) };
+    let identity = Matrix {
+        n_out: 1,
+        n_in: 1,
+        data: Data::F32(vec![1.0]),
+        bias: None,
+        slice_width: Some(1),
+        activations: ActivationLevels::One,
+    };
     let want: Vec<i64> = values.iter().map(|&v| reference::to_fixed(v)).collect();
     for ops in &mut devices(Precision::Auto, 1) {
         let got = linear_exact(ops, &values, values.len(), &identity);
@@ -270,6 +281,26 @@ fn embedding_is_exact_dequantization() {
                 let want: Vec<f32> = want.iter().map(|&bits| f32::from_bits(bits as u32)).collect();
                 assert_same(&floats(ops, values, ids.len() * 64), &want, &ops.name());
             }
+        }
+    }
+}
+
+#[test]
+fn a_second_level_of_activations_is_far_closer_to_the_exact_product() {
+    let mut random = Random(9);
+    for kind in 0..N_KINDS {
+        let (n_rows, n_out, n_in) = (3, 32, 320);
+        let mut matrix = Matrix::random(&mut random, kind, n_out, n_in);
+        let x = random.floats(n_rows * n_in);
+        let exact = reference::linear(&x, n_rows, &matrix.source(), Precision::Float32);
+        for ops in &mut devices(Precision::Auto, 1) {
+            let mut error = |activations| {
+                matrix.activations = activations;
+                let got = linear(ops, &x, n_rows, &matrix);
+                got.iter().zip(&exact).map(|(got, want)| f64::from(got - want).abs()).sum::<f64>()
+            };
+            let (one, two) = (error(ActivationLevels::One), error(ActivationLevels::Two));
+            assert!(two <= one * 0.1 + 1e-3, "kind {kind}: one level is off by {one}, two by {two}");
         }
     }
 }

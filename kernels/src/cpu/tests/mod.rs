@@ -8,7 +8,7 @@ mod linear;
 use half::{bf16, f16};
 
 use super::{CpuConfig, CpuOps, Isa};
-use crate::ops::{Buf, FixedBuf, LinearSource, Ops, Precision, WeightData};
+use crate::ops::{ActivationLevels, Buf, FixedBuf, LinearSource, Ops, Precision, WeightData};
 
 /// Seeded numbers (Steele, Lea and Flood, 2014: SplitMix64).
 struct Random(u64);
@@ -90,6 +90,7 @@ struct Matrix {
     data: Data,
     bias: Option<Vec<f32>>,
     slice_width: Option<usize>,
+    activations: ActivationLevels,
 }
 
 #[derive(Debug, Clone)]
@@ -166,7 +167,7 @@ impl Matrix {
             }
             _ => panic!("no kind {kind}"),
         };
-        Self { n_out, n_in, data, bias: None, slice_width: None }
+        Self { n_out, n_in, data, bias: None, slice_width: None, activations: ActivationLevels::One }
     }
 
     fn is_quantized(&self) -> bool {
@@ -184,7 +185,14 @@ impl Matrix {
             }
         };
         let (n_out, n_in) = (self.n_out, self.n_in);
-        LinearSource { n_out, n_in, data, bias: self.bias.as_deref(), slice_width: self.slice_width }
+        LinearSource {
+            n_out,
+            n_in,
+            data,
+            bias: self.bias.as_deref(),
+            slice_width: self.slice_width,
+            activations: self.activations,
+        }
     }
 
     /// The inputs `from .. to` of all rows; bounds are multiples of 32 for quantized weights.
