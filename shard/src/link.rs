@@ -130,7 +130,7 @@ async fn session(
                     Some(FromCoordinator::Heartbeat(_)) => {}
                     Some(FromCoordinator::Shutdown(shutdown)) => return Ok(End::Shutdown(shutdown.reason)),
                     Some(message) => {
-                        if engine.cast(EngineMsg::Coordinator(message)).is_err() {
+                        if engine.cast(EngineMsg::Coordinator(Box::new(message))).is_err() {
                             return Ok(End::Shutdown("the engine has ended".to_owned()));
                         }
                     }

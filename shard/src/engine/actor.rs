@@ -19,7 +19,7 @@ pub enum EngineMsg {
     /// It is gone.
     Detached,
     /// It said something.
-    Coordinator(Message),
+    Coordinator(Box<Message>),
 }
 
 /// The actor.
@@ -80,27 +80,29 @@ impl Actor for Engine {
                 state.interrupt.advance();
                 Command::Detached
             }
-            EngineMsg::Coordinator(Message::Form(form)) => {
-                if form.epoch <= state.epoch {
-                    tracing::warn!(epoch = form.epoch, known = state.epoch, "a form of an old epoch is ignored");
+            EngineMsg::Coordinator(message) => match *message {
+                Message::Form(form) => {
+                    if form.epoch <= state.epoch {
+                        tracing::warn!(epoch = form.epoch, known = state.epoch, "a form of an old epoch is ignored");
+                        return Ok(());
+                    }
+                    state.epoch = form.epoch;
+                    state.interrupt.advance();
+                    Command::Form(form)
+                }
+                Message::Retire(retire) => {
+                    if retire.epoch == state.epoch {
+                        state.interrupt.advance();
+                    }
+                    Command::Retire(retire)
+                }
+                Message::Serve(serve) => Command::Serve(serve),
+                Message::StepPlan(plan) => Command::Plan(plan),
+                // The link's own; and slices are loaded when they are needed.
+                Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_) | Message::Prepare(_) => {
                     return Ok(());
                 }
-                state.epoch = form.epoch;
-                state.interrupt.advance();
-                Command::Form(form)
-            }
-            EngineMsg::Coordinator(Message::Retire(retire)) => {
-                if retire.epoch == state.epoch {
-                    state.interrupt.advance();
-                }
-                Command::Retire(retire)
-            }
-            EngineMsg::Coordinator(Message::Serve(serve)) => Command::Serve(serve),
-            EngineMsg::Coordinator(Message::StepPlan(plan)) => Command::Plan(plan),
-            // The link's own.
-            EngineMsg::Coordinator(
-                Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_) | Message::Prepare(_),
-            ) => return Ok(()),
+            },
         };
         let generation = state.interrupt.generation();
         if state.thread.send(Envelope { generation, command }).is_err() {
