@@ -1,7 +1,7 @@
 //! The fault laboratory: a real cluster under a seeded load, one fault, and every stream compared token by token with
 //! what it was without the fault.
 //!
-//! A [`rows::Row`] says what runs ([`setup::Setup`]) and what breaks; a [`lab::Lab`] starts it, takes the reference and runs
+//! A [`rows::Row`] says what runs ([`setup::Setup`]) and what breaks; the [`lab`] starts it, takes the reference and runs
 //! rounds; [`report`] makes the matrix of `tests/faults/README.md`.
 
 pub mod compare;
