@@ -4,6 +4,7 @@ mod forward;
 mod invariance;
 mod link;
 mod loading;
+mod mirrored;
 mod oracle;
 mod plans;
 mod tiny;
