@@ -9,6 +9,7 @@ pub mod bench;
 pub mod config;
 pub mod device;
 pub mod engine;
+mod failpoint;
 mod heartbeat;
 mod host;
 pub mod layer;

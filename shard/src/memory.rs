@@ -8,6 +8,9 @@ const KV_SHARE_OF_FREE: f64 = 0.5;
 /// Most memory that KV pages take on a rank when their size is not given.
 const KV_DEFAULT_LIMIT: u64 = 4 << 30;
 
+/// Memory that stays free for what else the process needs, besides weights and pages.
+pub const RESERVE_BYTES: u64 = 128 << 20;
+
 /// Bytes that could be allocated now: the kernel's estimate, or less where a control group has a limit.
 /// `None` if the system does not say.
 pub fn free_bytes() -> Option<u64> {

@@ -12,9 +12,9 @@ use std::{
     thread,
 };
 
-use phalanx_cluster::partition::PartitionPlan;
+use phalanx_cluster::{checkpoint::Checkpoint, partition::PartitionPlan};
 use phalanx_kernels::collective::AbortFlag;
-use phalanx_proto::v1::{Form, Prepare, Prepared};
+use phalanx_proto::v1::{Form, Peer, Prepare, Prepared};
 
 use super::{
     checkpoints::{self, Checkpoints, Opened},
@@ -26,9 +26,6 @@ use crate::memory;
 
 /// Lowest priority of a thread.
 const NICENESS: i32 = 19;
-
-/// Memory that stays free for what else the process needs.
-const RESERVE_BYTES: u64 = 128 << 20;
 
 /// Share of the free memory that stays free for KV pages where their size is not given.
 const KV_RESERVE_DIVISOR: u64 = 8;
@@ -69,8 +66,14 @@ pub(super) struct Stock<'a> {
     pub config: &'a RankConfig,
     pub checkpoints: &'a mut Checkpoints,
     pub slices: &'a mut Slices,
-    /// The slice of the rank that the engine has taken.
-    pub in_use: Option<&'a Key>,
+    /// The slice of the rank that the engine has taken, and its bytes.
+    pub in_use: Option<(&'a Key, u64)>,
+}
+
+enum Look {
+    /// Of so many bytes.
+    Here(u64),
+    Missing(PartitionPlan, Key),
 }
 
 impl Ahead {
@@ -81,13 +84,18 @@ impl Ahead {
 
     /// Loads what `prepare` wants instead of what was wanted before. Returns what is loaded already.
     pub fn prepare(&mut self, prepare: Prepare, stock: Stock<'_>) -> Vec<Prepared> {
-        let form = prepare.form.unwrap_or_default();
+        let mut form = prepare.form.unwrap_or_default();
+        if form.peers.is_empty() {
+            let peer = |rank| Peer { rank, weight: 1.0, ..Peer::default() };
+            form.peers = (0..form.world_size).map(peer).collect();
+        }
         let is_alike = is_alike(&form, &self.form);
         let goes_on = |job: &Job| is_alike && job.rank.is_none_or(|rank| prepare.ranks.contains(&rank));
         if self.job.as_ref().is_some_and(|job| !goes_on(job)) {
             self.stop();
         }
-        self.waiting = prepare.ranks.into();
+        let loading = self.job.as_ref().and_then(|job| job.rank);
+        self.waiting = prepare.ranks.into_iter().filter(|rank| Some(*rank) != loading).collect();
         self.form = form;
         self.go_on(stock)
     }
@@ -112,8 +120,10 @@ impl Ahead {
             Ok(Cargo::Weights(weights)) => {
                 tracing::info!(rank, bytes = weights.weight_bytes, "loaded a slice ahead");
                 stock.slices.put(weights.key.clone(), *weights);
-                // Answered by the look at what is there.
-                self.waiting.extend_front(rank);
+                // Answered by the look at what is here.
+                if let Some(rank) = rank {
+                    self.waiting.push_front(rank);
+                }
             }
             Err(error) => {
                 // The group does not depend on it: a form of this rank will say what is wrong.
@@ -126,58 +136,78 @@ impl Ahead {
         self.go_on(stock)
     }
 
-    /// Looks at the waiting ranks until one is to be loaded.
-    fn go_on(&mut self, mut stock: Stock<'_>) -> Vec<Prepared> {
+    /// Answers for the waiting ranks that are here and begins to load the first that is not.
+    fn go_on(&mut self, stock: Stock<'_>) -> Vec<Prepared> {
+        let Some(checkpoint) = stock.checkpoints.get(&self.form) else {
+            if self.job.is_none() && !self.waiting.is_empty() {
+                let form = self.form.clone();
+                self.spawn(None, move |_| checkpoints::open(&form).map(Cargo::Opened));
+            }
+            return Vec::new();
+        };
         let mut prepared = Vec::new();
-        while self.job.is_none()
-            && let Some(rank) = self.waiting.pop_front()
-        {
-            match self.look_at(rank, &mut stock) {
-                Ok(Some(here)) => prepared.push(here),
-                Ok(None) => {}
+        let mut missing = VecDeque::new();
+        for rank in std::mem::take(&mut self.waiting) {
+            match self.look_for(rank, checkpoint.as_ref(), &stock) {
+                Ok(Look::Here(weight_bytes)) => {
+                    let (epoch, world_size) = (self.form.epoch, self.form.world_size);
+                    prepared.push(Prepared { epoch, rank, world_size, weight_bytes });
+                }
+                Ok(Look::Missing(plan, key)) => missing.push_back((rank, plan, key)),
                 Err(error) => tracing::warn!(rank, "loading ahead: {error}"),
             }
         }
-        // A rank that is being loaded may be in the new list as well: it is answered when it is here.
+        while self.job.is_none()
+            && let Some((rank, plan, key)) = missing.pop_front()
+        {
+            // Of another model nothing is wanted any more.
+            stock.slices.retain(|other| other.is_of_the_same_model(&key));
+            if let Err(error) = self.begin(rank, plan, key, &checkpoint, stock.config) {
+                tracing::warn!(rank, "loading ahead: {error}");
+            }
+        }
+        self.waiting = missing.into_iter().map(|(rank, ..)| rank).collect();
         prepared
     }
 
-    /// Says that the rank's slice is here, or begins to load it.
-    fn look_at(&mut self, rank: u32, stock: &mut Stock<'_>) -> Result<Option<Prepared>, EngineError> {
-        let Some(checkpoint) = stock.checkpoints.get(&self.form) else {
-            self.waiting.push_front(rank);
-            let form = self.form.clone();
-            self.spawn(None, move |_| checkpoints::open(&form).map(Cargo::Opened))?;
-            return Ok(None);
-        };
-        let form = Form { rank, ..self.form.clone() };
-        let plan = rank::partition(&form, checkpoint.as_ref())?;
-        let key = Key::new(&form, checkpoint.as_ref(), &plan, rank as usize)?;
-        // Of another model nothing is wanted any more.
-        stock.slices.retain(|other| other.is_of_the_same_model(&key));
-        if stock.in_use == Some(&key) || stock.slices.has(&key) {
-            let weight_bytes = slice::estimate(checkpoint.as_ref(), &plan, rank as usize, key.precision())?;
-            let weight_bytes = stock.slices.get(&key).map_or(weight_bytes, |weights| weights.weight_bytes);
-            return Ok(Some(Prepared { epoch: form.epoch, rank, world_size: form.world_size, weight_bytes }));
-        }
+    fn look_for(&self, rank: u32, checkpoint: &dyn Checkpoint, stock: &Stock<'_>) -> Result<Look, EngineError> {
+        let plan = rank::partition(&Form { rank, ..self.form.clone() }, checkpoint)?;
+        let key = Key::new(&self.form, checkpoint, &plan, rank as usize)?;
+        Ok(match (stock.in_use, stock.slices.get(&key)) {
+            (Some((in_use, bytes)), _) if *in_use == key => Look::Here(bytes),
+            (_, Some(weights)) => Look::Here(weights.weight_bytes),
+            _ => Look::Missing(plan, key),
+        })
+    }
+
+    fn begin(
+        &mut self,
+        rank: u32,
+        plan: PartitionPlan,
+        key: Key,
+        checkpoint: &Opened,
+        config: &RankConfig,
+    ) -> Result<(), EngineError> {
         let need = slice::estimate(checkpoint.as_ref(), &plan, rank as usize, key.precision())?;
         if !self.fits(need) {
             tracing::info!(rank, need, "no memory to load this slice ahead");
-            return Ok(None);
+            return Ok(());
         }
         // Its threads serve later: they must not inherit the low priority.
-        let ops = slice::open_device(&key, &stock.config.device)?;
+        let ops = slice::open_device(&key, &config.device)?;
+        let checkpoint = checkpoint.clone();
         self.spawn(Some(rank), move |abort| {
             let mut progress = |_| if abort.is_aborted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            load(key, ops, &checkpoint, &plan, rank as usize, &mut progress)
-        })?;
-        Ok(None)
+            let weights = Weights::load(key, ops, checkpoint.as_ref(), &plan, rank as usize, &mut progress)?;
+            Ok(Cargo::Weights(Box::new(weights)))
+        });
+        Ok(())
     }
 
     fn fits(&self, need: u64) -> bool {
         memory::free_bytes().is_none_or(|free| {
             let for_pages = self.form.kv_cache_bytes.max(free / KV_RESERVE_DIVISOR);
-            need.saturating_add(for_pages).saturating_add(RESERVE_BYTES) <= free
+            need.saturating_add(for_pages).saturating_add(memory::RESERVE_BYTES) <= free
         })
     }
 
@@ -185,7 +215,7 @@ impl Ahead {
         &mut self,
         rank: Option<u32>,
         work: impl FnOnce(&AbortFlag) -> Result<Cargo, EngineError> + Send + 'static,
-    ) -> Result<(), EngineError> {
+    ) {
         self.n_jobs += 1;
         let (number, abort) = (self.n_jobs, AbortFlag::default());
         let (results, raised) = (self.results.clone(), abort.clone());
@@ -198,25 +228,14 @@ impl Ahead {
             // The engine may have ended.
             let _ended = results.send(Envelope { generation: 0, command });
         };
-        thread::Builder::new()
-            .name("load-ahead".to_owned())
-            .spawn(body)
-            .map_err(|error| EngineError::OutOfOrder(format!("no thread: {error}")))?;
-        self.job = Some(Job { number, abort, rank });
-        Ok(())
+        match thread::Builder::new().name("load-ahead".to_owned()).spawn(body) {
+            Ok(_detached) => self.job = Some(Job { number, abort, rank }),
+            Err(error) => {
+                tracing::warn!("loading ahead: no thread: {error}");
+                self.waiting.clear();
+            }
+        }
     }
-}
-
-fn load(
-    key: Key,
-    ops: Box<dyn phalanx_kernels::ops::Ops>,
-    checkpoint: &Opened,
-    plan: &PartitionPlan,
-    rank: usize,
-    progress: &mut dyn FnMut(crate::model::loader::Progress) -> ControlFlow<()>,
-) -> Result<Cargo, EngineError> {
-    let weights = Weights::load(key, ops, checkpoint.as_ref(), plan, rank, progress)?;
-    Ok(Cargo::Weights(Box::new(weights)))
 }
 
 /// Whether equal ranks of both forms are equal slices.

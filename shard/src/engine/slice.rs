@@ -95,20 +95,14 @@ impl Weights {
         Ok(Self { key, weight_bytes, ops, model, scratch, kept: None })
     }
 
-    /// Gives the memory of kept pages back.
+    /// Gives the memory of kept pages back: the next group measures what is free before it allocates its own.
     pub fn drop_pages(&mut self) {
-        if let Some(kept) = self.kept.take() {
-            free_pages(self.ops.as_mut(), kept.shape);
+        let Some(shape) = self.kept.take().map(|kept| kept.shape) else { return };
+        if shape.n_kv_heads > 0
+            && let Err(error) = self.ops.alloc_kv(KvShape { n_blocks: 0, ..shape })
+        {
+            tracing::warn!(%error, "the KV pages of the last group are not freed");
         }
-    }
-}
-
-/// Frees a device's KV pages: the next group measures free memory before it allocates its own.
-pub(super) fn free_pages(ops: &mut dyn Ops, shape: KvShape) {
-    if shape.n_kv_heads > 0
-        && let Err(error) = ops.alloc_kv(KvShape { n_blocks: 0, ..shape })
-    {
-        tracing::warn!(%error, "the KV pages of the last group are not freed");
     }
 }
 
