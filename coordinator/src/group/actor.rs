@@ -10,8 +10,8 @@ use phalanx_cluster::{
     store::{Expected, MembershipStore, StoreError, Swap},
 };
 use phalanx_proto::v1::{
-    Form, Hello, Loaded, Member, Peer, Ready, Retire, Serve, StatusResponse, StepResult, coordinator_message::Message,
-    shard_message::Message as FromShard,
+    DrainResponse, Form, Hello, Loaded, Member, Peer, PlanResponse, Ready, Retire, RolloutEvent, Serve, StatusResponse,
+    StepResult, coordinator_message::Message, shard_message::Message as FromShard,
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::{
+    change::ChangeError,
     machine::{Action, Candidate, Event, GroupMachine, Origin},
     plans::GroupPlans,
     progress::LoadProgress,
@@ -63,6 +64,29 @@ pub enum GroupMsg {
     Ending,
     /// Somebody wants to know.
     Status(RpcReplyPort<Box<StatusResponse>>),
+    /// Take the rank from a shard, and give it none until it is undrained. Answered when it has none.
+    Drain {
+        /// Which shard.
+        shard: ShardId,
+        /// For the answer.
+        reply: RpcReplyPort<Result<DrainResponse, ChangeError>>,
+    },
+    /// A drained shard may have a rank again.
+    Undrain {
+        /// Which shard.
+        shard: ShardId,
+        /// For the answer.
+        reply: RpcReplyPort<Result<(), ChangeError>>,
+    },
+    /// Restart shards, one after the other.
+    RolloutRestart {
+        /// Those that are left as they are.
+        but: Vec<ShardId>,
+        /// Takes what happens; closed after "done" or an error.
+        events: mpsc::UnboundedSender<Result<RolloutEvent, ChangeError>>,
+    },
+    /// Who holds what, and what happens if a rank is lost now.
+    Plan(RpcReplyPort<Box<PlanResponse>>),
 }
 
 /// What the process should hear of.
@@ -211,6 +235,12 @@ impl Actor for Group {
                 // Who asked may have given up.
                 let _ = reply.send(Box::new(state.status()));
             }
+            GroupMsg::Drain { shard, reply } => drop(reply.send(Err(state.cannot_change(&shard)))),
+            GroupMsg::Undrain { shard, reply } => drop(reply.send(Err(state.cannot_change(&shard)))),
+            GroupMsg::RolloutRestart { events, .. } => {
+                drop(events.send(Err(ChangeError::Impossible("this group can't be changed yet".to_owned()))));
+            }
+            GroupMsg::Plan(reply) => drop(reply.send(Box::new(PlanResponse::default()))),
         }
         state.say_what_is_missing();
         Ok(())
@@ -461,6 +491,13 @@ impl State {
                 tracing::info!("waiting: {missing}");
             }
             self.told_to_wait = missing;
+        }
+    }
+
+    fn cannot_change(&self, shard: &ShardId) -> ChangeError {
+        match self.seats.contains_key(shard) {
+            true => ChangeError::Impossible("this group can't be changed yet".to_owned()),
+            false => ChangeError::UnknownShard(shard.clone()),
         }
     }
 
