@@ -64,6 +64,10 @@ pub struct Config {
     pub tokenizer: Option<PathBuf>,
     /// Most requests that wait.
     pub max_num_queued_reqs: u32,
+    /// Losses of a group without progress between them after which a request fails.
+    pub max_replays: u32,
+    /// Longest wait of requests for a group.
+    pub no_group_timeout: Duration,
     /// Whether prompts share KV blocks.
     pub enable_prefix_caching: bool,
     /// How ranks exchange sums.
@@ -211,6 +215,7 @@ impl Config {
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
         let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
         let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(5000), 100, 600_000)?;
+        let no_group = within("no-group-timeout", flags.no_group_timeout.unwrap_or(60), 1, 86_400)?;
         let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
@@ -242,6 +247,8 @@ impl Config {
             chat_template: exists("chat-template", flags.chat_template)?,
             tokenizer: exists("tokenizer", flags.tokenizer)?,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
+            max_replays: within("max-replays", flags.max_replays.unwrap_or(3), 2, 1000)?,
+            no_group_timeout: Duration::from_secs(u64::from(no_group)),
             enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
@@ -273,6 +280,8 @@ impl Config {
             chat_template: self.chat_template.clone(),
             tokenizer: self.tokenizer.clone(),
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            max_replays: Some(self.max_replays),
+            no_group_timeout: Some(clamp(self.no_group_timeout.as_secs().into())),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             state_dir: self.state_dir.clone(),
             collective: Some(self.collective),

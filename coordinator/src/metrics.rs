@@ -38,6 +38,10 @@ pub const SHARD_MEMORY: &str = "shard_memory_bytes";
 pub const EPOCH: &str = "phalanx_epoch";
 /// Groups formed again after a loss, by `cause`.
 pub const FAILOVERS: &str = "phalanx_failovers_total";
+/// Tokens whose keys and values were computed again after a loss.
+pub const REPLAYED: &str = "phalanx_replayed_tokens_total";
+/// From the last token before a loss to the first after it, of each running sequence.
+pub const STALL: &str = "phalanx_stall_seconds";
 /// Messages of an old epoch that were dropped.
 pub const FENCED: &str = "phalanx_fenced_messages_total";
 
@@ -61,5 +65,11 @@ pub fn describe() {
     describe_gauge!(SHARD_MEMORY, Unit::Bytes, "Memory of a shard, by shard, rank and kind (weights, kv, resident)");
     describe_gauge!(EPOCH, Unit::Count, "Epoch of the group");
     describe_counter!(FAILOVERS, Unit::Count, "Groups formed again after a loss, by cause");
+    describe_counter!(REPLAYED, Unit::Count, "Tokens computed again after a loss");
+    describe_histogram!(
+        STALL,
+        Unit::Seconds,
+        "Running sequences: from the last token before a loss to the first after it"
+    );
     describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");
 }

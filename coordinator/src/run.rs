@@ -33,7 +33,7 @@ use crate::{
     model::{self, OpenedModel},
     scheduler::{
         actor::{SchedulerConfig, SchedulerHandle},
-        event::Limits,
+        event::{Limits, Recovery},
     },
     shard_link::ClusterService,
     spawn::LocalShards,
@@ -245,6 +245,7 @@ impl Parts {
                     vocab: model.served.vocab,
                     prefix_caching: config.enable_prefix_caching,
                 },
+                recovery: Recovery { max_replays: config.max_replays, no_group_timeout: config.no_group_timeout },
                 eos: model.served.eos.clone(),
                 detokenizers: Box::new(model.served.tokenizer.as_ref().clone()),
                 max_queued_requests: config.max_num_queued_reqs as usize,

@@ -12,7 +12,7 @@ use fake::{FakeShard, Letters, letter, mix, next_token, prefix_hash, score};
 use phalanx_coordinator::{
     request::{Finish, Request, RequestError, RequestEvent, StopConditions, Usage},
     scheduler::{
-        event::{Action, Event, Limits},
+        event::{Action, Event, Limits, Recovery},
         machine::Machine,
     },
     sequence::RequestKey,
@@ -161,7 +161,7 @@ impl World {
         let now = Instant::now();
         let heads: Vec<Vec<u32>> = (0..3).map(|_| tokens(luck, 20)).collect();
         Self {
-            machine: Machine::new(limits, vec![EOS], Box::new(Letters)),
+            machine: Machine::new(limits, Recovery::default(), vec![EOS], Box::new(Letters)),
             limits,
             n_blocks: luck.within(4, 40),
             epoch: 0,
@@ -242,7 +242,7 @@ impl World {
         if let Some(mut shard) = self.shard.take() {
             self.stale.extend(shard.run_next());
             self.totals.n_lost += 1;
-            self.event(Event::GroupLost { epoch: self.epoch, is_planned: false });
+            self.event(Event::GroupLost { epoch: self.epoch, is_planned: true });
         }
     }
 
@@ -450,7 +450,7 @@ fn many_sequences_share_few_blocks() {
         let mut world = World::new(&mut luck, 32);
         world.n_blocks = 16;
         world.limits = Limits { block_size: 4, max_step_rows: 16, max_running: 32, ..world.limits };
-        world.machine = Machine::new(world.limits, vec![EOS], Box::new(Letters));
+        world.machine = Machine::new(world.limits, Recovery::default(), vec![EOS], Box::new(Letters));
         world.serve();
         (0..32).for_each(|_| world.submit());
         world.drain();

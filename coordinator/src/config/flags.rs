@@ -136,6 +136,17 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<u32>,
 
+    /// Losses of shards, without a token between them, after which a request that was being computed at each of them fails
+    /// [default: 3]
+    #[arg(long, env = "PHALANX_MAX_REPLAYS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_replays: Option<u32>,
+
+    /// Seconds that requests wait while no group of shards serves; then they fail with status 503 [default: 60]
+    #[arg(long, env = "PHALANX_NO_GROUP_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_group_timeout: Option<u32>,
+
     /// Share the KV cache of equal prompt beginnings [default: true]
     #[arg(
         long, env = "PHALANX_ENABLE_PREFIX_CACHING", value_name = "BOOL",

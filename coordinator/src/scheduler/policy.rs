@@ -1,6 +1,6 @@
 //! Decisions of the scheduler, as functions of numbers.
 //!
-//! First come, first served. A sequence gets blocks for all its known tokens when it is admitted and one more whenever its
+//! First come, first served, among equal priorities. A sequence gets blocks for all its known tokens when it is admitted and one more whenever its
 //! output crosses a block's end; if there is none then, the youngest sequence gives its blocks up and is computed again
 //! later. The oldest can therefore always go on, and nothing waits for ever.
 
@@ -26,6 +26,12 @@ pub fn most_output(prompt_len: usize, n_positions: usize) -> usize {
 /// be preempted, again and again. None if nothing runs: then the oldest gets all there is.
 pub fn spare_blocks(n_blocks: usize, n_running: usize) -> usize {
     if n_running == 0 { 0 } else { (n_blocks / 100).max(1) }
+}
+
+/// Rows of a step that may compute positions again that were lost. If others get their next tokens in the same step, it
+/// must not become as long as it can: every row of replay delays all of those.
+pub fn replay_rows(max_step_rows: usize, has_decodes: bool) -> usize {
+    if has_decodes { (max_step_rows * 3 / 4).max(1) } else { max_step_rows }
 }
 
 /// Missing positions come first if they are one per sequence: clients wait for those tokens.

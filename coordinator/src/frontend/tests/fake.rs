@@ -45,7 +45,7 @@ impl Submit for Fake {
     fn submit(&self, request: Request) -> Result<RequestStream, RequestError> {
         let script = (self.script)(&request)?;
         self.seen.lock().unwrap().push(request);
-        let (sender, events) = mpsc::unbounded_channel();
+        let (sender, events) = outbox::channel();
         let is_over = matches!(script.last(), Some(RequestEvent::Finished(_) | RequestEvent::Failed(_)));
         for event in script {
             sender.send(event).unwrap();
