@@ -64,6 +64,8 @@ pub struct Config {
     pub tokenizer: Option<PathBuf>,
     /// Most requests that wait.
     pub max_num_queued_reqs: u32,
+    /// Most prompt tokens of requests that wait.
+    pub max_num_queued_tokens: u32,
     /// Losses of a group without progress between them after which a request fails.
     pub max_replays: u32,
     /// Longest wait of requests for a group.
@@ -247,6 +249,12 @@ impl Config {
             chat_template: exists("chat-template", flags.chat_template)?,
             tokenizer: exists("tokenizer", flags.tokenizer)?,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
+            max_num_queued_tokens: within(
+                "max-num-queued-tokens",
+                flags.max_num_queued_tokens.unwrap_or(1 << 20),
+                1,
+                1 << 30,
+            )?,
             max_replays: within("max-replays", flags.max_replays.unwrap_or(3), 2, 1000)?,
             no_group_timeout: Duration::from_secs(u64::from(no_group)),
             enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
@@ -280,6 +288,7 @@ impl Config {
             chat_template: self.chat_template.clone(),
             tokenizer: self.tokenizer.clone(),
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            max_num_queued_tokens: Some(self.max_num_queued_tokens),
             max_replays: Some(self.max_replays),
             no_group_timeout: Some(clamp(self.no_group_timeout.as_secs().into())),
             enable_prefix_caching: Some(self.enable_prefix_caching),

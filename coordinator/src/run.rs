@@ -249,6 +249,7 @@ impl Parts {
                 eos: model.served.eos.clone(),
                 detokenizers: Box::new(model.served.tokenizer.as_ref().clone()),
                 max_queued_requests: config.max_num_queued_reqs as usize,
+                max_queued_tokens: config.max_num_queued_tokens as usize,
             },
             None,
         )

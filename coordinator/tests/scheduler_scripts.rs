@@ -171,7 +171,7 @@ impl Script {
             if chunk.sample {
                 let token_id = value(words, name).unwrap_or_else(|| panic!("step {step} samples {name}"));
                 let token_id = token_id.parse().expect("token");
-                samples.push(Sample { sequence: chunk.sequence, token_id, score: None });
+                samples.push(Sample { sequence: chunk.sequence, token_id, score: None, failed: false });
             }
             if *is_scored {
                 let scores = (chunk.start + 1..=chunk.start + chunk.len).map(|p| score(0, p)).collect();

@@ -136,6 +136,11 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<u32>,
 
+    /// Prompt tokens of all waiting requests together; more are refused with status 429 [default: 1048576]
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_TOKENS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_tokens: Option<u32>,
+
     /// Losses of shards, without a token between them, after which a request that was being computed at each of them fails
     /// [default: 3]
     #[arg(long, env = "PHALANX_MAX_REPLAYS", value_name = "N")]

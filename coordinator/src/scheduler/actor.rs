@@ -97,12 +97,7 @@ impl SchedulerHandle {
             Some(supervisor) => Actor::spawn_linked(None, Scheduler, start, supervisor).await?,
             None => Actor::spawn(None, Scheduler, start).await?,
         };
-        let handle = Self {
-            actor,
-            next_key: Arc::new(AtomicU64::new(0)),
-            gate,
-            readiness,
-        };
+        let handle = Self { actor, next_key: Arc::new(AtomicU64::new(0)), gate, readiness };
         Ok((handle, join))
     }
 
@@ -184,7 +179,15 @@ impl Actor for Scheduler {
         (config, readiness, gate): Self::Arguments,
     ) -> Result<State, ActorProcessingErr> {
         let machine = Machine::new(config.limits, config.recovery, config.eos, config.detokenizers);
-        let state = State { machine, clients: BTreeMap::new(), plans: None, readiness, gate, unread: Vec::new(), is_tick_armed: false };
+        let state = State {
+            machine,
+            clients: BTreeMap::new(),
+            plans: None,
+            readiness,
+            gate,
+            unread: Vec::new(),
+            is_tick_armed: false,
+        };
         state.record_status();
         Ok(state)
     }

@@ -15,7 +15,7 @@ use phalanx_proto::v1::{SamplingParams, TokenScore};
 
 use super::{
     event::{Action, Event, Limits, Measure, Recovery, Status},
-    policy::{self, MAX_IN_FLIGHT},
+    policy::{self, MAX_IN_FLIGHT, RowTime},
     quarantine::Quarantine,
     replay::Former,
 };
@@ -41,6 +41,8 @@ pub struct Machine {
     /// When the last group was lost; `None` while one serves, and before the first.
     pub(super) without_group_since: Option<Instant>,
     pub(super) quarantine: Quarantine,
+    /// As the shards of the last groups were.
+    pub(super) row_time: RowTime,
     pub(super) requests: BTreeMap<RequestKey, LiveRequest>,
     pub(super) sequences: BTreeMap<SequenceKey, Sequence>,
     /// Sequences without a seat that may get one. Preempted ones are in front of their likes by their keys alone.
@@ -93,6 +95,7 @@ pub(super) enum Hold {
 /// A plan that was sent and whose result is awaited.
 pub(super) struct StepInFlight {
     pub(super) step: u64,
+    pub(super) n_rows: usize,
     pub(super) chunks: Vec<PlannedChunk>,
 }
 
@@ -146,6 +149,7 @@ impl Machine {
             last_epoch: 0,
             without_group_since: None,
             quarantine: Quarantine::default(),
+            row_time: RowTime::default(),
             requests: BTreeMap::new(),
             sequences: BTreeMap::new(),
             waiting: BTreeSet::new(),

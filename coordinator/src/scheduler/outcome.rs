@@ -30,6 +30,7 @@ impl Machine {
         }
         let Some(step) = group.in_flight.pop_front() else { return };
         let took = Duration::from_micros(result.compute_us);
+        self.row_time.record(step.n_rows, took);
         out.push(Action::Measure(Measure::Step { n_sequences: step.chunks.len(), took }));
 
         for scores in result.prompt_scores {

@@ -63,7 +63,9 @@ impl Gate {
     /// [`RequestError::Overloaded`] if there is none.
     pub fn enter(&self, n_prompt_tokens: usize, now: Instant) -> Result<Place, RequestError> {
         self.pace().begin(now);
-        let Some(request) = self.requests.take(1) else { return Err(self.overloaded(&self.requests, Queued::Requests, now)) };
+        let Some(request) = self.requests.take(1) else {
+            return Err(self.overloaded(&self.requests, Queued::Requests, now));
+        };
         let Some(prompt_tokens) = self.prompt_tokens.take(n_prompt_tokens) else {
             drop(request);
             return Err(self.overloaded(&self.prompt_tokens, Queued::PromptTokens, now));
@@ -147,7 +149,10 @@ mod tests {
         assert!(is_full(Queued::PromptTokens), "{refused:?}");
         let others: Vec<_> = (0..2).map(|_| gate.enter(20, now).ok()).collect();
         assert!(others.iter().all(Option::is_some));
-        assert!(matches!(gate.enter(1, now), Err(RequestError::Overloaded { waiting: 3, limit: 3, of: Queued::Requests, .. })));
+        assert!(matches!(
+            gate.enter(1, now),
+            Err(RequestError::Overloaded { waiting: 3, limit: 3, of: Queued::Requests, .. })
+        ));
         drop((first, others));
         assert!(gate.enter(5000, now).is_ok(), "a long prompt may wait alone");
     }

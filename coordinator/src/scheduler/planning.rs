@@ -49,7 +49,7 @@ impl Machine {
     fn plan_of(&mut self, allowed: Allowed, out: &mut Vec<Action>) -> Option<StepPlan> {
         let group = self.group.as_ref().filter(|_| allowed != Allowed::Nobody)?;
         let plan = StepPlan { epoch: group.epoch, step: group.next_step, ..StepPlan::default() };
-        let n_rows = self.limits.max_step_rows;
+        let mut n_rows = self.limits.max_step_rows;
         let mut draft = Draft { plan, planned: Vec::new(), rows_left: n_rows, replay_rows_left: n_rows };
 
         let (decodes, prefills): (Vec<_>, Vec<_>) = self.with_missing_rows(allowed);
@@ -62,7 +62,12 @@ impl Machine {
                 self.add_chunk(key, &mut draft, out);
             }
         }
-        draft.replay_rows_left = policy::replay_rows(n_rows, !draft.planned.is_empty());
+        let has_decodes = !draft.planned.is_empty();
+        if has_decodes {
+            n_rows = self.row_time.rows_beside_decodes(n_rows);
+            draft.rows_left = n_rows.saturating_sub(draft.planned.len());
+        }
+        draft.replay_rows_left = policy::replay_rows(n_rows, has_decodes);
         for key in prefills {
             self.add_chunk(key, &mut draft, out);
         }
@@ -83,7 +88,8 @@ impl Machine {
             group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed, draft.plan.step);
         }
         let leaders: Vec<_> = chunks.iter().filter(|c| c.key.choice == 0).map(|c| c.key.request).collect();
-        group.in_flight.push_back(StepInFlight { step: draft.plan.step, chunks });
+        let n_rows = draft.plan.chunks.iter().map(|c| c.len as usize).sum();
+        group.in_flight.push_back(StepInFlight { step: draft.plan.step, n_rows, chunks });
         for request in leaders {
             if self.requests.get(&request).is_some_and(|r| !r.held.is_empty())
                 && !self.waits_for_leader(SequenceKey { request, choice: 1 })

@@ -4,6 +4,8 @@
 //! output crosses a block's end; if there is none then, the youngest sequence gives its blocks up and is computed again
 //! later. The oldest can therefore always go on, and nothing waits for ever.
 
+use std::time::Duration;
+
 /// Steps that may be on the way at once: one computes, the next is there when it ends.
 pub const MAX_IN_FLIGHT: usize = 2;
 
@@ -26,6 +28,35 @@ pub fn most_output(prompt_len: usize, n_positions: usize) -> usize {
 /// be preempted, again and again. None if nothing runs: then the oldest gets all there is.
 pub fn spare_blocks(n_blocks: usize, n_running: usize) -> usize {
     if n_running == 0 { 0 } else { (n_blocks / 100).max(1) }
+}
+
+/// How long a step may take that others' next tokens come with, as far as it is known how long rows take.
+const STEP_TARGET: Duration = Duration::from_millis(250);
+/// Rows that a step may have in any case: with fewer, prompts would cost more steps than rows.
+const LEAST_ROWS: usize = 64;
+/// A step of fewer rows says nothing of how long a row takes: reading the weights takes most of its time.
+const TELLING_ROWS: usize = 32;
+
+/// How long rows of large steps take.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RowTime {
+    micros: Option<f64>,
+}
+
+impl RowTime {
+    /// A step of so many rows took this long.
+    pub fn record(&mut self, n_rows: usize, took: Duration) {
+        if n_rows >= TELLING_ROWS && !took.is_zero() {
+            let new = took.as_secs_f64() * 1e6 / n_rows as f64;
+            self.micros = Some(self.micros.map_or(new, |old| old * 0.75 + new * 0.25));
+        }
+    }
+
+    /// Most rows of a step that somebody's next token comes with: a long prompt must not stop those who are being answered.
+    pub fn rows_beside_decodes(&self, max_step_rows: usize) -> usize {
+        let fits = self.micros.map_or(f64::INFINITY, |micros| STEP_TARGET.as_secs_f64() * 1e6 / micros);
+        max_step_rows.min((fits as usize).max(LEAST_ROWS))
+    }
 }
 
 /// Rows of a step that may compute positions again that were lost. If others get their next tokens in the same step, it
@@ -55,6 +86,22 @@ mod tests {
         assert_eq!(max_output(10, 5, 100), 5);
         assert_eq!(max_output(98, 5, 100), 2);
         assert_eq!(max_output(100, 5, 100), 0);
+    }
+
+    #[test]
+    fn long_prompts_are_cut_by_time_where_others_wait_for_tokens() {
+        let mut time = RowTime::default();
+        assert_eq!(time.rows_beside_decodes(2048), 2048, "nothing is known");
+        time.record(1, Duration::from_secs(9));
+        assert_eq!(time.rows_beside_decodes(2048), 2048, "a small step says nothing");
+        time.record(2048, Duration::from_millis(2048));
+        assert_eq!(time.rows_beside_decodes(2048), 250);
+        assert_eq!(time.rows_beside_decodes(100), 100);
+        (0..50).for_each(|_| time.record(64, Duration::from_secs(10)));
+        assert_eq!(time.rows_beside_decodes(2048), LEAST_ROWS);
+        (0..99).for_each(|_| time.record(64, Duration::from_micros(64)));
+        assert_eq!(time.rows_beside_decodes(2048), 2048);
+        assert_eq!((replay_rows(2048, true), replay_rows(1, true), replay_rows(2048, false)), (1536, 1, 2048));
     }
 
     #[test]

@@ -130,7 +130,7 @@ impl FakeShard {
                 let token = next_token(hash, live.tokens.len() - live.prompt_len, &live.sampling, self.vocab);
                 live.tokens.push(token);
                 let score = live.sampling.logprobs.map(|_| score(hash, token));
-                samples.push(Sample { sequence: chunk.sequence, token_id: token, score });
+                samples.push(Sample { sequence: chunk.sequence, token_id: token, score, failed: false });
             }
         }
         StepResult { epoch: plan.epoch, step: plan.step, samples, prompt_scores, compute_us: 100, collective_us: 0 }

@@ -16,7 +16,7 @@ use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult, TokenScore};
 use super::{
     StepError,
     plan::{self, CheckedPlan, Limits},
-    sampling::{self, Candidate},
+    sampling::{self, Candidate, NO_TOKEN},
     sequence::Sequence,
     timed::Timed,
 };

@@ -57,8 +57,14 @@ impl Fixture {
             prefix_caching: true,
         };
         let detokenizers = Box::new(Crosses);
-        let config =
-            SchedulerConfig { limits, recovery: Recovery::default(), eos: vec![0], detokenizers, max_queued_requests };
+        let config = SchedulerConfig {
+            limits,
+            recovery: Recovery::default(),
+            eos: vec![0],
+            detokenizers,
+            max_queued_requests,
+            max_queued_tokens: 1000,
+        };
         let (handle, _) = SchedulerHandle::spawn(config, None).await.expect("the actor starts");
         let (sender, plans) = mpsc::unbounded_channel();
         Self { handle, plans, sink: Arc::new(Plans(Mutex::new(sender))) }
