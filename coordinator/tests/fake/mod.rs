@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod oracle;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use phalanx_coordinator::text::decode::{Detokenize, Detokenizers};
@@ -50,6 +52,9 @@ struct Live {
     computed: Option<usize>,
 }
 
+/// Position and prefix hash that each slot of each page holds.
+pub type Pages = Vec<Vec<Option<(usize, u64)>>>;
+
 /// Of one epoch.
 pub struct FakeShard {
     pub epoch: u64,
@@ -61,8 +66,7 @@ pub struct FakeShard {
     pub queue: VecDeque<StepPlan>,
     last_step: u64,
     live: BTreeMap<u32, Live>,
-    /// Position and prefix hash that each slot of each page holds.
-    pages: Vec<Vec<Option<(usize, u64)>>>,
+    pages: Pages,
 }
 
 impl FakeShard {
@@ -79,6 +83,40 @@ impl FakeShard {
             live: BTreeMap::new(),
             pages: vec![vec![None; limits.block_size]; n_blocks],
         }
+    }
+
+    /// With the pages of an earlier epoch.
+    pub fn with_pages(self, pages: Pages) -> Self {
+        assert_eq!(pages.len(), self.pages.len(), "blocks of kept pages");
+        Self { pages, ..self }
+    }
+
+    /// What the pages hold.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// The last step that was executed.
+    pub fn last_step(&self) -> u64 {
+        self.last_step
+    }
+
+    /// Ends in the middle of the step that was to come next: some of its rows are written, and worth nothing. Gives the
+    /// pages back.
+    pub fn abort(mut self, mut is_written: impl FnMut() -> bool) -> Pages {
+        if let Some(plan) = self.queue.pop_front() {
+            self.apply_deltas(&plan);
+            for chunk in &plan.chunks {
+                let live = &self.live[&chunk.sequence];
+                for position in chunk.start as usize..(chunk.start + chunk.len) as usize {
+                    if is_written() {
+                        let page = live.blocks[position / self.block_size] as usize;
+                        self.pages[page][position % self.block_size] = Some((position, u64::MAX));
+                    }
+                }
+            }
+        }
+        self.pages
     }
 
     /// Executes the oldest plan that was sent.
