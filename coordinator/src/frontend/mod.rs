@@ -8,6 +8,7 @@ pub mod chat;
 pub mod completions;
 pub mod error;
 pub mod fields;
+pub mod forward;
 pub mod generation;
 pub mod grpc;
 pub mod health;
