@@ -77,7 +77,7 @@ fn wrong_fields(path: &str) -> Vec<(String, Value)> {
         ("structured_outputs", vec![json!({"regex": "a"})]),
         ("truncate_prompt_tokens", vec![json!(5)]),
         ("use_beam_search", vec![json!(true)]),
-        ("priority", vec![json!(1)]),
+        ("priority", vec![json!("1"), json!(1.5), json!(1_i64 << 31), json!(-(1_i64 << 31) - 1), json!(true)]),
         ("best_of", vec![json!(2), json!("x")]),
         ("suffix", vec![json!("end")]),
         ("tools", vec![json!([{"type": "function"}]), json!("x")]),
