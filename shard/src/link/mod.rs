@@ -1,167 +1,175 @@
-//! The stream to the coordinator: dials, says hello, passes messages to the engine, dials again.
+//! The link to the coordinator that leads: finds it, says hello, passes messages to the engine, finds the next.
+//!
+//! - [`directory`]: which coordinators there are, and which leadership is the latest (pure).
+//! - [`leaders`]: asks coordinators who leads. [`dial`]: reaches them.
+//! - [`session`]: one stream, from hello to its end.
+//!
+//! **Invariant.** The shard follows one leader at a time, and none whose term is lower than one that it has followed.
 
-use std::time::{Duration, Instant};
+mod dial;
+mod directory;
+mod leaders;
+mod session;
 
-use phalanx_proto::v1::{
-    Hello, ShardMessage, cluster_client::ClusterClient, coordinator_message::Message as FromCoordinator,
-    shard_message::Message,
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
 };
+
+use phalanx_proto::v1::Hello;
 use ractor::ActorRef;
-use tokio::{sync::mpsc, time};
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint, Uri},
+use tokio::{sync::watch, time};
+use tonic::transport::Uri;
+
+use self::{
+    directory::{Backoff, Directory},
+    leaders::Newer,
+};
+use crate::{
+    engine::actor::{EngineHandle, EngineMsg},
+    heartbeat::Pulse,
+    host,
 };
 
-use crate::{engine::actor::EngineMsg, heartbeat::Pulse};
-
-/// Longest wait for a coordinator to accept a connection or the stream.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Pauses between attempts grow from here
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// to here.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// While nobody answers, the log says so this often.
 const WAITING_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Heartbeats before the coordinator says how often.
-const FIRST_INTERVAL: Duration = Duration::from_secs(1);
-/// A plan that starts hundreds of long sequences is larger than gRPC's usual 4 MB.
-const MESSAGE_LIMIT: usize = 256 << 20;
-/// HTTP/2 window: a large plan goes out without waiting for window updates.
-const WINDOW_BYTES: u32 = 8 << 20;
+/// A stream that lasted this long was not refused: pauses begin anew.
+const HEALTHY_AFTER: Duration = Duration::from_secs(1);
 
 /// Why the link is over for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
     /// The coordinator says so.
     Shutdown(String),
+    /// The shard was told to leave, and need not wait any longer.
+    Left(String),
 }
 
-/// Why one stream ended.
+/// Why one stream ended, or did not begin.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
     #[error("{0}")]
     Connect(String),
+    #[error("refused: {}", status.message())]
+    Refused { leader: Option<String>, status: Box<tonic::Status> },
     #[error("the stream broke: {0}")]
     Status(Box<tonic::Status>),
     #[error("the coordinator closed the stream")]
     Closed,
     #[error("the coordinator was silent for {0:?}")]
     Silent(Duration),
+    #[error("it leads under term {term}, and term {known} is known: it is followed no more")]
+    Older { term: u64, known: u64 },
+    #[error("{} leads now, under term {}", .0.uri, .0.term)]
+    Newer(Newer),
 }
 
-/// Keeps the shard attached to one of the coordinators until one says to shut down.
-pub async fn run(coordinators: &[Uri], hello: &Hello, engine: &ActorRef<EngineMsg>) -> End {
-    let mut pause = FIRST_PAUSE;
-    let mut logged: Option<Instant> = None;
-    loop {
-        for uri in coordinators {
-            match attach(uri, hello).await {
-                Ok((stream, sender)) => {
-                    tracing::info!(coordinator = %uri, "attached");
-                    (pause, logged) = (FIRST_PAUSE, None);
-                    let ended = session(stream, sender, engine).await;
-                    if engine.cast(EngineMsg::Detached).is_err() {
-                        tracing::debug!("the engine has ended");
-                    }
-                    match ended {
-                        Ok(end) => return end,
-                        Err(broken) => tracing::warn!(coordinator = %uri, "detached: {broken}; dialling again"),
-                    }
-                }
-                Err(broken) if logged.is_none_or(|at| at.elapsed() >= WAITING_LOG_INTERVAL) => {
-                    tracing::info!(coordinator = %uri, "waiting for the coordinator: {broken}");
-                    logged = Some(Instant::now());
-                }
-                Err(_) => {}
+/// Keeps the shard attached to the coordinator that leads.
+pub struct Link {
+    coordinators: Vec<Uri>,
+    hello: Hello,
+    engine: ActorRef<EngineMsg>,
+    pulse: Pulse,
+    /// Why the shard shall leave, once it shall.
+    leave: watch::Receiver<Option<String>>,
+    leave_limit: Duration,
+}
+
+impl Link {
+    /// Of a shard that introduces itself with `hello`. An address in it that is unspecified (`0.0.0.0`) becomes the one
+    /// from which the coordinator is reached. When `leave` says why, the shard asks the coordinator for leave and goes on
+    /// until it has it, or for `leave_limit`.
+    ///
+    /// # Errors
+    /// If the system has no thread left for heartbeats.
+    pub fn new(
+        coordinators: &[Uri],
+        hello: Hello,
+        engine: &EngineHandle,
+        leave: watch::Receiver<Option<String>>,
+        leave_limit: Duration,
+    ) -> std::io::Result<Self> {
+        let pulse = Pulse::start(engine.interrupt.clone(), engine.vitals.clone())?;
+        let (coordinators, engine) = (coordinators.to_vec(), engine.actor.clone());
+        Ok(Self { coordinators, hello, engine, pulse, leave, leave_limit })
+    }
+
+    /// Returns when the shard shall end.
+    pub async fn run(mut self) -> End {
+        let mut directory = Directory::new(&self.coordinators);
+        let mut backoff = Backoff::default();
+        let mut logged: Option<Instant> = None;
+        loop {
+            if let Some(reason) = self.leave.borrow().clone() {
+                return End::Left(format!("{reason}, and no coordinator is attached"));
             }
-        }
-        time::sleep(pause).await;
-        pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-    }
-}
-
-type Attached = (Streaming<phalanx_proto::v1::CoordinatorMessage>, mpsc::UnboundedSender<ShardMessage>);
-
-async fn attach(uri: &Uri, hello: &Hello) -> Result<Attached, Broken> {
-    let channel = Endpoint::from(uri.clone())
-        .connect_timeout(CONNECT_LIMIT)
-        .tcp_nodelay(true)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .connect()
-        .await
-        .map_err(|error| Broken::Connect(with_causes(&error)))?;
-    let mut client: ClusterClient<Channel> =
-        ClusterClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT);
-    let (sender, receiver) = mpsc::unbounded_channel();
-    let first = ShardMessage { message: Some(Message::Hello(hello.clone())) };
-    // The receiver is right here: sending can't fail.
-    let _sent = sender.send(first);
-    match time::timeout(CONNECT_LIMIT, client.attach(UnboundedReceiverStream::new(receiver))).await {
-        Ok(Ok(response)) => Ok((response.into_inner(), sender)),
-        Ok(Err(status)) => Err(Broken::Status(Box::new(status))),
-        Err(_) => Err(Broken::Connect(format!("no answer within {CONNECT_LIMIT:?}"))),
-    }
-}
-
-/// Passes messages until the stream ends. Plans are queued at the engine while it computes.
-async fn session(
-    mut stream: Streaming<phalanx_proto::v1::CoordinatorMessage>,
-    sender: mpsc::UnboundedSender<ShardMessage>,
-    engine: &ActorRef<EngineMsg>,
-) -> Result<End, Broken> {
-    if engine.cast(EngineMsg::Attached(sender.clone())).is_err() {
-        return Ok(End::Shutdown("the engine has ended".to_owned()));
-    }
-    let mut pulse = Pulse::new(FIRST_INTERVAL, Instant::now());
-    let mut ticks = ticks(&pulse);
-    loop {
-        tokio::select! {
-            message = stream.message() => {
-                let message = message.map_err(|status| Broken::Status(Box::new(status)))?.ok_or(Broken::Closed)?;
-                pulse.hear(Instant::now());
-                match message.message {
-                    Some(FromCoordinator::Welcome(welcome)) => {
-                        pulse = Pulse::new(Duration::from_millis(u64::from(welcome.heartbeat_ms)), Instant::now());
-                        ticks = self::ticks(&pulse);
-                    }
-                    Some(FromCoordinator::Heartbeat(_)) => {}
-                    Some(FromCoordinator::Shutdown(shutdown)) => return Ok(End::Shutdown(shutdown.reason)),
-                    Some(message) => {
-                        if engine.cast(EngineMsg::Coordinator(Box::new(message))).is_err() {
-                            return Ok(End::Shutdown("the engine has ended".to_owned()));
+            let mut failure = "no coordinator that answers leads".to_owned();
+            for uri in leaders::candidates(&mut directory).await {
+                let attached = match dial::attach(&uri, self.hello_from(&uri).await).await {
+                    Ok(attached) => attached,
+                    Err(broken) => {
+                        if let Broken::Refused { leader: Some(leader), .. } = &broken {
+                            directory.hint(leader);
                         }
+                        failure = format!("{uri}: {broken}");
+                        continue;
                     }
-                    None => tracing::warn!("the coordinator sent a message of a kind that this version does not know"),
+                };
+                tracing::info!(coordinator = %uri, "attached");
+                let begun = Instant::now();
+                let ended = session::run(&mut self, attached, &uri, &mut directory).await;
+                self.pulse.end();
+                if self.engine.cast(EngineMsg::Detached).is_err() {
+                    tracing::debug!("the engine has ended");
                 }
+                let broken = match ended {
+                    Ok(end) => return end,
+                    Err(broken) => broken,
+                };
+                tracing::warn!(coordinator = %uri, "detached: {broken}; dialling again");
+                if let Broken::Newer(newer) = &broken {
+                    directory.hint(&newer.uri.to_string());
+                }
+                if begun.elapsed() >= HEALTHY_AFTER {
+                    (backoff, logged) = (Backoff::default(), None);
+                }
+                failure = format!("{uri}: {broken}");
+                break;
             }
-            _ = ticks.tick() => {
-                if let Some(silence) = pulse.silence(Instant::now()) {
-                    return Err(Broken::Silent(silence));
-                }
-                if sender.send(pulse.beat()).is_err() {
-                    return Err(Broken::Closed);
-                }
+            if logged.is_none_or(|at| at.elapsed() >= WAITING_LOG_INTERVAL) {
+                tracing::info!("waiting for a coordinator: {failure}");
+                logged = Some(Instant::now());
+            }
+            tokio::select! {
+                () = time::sleep(backoff.pause(host::luck())) => {}
+                _ = told_to_leave(&mut self.leave) => {}
             }
         }
     }
-}
 
-fn ticks(pulse: &Pulse) -> time::Interval {
-    let mut ticks = time::interval(pulse.interval());
-    ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
-    ticks
-}
-
-/// An error with everything that lies under it: transport errors say the reason at the bottom only.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
+    /// The introduction, with addresses at which others reach this machine.
+    async fn hello_from(&self, coordinator: &Uri) -> Hello {
+        let mut hello = self.hello.clone();
+        for address in [&mut hello.collective_address, &mut hello.mirror_address] {
+            let bound = address.parse::<SocketAddr>().ok().filter(|bound| bound.ip().is_unspecified());
+            if let Some(bound) = bound
+                && let Some(ip) = dial::local_address(coordinator).await
+            {
+                *address = SocketAddr::new(ip, bound.port()).to_string();
+            }
+        }
+        hello
     }
-    text
+}
+
+/// Returns when the shard shall leave, and why; never if nobody can tell it any more.
+async fn told_to_leave(leave: &mut watch::Receiver<Option<String>>) -> String {
+    loop {
+        if let Some(reason) = leave.borrow_and_update().clone() {
+            return reason;
+        }
+        if leave.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
 }
