@@ -186,6 +186,11 @@ impl Machine {
         out
     }
 
+    /// How much trouble requests may meet.
+    pub fn recovery(&self) -> Recovery {
+        self.recovery
+    }
+
     /// When a live request may have to be given up.
     pub fn next_deadline(&self) -> Option<Instant> {
         let deadline = self.deadlines.first().map(|(at, _)| *at);

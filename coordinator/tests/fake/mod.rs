@@ -101,6 +101,19 @@ impl FakeShard {
         self.last_step
     }
 
+    /// Whether the step that comes next computes rows of a sequence with this seed.
+    pub fn next_computes(&self, seed: u64) -> bool {
+        let Some(plan) = self.queue.front() else { return false };
+        let has_seed = |sampling: Option<&SamplingParams>| sampling.is_some_and(|s| s.seed == seed);
+        plan.chunks.iter().any(|chunk| {
+            let start = plan.started.iter().find(|s| s.sequence == chunk.sequence);
+            match start {
+                Some(start) => has_seed(start.sampling.as_ref()),
+                None => has_seed(self.live.get(&chunk.sequence).map(|l| &l.sampling)),
+            }
+        })
+    }
+
     /// Ends in the middle of the step that was to come next: some of its rows are written, and worth nothing. Gives the
     /// pages back.
     pub fn abort(mut self, mut is_written: impl FnMut() -> bool) -> Pages {
