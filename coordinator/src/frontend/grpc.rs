@@ -31,7 +31,7 @@ use super::{
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
     streams::{
         Prepared,
-        key::Keyed,
+        key::{self, Keyed},
         position::{Place, Position},
     },
 };
@@ -102,6 +102,12 @@ impl InferenceService {
 
 /// What makes the call resumable, if anything does.
 fn keyed(call: &GenerateRequest, metadata: &MetadataMap) -> Result<Option<Keyed>, ApiError> {
+    if call.resume_key.is_empty() && !metadata.contains_key(key::FORWARDERS_KEY) {
+        return match call.resume_from.is_empty() {
+            true => Ok(None),
+            false => Err(ApiError::invalid("resume_from", "is only possible with 'resume_key'")),
+        };
+    }
     // The same question is the same request, however it is named and whatever of its answer is known.
     let asked = GenerateRequest {
         request_id: String::new(),
@@ -112,9 +118,6 @@ fn keyed(call: &GenerateRequest, metadata: &MetadataMap) -> Result<Option<Keyed>
     let has = Position::after_tokens(&call.resume_from);
     let keyed = Keyed::of_grpc(&call.resume_key, metadata, ENDPOINT, &asked.encode_to_vec(), has)?;
     let n = call.n.unwrap_or(1) as usize;
-    if keyed.is_none() && !call.resume_from.is_empty() {
-        return Err(ApiError::invalid("resume_from", "is only possible with 'resume_key'"));
-    }
     if call.resume_from.len() > n {
         return Err(ApiError::invalid("resume_from", format!("names more than the {n} choices there are")));
     }
@@ -175,8 +178,7 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived_at = Instant::now();
         let own = request_deadline(request.metadata(), arrived_at);
-        let keyed = keyed(request.get_ref(), request.metadata());
-        let call = request.into_inner();
+        let (metadata, _, call) = request.into_parts();
         let request_id = Some(&call.request_id).filter(|id| {
             !id.is_empty() && id.len() <= LONGEST_REQUEST_ID && id.bytes().all(|byte| byte.is_ascii_graphic())
         });
@@ -189,7 +191,9 @@ impl Inference for InferenceService {
             status
         };
         let deadline = self.state.deadline(arrived_at, own.map_err(failed)?);
-        let keyed = keyed.map_err(failed)?;
+        // Hashing a long prompt takes a core for a while.
+        let keying = self.state.blocking(move |_| Ok((keyed(&call, &metadata)?, call)));
+        let (keyed, call) = keying.await.map_err(failed)?;
         let submitted = self.submit(call, keyed.as_ref(), request_id.clone(), deadline).instrument(span).await;
         let generation = submitted.map_err(failed)?;
         let walked = vec![Place::default(); generation.n_choices()];
