@@ -105,7 +105,8 @@ mod armed {
 
     /// A slice is being loaded.
     pub fn loading(done_bytes: u64, total_bytes: u64) {
-        let is_there = |f: &Failpoint| matches!(f, Failpoint::Load(percent) if done_bytes * 100 >= total_bytes * percent);
+        let is_there =
+            |f: &Failpoint| matches!(f, Failpoint::Load(percent) if done_bytes * 100 >= total_bytes * percent);
         if armed().iter().any(is_there) {
             die("load");
         }

@@ -113,11 +113,7 @@ impl Actor for Engine {
         }
         Ok(())
     }
-    async fn post_stop(
-        &self,
-        _myself: ActorRef<Self::Msg>,
-        state: &mut Self::State,
-    ) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(&self, _myself: ActorRef<Self::Msg>, state: &mut Self::State) -> Result<(), ActorProcessingErr> {
         let end = Envelope { generation: state.interrupt.generation(), command: Command::End };
         // It may have ended before.
         let _ended = state.thread.send(end);

@@ -5,8 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::v1::{Leaving, ShardMessage, Welcome, coordinator_message::Message as FromCoordinator};
 use phalanx_proto::v1::{CoordinatorMessage, shard_message::Message};
+use phalanx_proto::v1::{Leaving, ShardMessage, Welcome, coordinator_message::Message as FromCoordinator};
 use tokio::time::{self, MissedTickBehavior};
 use tonic::transport::Uri;
 

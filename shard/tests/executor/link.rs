@@ -10,8 +10,8 @@ use futures::Stream;
 use phalanx_cluster::checkpoint::{self, Checkpoint};
 use phalanx_kernels::ops::Precision;
 use phalanx_proto::v1::{
-    Chunk, CoordinatorMessage, Failed, Form, Hello, Peer, Retire, SequenceStart, Serve, ShardMessage, Shutdown,
-    StatusRequest, StatusResponse, StepPlan, StepResult, Welcome,
+    Chunk, CoordinatorMessage, Failed, Form, Hello, Peer, Prepare, Retire, SequenceStart, Serve, ShardMessage,
+    Shutdown, StatusRequest, StatusResponse, StepPlan, StepResult, Welcome,
     cluster_server::{Cluster, ClusterServer},
     coordinator_message::Message as ToShard,
     shard_message::Message as FromShard,
@@ -19,10 +19,10 @@ use phalanx_proto::v1::{
 use phalanx_shard::{
     device::DeviceConfig,
     engine::{RankConfig, actor},
-    link,
+    link::{End, Link},
     offline::{LocalRequest, greedy},
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::{
     StreamExt,
     wrappers::{TcpListenerStream, UnboundedReceiverStream},
@@ -209,8 +209,9 @@ async fn a_shard_serves_fails_reattaches_and_shuts_down() {
     let hello = Hello { shard_id: "a".into(), incarnation: 7, host_id: "here".into(), ..Hello::default() };
     // The first coordinator does not exist: the second is taken.
     let uris = ["http://127.0.0.1:1".parse().expect("a URI"), format!("http://{address}").parse().expect("a URI")];
-    let mailbox = engine.actor.clone();
-    let shard = tokio::spawn(async move { link::run(&uris, &hello, &mailbox).await });
+    let (_leave, told_to_leave) = watch::channel(None);
+    let link = Link::new(&uris, hello, &engine, told_to_leave, Duration::from_secs(30)).expect("a thread");
+    let shard = tokio::spawn(link.run());
 
     let mut attached = shards.recv().await.expect("a shard");
     assert_eq!(attached.hello().await.incarnation, 7);
@@ -245,6 +246,28 @@ async fn a_shard_serves_fails_reattaches_and_shuts_down() {
     assert!(attached.failed().await.error.contains("not known"));
     attached.send(ToShard::Retire(Retire { epoch: 6, keep_kv: false }));
 
+    // A slice that is loaded already is prepared at once.
+    attached.send(ToShard::Prepare(Prepare { form: Some(form(6, &path, "here")), ranks: vec![0] }));
+    let FromShard::Prepared(prepared) = attached.next().await else { panic!("not prepared") };
+    assert_eq!((prepared.epoch, prepared.rank, prepared.weight_bytes), (6, 0, weight_bytes));
+
+    // Pages that are kept stand for what was computed in the epoch before.
+    attached.form(form(7, &path, "here")).await;
+    attached.send(ToShard::StepPlan(start(7, &tokens)));
+    assert_eq!(attached.result().await.samples[0].token_id, want[0]);
+    attached.send(ToShard::Retire(Retire { epoch: 7, keep_kv: true }));
+    attached.send(ToShard::Form(Form { keep_kv_of_epoch: 7, ..form(8, &path, "here") }));
+    let FromShard::Loaded(loaded) = attached.next().await else { panic!("not loaded") };
+    assert_eq!((loaded.kv_kept_through_step, loaded.kv_blocks), (Some(1), 4));
+    attached.send(ToShard::Serve(Serve { epoch: 8, kv_blocks: 4 }));
+    let FromShard::Ready(_) = attached.next().await else { panic!("not ready") };
+    let known: Vec<u32> = tokens.iter().chain(&want[..1]).copied().collect();
+    let mut plan = start(8, &known);
+    plan.started[0].prompt_len = tokens.len() as u32;
+    plan.chunks = vec![Chunk { sequence: 0, start: tokens.len() as u32, len: 1, sample: true }];
+    attached.send(ToShard::StepPlan(plan));
+    assert_eq!(attached.result().await.samples[0].token_id, want[1]);
+
     // The stream breaks: the shard comes again, and epochs may count anew.
     drop(attached);
     let mut attached = shards.recv().await.expect("the shard again");
@@ -254,11 +277,11 @@ async fn a_shard_serves_fails_reattaches_and_shuts_down() {
     assert_eq!(attached.result().await.samples[0].token_id, want[0]);
 
     attached.send(ToShard::Shutdown(Shutdown { reason: "the test is over".into() }));
-    let link::End::Shutdown(reason) = tokio::time::timeout(Duration::from_secs(20), shard)
+    let end = tokio::time::timeout(Duration::from_secs(20), shard)
         .await
         .expect("the link ends")
         .expect("the link does not panic");
-    assert_eq!(reason, "the test is over");
+    assert_eq!(end, End::Shutdown("the test is over".to_owned()));
     engine.actor.stop(None);
     let ended = tokio::task::spawn_blocking(|| engine.thread.join()).await.expect("a joined thread");
     assert!(matches!(ended, Ok(Ok(()))));
