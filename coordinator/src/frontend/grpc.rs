@@ -90,8 +90,22 @@ enum Source {
     Chat(Rendering),
 }
 
+/// The wire has fields that no answer takes into account yet: who relies on them must hear of it.
+fn refuse_unserved(call: &GenerateRequest) -> Result<(), ApiError> {
+    let asked = [
+        ("resume_key", !call.resume_key.is_empty()),
+        ("resume_from", !call.resume_from.is_empty()),
+        ("priority", call.priority != 0),
+    ];
+    match asked.into_iter().find(|(_, is_asked)| *is_asked) {
+        Some((field, _)) => Err(ApiError::unsupported(field)),
+        None => Ok(()),
+    }
+}
+
 /// From the wire's types to the common raw ones.
 fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
+    refuse_unserved(&call)?;
     let source = match call.prompt {
         None => return Err(ApiError::missing("prompt")),
         Some(WirePrompt::Text(text)) => Source::Plain(Prompt::Text(text), "text"),
