@@ -72,6 +72,10 @@ pub struct Config {
     pub isa: String,
     /// Silence after which a shard is lost.
     pub heartbeat_timeout: Duration,
+    /// Host under which others reach this coordinator; `None`: an address of this machine.
+    pub advertise_host: Option<String>,
+    /// Silence after which another coordinator may lead.
+    pub leader_ttl: Duration,
     /// Longest wait for running requests at the end.
     pub shutdown_timeout: Duration,
     /// Filter of the log.
@@ -211,6 +215,15 @@ impl Config {
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
         let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
         let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(5000), 100, 600_000)?;
+        let leader_ttl_ms = within("leader-ttl-ms", flags.leader_ttl_ms.unwrap_or(3000), 500, 600_000)?;
+        let advertise_host = match flags.advertise_host {
+            Some(host) if host.is_empty() || host.contains(|c: char| c.is_whitespace() || "/@".contains(c)) => {
+                return Err(wrong("advertise-host", format!("{host:?}"), "want a host name or an address"));
+            }
+            Some(host) => Some(host),
+            None if address.is_unspecified() => None,
+            None => Some(address.to_string()),
+        };
         let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
@@ -246,6 +259,8 @@ impl Config {
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
             heartbeat_timeout: Duration::from_millis(u64::from(heartbeat_ms)),
+            advertise_host,
+            leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
             shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
             log_level,
         })
@@ -278,6 +293,8 @@ impl Config {
             collective: Some(self.collective),
             isa: Some(self.isa.clone()),
             heartbeat_timeout_ms: Some(clamp(self.heartbeat_timeout.as_millis())),
+            advertise_host: self.advertise_host.clone(),
+            leader_ttl_ms: Some(clamp(self.leader_ttl.as_millis())),
             shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),
             log_level: Some(self.log_level.clone()),
             ..Flags::default()

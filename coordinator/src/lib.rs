@@ -5,6 +5,7 @@ pub mod frontend;
 pub mod group;
 pub mod journal;
 pub mod kv;
+pub mod leadership;
 pub mod membership;
 pub mod metrics;
 pub mod model;

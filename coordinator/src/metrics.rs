@@ -34,6 +34,8 @@ pub const PREEMPTIONS: &str = "preemptions_total";
 pub const STEP_SECONDS: &str = "step_seconds";
 /// Memory per shard, by `shard`, `rank` and `kind` (weights, kv, resident).
 pub const SHARD_MEMORY: &str = "shard_memory_bytes";
+/// Whether this coordinator leads.
+pub const IS_LEADER: &str = "phalanx_is_leader";
 /// Epoch of the group.
 pub const EPOCH: &str = "phalanx_epoch";
 /// Groups formed again after a loss, by `cause`.
@@ -59,6 +61,7 @@ pub fn describe() {
     describe_counter!(PREEMPTIONS, Unit::Count, "Sequences put back to waiting because KV blocks ran out");
     describe_histogram!(STEP_SECONDS, Unit::Seconds, "Wall time of a step, measured by rank 0");
     describe_gauge!(SHARD_MEMORY, Unit::Bytes, "Memory of a shard, by shard, rank and kind (weights, kv, resident)");
+    describe_gauge!(IS_LEADER, Unit::Count, "1 if this coordinator leads, 0 if it stands by");
     describe_gauge!(EPOCH, Unit::Count, "Epoch of the group");
     describe_counter!(FAILOVERS, Unit::Count, "Groups formed again after a loss, by cause");
     describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");

@@ -1,60 +1,48 @@
 //! The process: opens the model, starts actors, servers and shards, waits, and ends them in order.
 
-use std::{
-    ffi::OsString,
-    net::{SocketAddr, TcpListener},
-    process::ExitCode,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+mod parts;
+mod servers;
 
-use anyhow::{Context, bail};
-use axum::serve::ListenerExt;
+use std::{ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::Context;
 use phalanx_cluster::{
     id::{Epoch, ShardId},
-    store::{self, MembershipStore, OpenOptions},
+    store::{self, OpenOptions},
 };
-use phalanx_proto::v1::Form;
-use ractor::{Actor, ActorRef, rpc::CallResult};
+use phalanx_proto::v1::{LeaderRequest, leadership_client::LeadershipClient};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
-    task::JoinHandle,
-    time::{Instant, sleep, timeout},
+    sync::mpsc,
 };
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::Endpoint;
 use tracing_subscriber::EnvFilter;
 
+use self::{
+    parts::{Foundation, Parts},
+    servers::{Servers, bind},
+};
 use crate::{
     config::{Config, Flags, Machine},
-    frontend::{self, FrontendState, prometheus},
-    group::actor::{GroupConfig, GroupMsg, Notice},
-    membership::actor::{GroupAddress, Membership, MembershipMsg},
-    model::{self, OpenedModel},
-    scheduler::{
-        actor::{SchedulerConfig, SchedulerHandle},
-        event::Limits,
+    frontend::prometheus,
+    group::actor::Notice,
+    leadership::{
+        View,
+        actor::{LeadershipConfig, LeadershipHandle, StoreSource},
+        address, follower,
+        journal_feed::ReplicatedJournal,
+        service::FeedSlot,
     },
-    shard_link::ClusterService,
+    metrics as names, model,
     spawn::LocalShards,
 };
 
-/// Failed formations in a row, before anything was served, after which local shards are not tried again.
-const GIVE_UP_AFTER: u32 = 3;
 /// Filter of the actor framework's own log, unless configured.
 const ACTOR_LOG: &str = "ractor=warn";
 /// Threads beside those of shards: heartbeats must go on while requests are parsed.
 const LEAST_THREADS: usize = 4;
-/// HTTP/2 window: a large message comes in without waiting for window updates.
-const WINDOW_BYTES: u32 = 8 << 20;
-/// Longest wait for an answer of our own actors.
-const CALL_LIMIT: Duration = Duration::from_secs(2);
-/// Between looks at what is still running at the end.
-const END_POLL: Duration = Duration::from_millis(20);
-/// Longest wait for answers to leave the process after their requests are finished.
-const FLUSH_LIMIT: Duration = Duration::from_secs(1);
-/// Longest wait for shards elsewhere to take their farewell.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
+/// Longest wait for a standby to say that it is there.
+const STANDBY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Runs the coordinator: what the program does. `args` begins with the program's name.
 ///
@@ -127,14 +115,6 @@ impl Interrupts {
     }
 }
 
-/// A bound socket, and the address that it got.
-fn bind(option: &str, address: SocketAddr) -> anyhow::Result<(tokio::net::TcpListener, SocketAddr)> {
-    let listener = TcpListener::bind(address).with_context(|| format!("--{option}: can't listen on {address}"))?;
-    listener.set_nonblocking(true)?;
-    let bound = listener.local_addr()?;
-    Ok((tokio::net::TcpListener::from_std(listener)?, bound))
-}
-
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut interrupts = Interrupts::new()?;
     // Before a model is fetched for minutes: is there room for us at all?
@@ -162,53 +142,169 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         store = config.redacted_store(),
         "opened"
     );
-    let name = model.served.names.first().cloned().unwrap_or_default();
-    let (mut parts, mut notices) = Parts::start(&config, store, model).await?;
-    let mut servers = Servers::start(&parts, http_listener, grpc_listener, &config)?;
+    let metrics = prometheus::install_metrics().context("metrics")?;
+    metrics::gauge!(names::IS_LEADER).set(0.0);
+    let leadership = LeadershipHandle::start(LeadershipConfig {
+        me: address::record(config.advertise_host.as_deref(), http, grpc),
+        ttl: config.leader_ttl,
+        is_alone: store.is_exclusive(),
+        store: if store.is_exclusive() {
+            StoreSource::Shared(Arc::clone(&store))
+        } else {
+            StoreSource::Open { url: config.store.clone(), options }
+        },
+    })
+    .context("no thread for leadership")?;
+    let journal = Arc::new(ReplicatedJournal::default());
+    let base = Foundation { config, store, model, metrics, leadership, journal, feed: FeedSlot::default() };
+    tokio::spawn(follower::follow(base.leadership.clone(), base.journal.clone()));
+    let servers = Servers::start(&base, http_listener, grpc_listener)?;
     println!("phalanx listening http://{http} grpc://{grpc}");
     tracing::info!(%http, %grpc, "listening");
 
-    let (fatal, mut fatals) = mpsc::unbounded_channel();
-    let local = LocalShards::start(&config, grpc, &fatal);
-    let mut is_announced = false;
-    let outcome = loop {
-        tokio::select! {
-            signal = interrupts.next() => {
-                tracing::info!("{signal}: ending; again to end at once");
-                break Ok(());
-            }
-            Some(notice) = notices.recv() => match notice {
-                Notice::Serving { epoch, shards } => {
-                    if !is_announced {
-                        is_announced = true;
-                        println!("{}", ready_line(http, grpc, &name, epoch, &shards));
-                    }
-                }
-                Notice::GiveUp(cause) => break Err(anyhow::anyhow!("the model can't be served: {cause}")),
-            },
-            Some(cause) = fatals.recv() => break Err(anyhow::anyhow!(cause)),
-            ended = &mut parts.scheduler_task => break Err(anyhow::anyhow!("the scheduler has ended: {ended:?}")),
-            ended = &mut parts.membership_task => break Err(anyhow::anyhow!("membership has ended: {ended:?}")),
-            ended = &mut servers.http => break Err(anyhow::anyhow!("the HTTP server has ended: {ended:?}")),
-            ended = &mut servers.grpc => break Err(anyhow::anyhow!("the gRPC server has ended: {ended:?}")),
-        }
-    };
-    servers.stop_accepting();
-    if outcome.is_ok() {
-        tokio::select! {
-            () = parts.finish_requests(config.shutdown_timeout) => {}
-            signal = interrupts.next() => tracing::info!("{signal} again: ending at once"),
-        }
-    }
-    // What still runs gets an error rather than silence.
-    parts.scheduler.stop();
-    servers.flush().await;
-    local.stop_restarting();
-    parts.dismiss_shards().await;
-    local.end().await;
-    servers.abort();
+    let (fatal, fatals) = mpsc::unbounded_channel();
+    let mut process =
+        Process { base, servers, parts: None, local: None, http, grpc, fatal, fatals, is_announced: false };
+    let outcome = process.run(&mut interrupts).await;
+    process.end(outcome.is_ok(), &mut interrupts).await;
     tracing::info!("ended");
     outcome
+}
+
+/// The process while it listens.
+struct Process {
+    base: Foundation,
+    servers: Servers,
+    /// Set while this coordinator leads.
+    parts: Option<Parts>,
+    /// Started with the first leadership. They outlive it: they find the next leader.
+    local: Option<LocalShards>,
+    http: SocketAddr,
+    grpc: SocketAddr,
+    fatal: mpsc::UnboundedSender<String>,
+    fatals: mpsc::UnboundedReceiver<String>,
+    is_announced: bool,
+}
+
+impl Process {
+    /// Leads and stands by until told to end, or until something can't be mended.
+    async fn run(&mut self, interrupts: &mut Interrupts) -> anyhow::Result<()> {
+        let mut view = self.base.view();
+        loop {
+            tokio::select! {
+                signal = interrupts.next() => {
+                    tracing::info!("{signal}: ending; again to end at once");
+                    return Ok(());
+                }
+                view = view.changed() => self.follow(&view).await?,
+                happened = next_of(&mut self.parts) => match happened? {
+                    Notice::Serving { epoch, shards } => self.announce(epoch, &shards),
+                    Notice::GiveUp(cause) => anyhow::bail!("the model can't be served: {cause}"),
+                },
+                Some(cause) = self.fatals.recv() => return Err(anyhow::anyhow!(cause)),
+                ended = &mut self.servers.http => anyhow::bail!("the HTTP server has ended: {ended:?}"),
+                ended = &mut self.servers.grpc => anyhow::bail!("the gRPC server has ended: {ended:?}"),
+            }
+        }
+    }
+
+    /// Becomes what leadership says.
+    async fn follow(&mut self, view: &View) -> anyhow::Result<()> {
+        let ours = self.parts.as_ref().map(|p| p.session.number);
+        if ours == view.session.map(|s| s.number) {
+            return Ok(());
+        }
+        self.stand_by().await;
+        if let Some(session) = view.session {
+            let parts = Parts::start(&self.base, session).await?;
+            self.servers.lead(&self.base, &parts)?;
+            self.parts = Some(parts);
+            metrics::gauge!(names::IS_LEADER).set(1.0);
+            if self.local.is_none() {
+                self.local = Some(LocalShards::start(&self.base.config, self.grpc, &self.fatal));
+            }
+        }
+        Ok(())
+    }
+
+    async fn stand_by(&mut self) {
+        if let Some(parts) = self.parts.take() {
+            metrics::gauge!(names::IS_LEADER).set(0.0);
+            self.base.feed.set(None);
+            self.servers.stand_by();
+            parts.stop().await;
+            tracing::info!("standing by");
+        }
+    }
+
+    fn announce(&mut self, epoch: Epoch, shards: &[ShardId]) {
+        if !self.is_announced {
+            self.is_announced = true;
+            let name = self.base.model.served.names.first().cloned().unwrap_or_default();
+            println!("{}", ready_line(self.http, self.grpc, &name, epoch, shards));
+        }
+    }
+
+    /// Ends in order: with a standby its requests go on there, else they are waited for.
+    async fn end(mut self, in_peace: bool, interrupts: &mut Interrupts) {
+        let limit = self.base.config.shutdown_timeout;
+        let view = self.base.view().get();
+        let hands_over = in_peace && self.parts.is_some() && a_standby_answers(&view).await;
+        if hands_over {
+            tracing::info!("handing leadership over");
+            self.base.leadership.resign().await;
+            self.stand_by().await;
+        }
+        self.servers.stop_accepting();
+        if in_peace {
+            let finish = async {
+                if let Some(parts) = &self.parts {
+                    parts.finish_requests(limit).await;
+                }
+            };
+            tokio::select! {
+                () = finish => {}
+                signal = interrupts.next() => tracing::info!("{signal} again: ending at once"),
+            }
+        }
+        // What still runs gets an error rather than silence.
+        if let Some(parts) = &self.parts {
+            parts.scheduler.stop();
+        }
+        self.servers.flush().await;
+        if let Some(local) = &self.local {
+            local.stop_restarting();
+        }
+        if let Some(parts) = &self.parts {
+            parts.dismiss_shards().await;
+        }
+        if let Some(local) = self.local.take() {
+            local.end().await;
+        }
+        self.base.leadership.resign().await;
+        self.servers.abort();
+    }
+}
+
+/// What the parts say next; nothing while there are none.
+async fn next_of(parts: &mut Option<Parts>) -> anyhow::Result<Notice> {
+    let Some(parts) = parts else { return std::future::pending().await };
+    tokio::select! {
+        Some(notice) = parts.notices.recv() => Ok(notice),
+        ended = &mut parts.scheduler_task => Err(anyhow::anyhow!("the scheduler has ended: {ended:?}")),
+        ended = &mut parts.membership_task => Err(anyhow::anyhow!("membership has ended: {ended:?}")),
+    }
+}
+
+/// Whether somebody is there to lead next: a record in the store may be that of a dead process.
+async fn a_standby_answers(view: &View) -> bool {
+    let ask = |address: String| async move {
+        let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(STANDBY_LIMIT);
+        let channel = endpoint.timeout(STANDBY_LIMIT).connect().await.ok()?;
+        LeadershipClient::new(channel).leader(LeaderRequest::default()).await.ok()
+    };
+    let answers = futures::future::join_all(view.others().map(|c| ask(c.grpc_address.clone()))).await;
+    answers.iter().any(Option::is_some)
 }
 
 /// What tests and scripts read from stdout.
@@ -216,172 +312,6 @@ fn ready_line(http: SocketAddr, grpc: SocketAddr, model: &str, epoch: Epoch, sha
     let tp = shards.len();
     let shards = shards.iter().map(|s| s.0.as_str()).collect::<Vec<_>>().join(",");
     format!("phalanx ready http://{http} grpc://{grpc} model={model} tp={tp} shards={shards} epoch={epoch}")
-}
-
-/// The actors.
-struct Parts {
-    scheduler: SchedulerHandle,
-    scheduler_task: JoinHandle<()>,
-    membership: ActorRef<MembershipMsg>,
-    membership_task: JoinHandle<()>,
-    group: GroupAddress,
-    state: FrontendState,
-}
-
-impl Parts {
-    async fn start(
-        config: &Config,
-        store: Arc<dyn MembershipStore>,
-        model: OpenedModel,
-    ) -> anyhow::Result<(Self, mpsc::UnboundedReceiver<Notice>)> {
-        let metrics = prometheus::install_metrics().context("metrics")?;
-        let (scheduler, scheduler_task) = SchedulerHandle::spawn(
-            SchedulerConfig {
-                limits: Limits {
-                    block_size: config.block_size as usize,
-                    max_step_rows: config.max_num_batched_tokens as usize,
-                    max_running: config.max_num_seqs as usize,
-                    max_model_len: model.served.max_model_len,
-                    vocab: model.served.vocab,
-                    prefix_caching: config.enable_prefix_caching,
-                },
-                eos: model.served.eos.clone(),
-                detokenizers: Box::new(model.served.tokenizer.as_ref().clone()),
-                max_queued_requests: config.max_num_queued_reqs as usize,
-            },
-            None,
-        )
-        .await
-        .context("the scheduler can't be started")?;
-
-        let (notice_sender, notices) = mpsc::unbounded_channel();
-        let to_scheduler = scheduler.clone();
-        let group_config = GroupConfig {
-            world_size: config.tensor_parallel_size as usize,
-            name: model.served.names.first().cloned().unwrap_or_default(),
-            form: Form {
-                model: model.location.clone(),
-                model_hash: model.identity.clone(),
-                dtype: config.dtype.as_str().to_owned(),
-                block_size: config.block_size,
-                kv_cache_bytes: config.kv_cache_memory.unwrap_or(0),
-                max_step_rows: config.max_num_batched_tokens,
-                max_sequences: config.max_num_seqs,
-                max_model_len: u32::try_from(model.served.max_model_len).unwrap_or(u32::MAX),
-                ..Form::default()
-            },
-            store,
-            scheduler: Box::new(move |event| to_scheduler.group_event(event)),
-            notices: notice_sender,
-            // Shards that join from elsewhere may be mended while we wait.
-            give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
-            serving: Mutex::new(None),
-        };
-        let (membership, membership_task) =
-            Actor::spawn(None, Membership, group_config).await.context("membership can't be started")?;
-        let group = match membership.call(MembershipMsg::Group, Some(CALL_LIMIT)).await {
-            Ok(CallResult::Success(group)) => group,
-            _ => bail!("membership does not answer"),
-        };
-        let submit = Arc::new(scheduler.clone());
-        let state = FrontendState::new(submit, model.served, frontend::Limits::default(), metrics);
-        Ok((Self { scheduler, scheduler_task, membership, membership_task, group, state }, notices))
-    }
-
-    /// Waits until no request lives, or the time is over.
-    async fn finish_requests(&self, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        let mut is_told = false;
-        loop {
-            let n_requests = self.scheduler.status(CALL_LIMIT).await.map_or(0, |s| s.n_requests);
-            if n_requests == 0 {
-                return;
-            }
-            if !is_told {
-                is_told = true;
-                tracing::info!(n_requests, limit_s = limit.as_secs(), "waiting for running requests");
-            }
-            if Instant::now() >= deadline {
-                tracing::warn!(n_requests, "the time is over: running requests are given up");
-                return;
-            }
-            sleep(END_POLL).await;
-        }
-    }
-
-    /// Tells all shards to end, and waits until they have heard it.
-    async fn dismiss_shards(&self) {
-        let message = |reply| MembershipMsg::Shutdown { reason: "the coordinator ends".to_owned(), reply };
-        if !matches!(self.membership.call(message, Some(CALL_LIMIT)).await, Ok(CallResult::Success(()))) {
-            return;
-        }
-        let deadline = Instant::now() + FAREWELL_LIMIT;
-        while Instant::now() < deadline {
-            match self.group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await {
-                Ok(CallResult::Success(status)) if !status.members.is_empty() => sleep(END_POLL).await,
-                _ => return,
-            }
-        }
-    }
-}
-
-/// The servers.
-struct Servers {
-    http: JoinHandle<std::io::Result<()>>,
-    grpc: JoinHandle<Result<(), tonic::transport::Error>>,
-    stopping: watch::Sender<bool>,
-}
-
-impl Servers {
-    fn start(
-        parts: &Parts,
-        http: tokio::net::TcpListener,
-        grpc: tokio::net::TcpListener,
-        config: &Config,
-    ) -> anyhow::Result<Self> {
-        let (stopping, _) = watch::channel(false);
-        let stopped = || {
-            let mut stopping = stopping.subscribe();
-            async move {
-                // An error means that the process is being torn down.
-                let _ = stopping.wait_for(|s| *s).await;
-            }
-        };
-        let cluster = ClusterService::server(parts.membership.clone(), parts.group.clone(), config.heartbeat_timeout);
-        let routes = frontend::grpc::grpc_routes(parts.state.clone()).context("gRPC reflection")?;
-        let grpc = tonic::transport::Server::builder()
-            .initial_stream_window_size(WINDOW_BYTES)
-            .initial_connection_window_size(WINDOW_BYTES)
-            .add_routes(routes.add_service(cluster))
-            .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
-        let router = frontend::http_router(parts.state.clone());
-        let http = http.tap_io(|stream| {
-            // A token is a small packet: it must not wait for the next one.
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "TCP_NODELAY");
-            }
-        });
-        let http = tokio::spawn(axum::serve(http, router).with_graceful_shutdown(stopped()).into_future());
-        Ok(Self { http, grpc: tokio::spawn(grpc), stopping })
-    }
-
-    /// Takes no new connections; requests that run go on.
-    fn stop_accepting(&self) {
-        self.stopping.send_replace(true);
-    }
-
-    /// Lets answers leave.
-    async fn flush(&mut self) {
-        // gRPC does not end while shards are attached.
-        if !self.http.is_finished() && timeout(FLUSH_LIMIT, &mut self.http).await.is_err() {
-            tracing::debug!("HTTP connections are still open");
-        }
-    }
-
-    fn abort(&self) {
-        self.http.abort();
-        self.grpc.abort();
-    }
 }
 
 #[cfg(test)]

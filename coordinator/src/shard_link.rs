@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     group::{actor::GroupMsg, machine::Origin},
+    leadership::{LeadershipView, View, standby},
     membership::actor::{GroupAddress, MembershipMsg},
 };
 
@@ -84,17 +85,19 @@ pub struct ClusterService {
     membership: ActorRef<MembershipMsg>,
     group: GroupAddress,
     heartbeat_timeout: Duration,
+    leadership: LeadershipView,
     streams: AtomicU64,
 }
 
 impl ClusterService {
-    /// As a gRPC service that reports to these actors.
+    /// As a gRPC service that reports to these actors, which live as long as this coordinator leads.
     pub fn server(
         membership: ActorRef<MembershipMsg>,
         group: GroupAddress,
         heartbeat_timeout: Duration,
+        leadership: LeadershipView,
     ) -> ClusterServer<Self> {
-        ClusterServer::new(Self { membership, group, heartbeat_timeout, streams: AtomicU64::new(1) })
+        ClusterServer::new(Self { membership, group, heartbeat_timeout, leadership, streams: AtomicU64::new(1) })
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
@@ -140,9 +143,18 @@ impl cluster_server::Cluster for ClusterService {
         let closing = Arc::new(Notify::new());
         let link = LinkHandle { origin: Arc::new(origin), stream: stream_number, queue, closing };
         let interval = self.heartbeat_interval();
-        let heartbeat_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
-        link.send(ToShard::Welcome(Welcome { heartbeat_ms, ..Welcome::default() }));
-        let task = LinkTask { link, group: self.group.clone(), interval, silence_limit: self.heartbeat_timeout };
+        let mut leadership = self.leadership.clone();
+        let view = leadership.now();
+        let Some(session) = view.session else { return Err(standby::not_leading(&view)) };
+        link.send(ToShard::Welcome(welcome(&view, interval)));
+        let task = LinkTask {
+            link,
+            group: self.group.clone(),
+            interval,
+            silence_limit: self.heartbeat_timeout,
+            leadership,
+            session: session.number,
+        };
         // In a task of its own: a client that goes away now must still be detached.
         let attached = tokio::spawn(attach(self.membership.clone(), hello, task, stream));
         attached.await.map_err(|e| Status::internal(e.to_string()))??;
@@ -151,9 +163,23 @@ impl cluster_server::Cluster for ClusterService {
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         match self.group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await {
-            Ok(CallResult::Success(status)) => Ok(Response::new(*status)),
+            Ok(CallResult::Success(mut status)) => {
+                let view = self.leadership.get();
+                status.term = view.session.map_or(0, |s| s.term);
+                status.coordinators = view.listed();
+                Ok(Response::new(*status))
+            }
             _ => Err(Status::unavailable("the group does not answer: it is being started again")),
         }
+    }
+}
+
+fn welcome(view: &View, interval: Duration) -> Welcome {
+    Welcome {
+        heartbeat_ms: u32::try_from(interval.as_millis()).unwrap_or(u32::MAX),
+        term: view.session.map_or(0, |s| s.term),
+        coordinator_id: view.me.coordinator_id.clone(),
+        coordinators: view.coordinators.iter().map(|c| c.grpc_address.clone()).collect(),
     }
 }
 
@@ -193,6 +219,9 @@ struct LinkTask {
     group: GroupAddress,
     interval: Duration,
     silence_limit: Duration,
+    leadership: LeadershipView,
+    /// The leadership in which the stream was opened: it ends with it.
+    session: u64,
 }
 
 impl LinkTask {
@@ -200,6 +229,7 @@ impl LinkTask {
     async fn run(self, mut stream: impl Stream<Item = Result<ShardMessage, Status>> + Unpin) -> String {
         let mut ticks = interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut leadership = self.leadership.clone();
         let mut sequence = 0;
         let (mut heard, mut last_tick) = (Instant::now(), Instant::now());
         loop {
@@ -217,6 +247,12 @@ impl LinkTask {
                     None => return "it closed its stream".to_owned(),
                 },
                 () = self.link.closing.notified() => return "the coordinator closed its stream".to_owned(),
+                view = leadership.changed() => match view.session {
+                    Some(session) if session.number == self.session => {
+                        self.link.send(ToShard::Welcome(welcome(&view, self.interval)));
+                    }
+                    _ => return "this coordinator no longer leads".to_owned(),
+                },
                 _ = ticks.tick() => {
                     // A coordinator that was held up itself can't tell who was silent.
                     let held_up = last_tick.elapsed() > 2 * self.interval;

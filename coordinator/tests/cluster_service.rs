@@ -8,6 +8,7 @@ use std::{
 use phalanx_cluster::store::embedded::EmbeddedStore;
 use phalanx_coordinator::{
     group::actor::{GroupConfig, Notice},
+    leadership::{CoordinatorRecord, LeadershipView},
     membership::actor::{Membership, MembershipMsg},
     scheduler::handle::GroupEvent,
     shard_link::ClusterService,
@@ -51,7 +52,11 @@ impl Coordinator {
         let CallResult::Success(group) = membership.call(MembershipMsg::Group, Some(PATIENCE)).await.unwrap() else {
             panic!("membership does not answer")
         };
-        let service = ClusterService::server(membership.clone(), group, heartbeat_timeout);
+        let service = {
+            let record = CoordinatorRecord { coordinator_id: "c".to_owned(), ..CoordinatorRecord::default() };
+            let view = LeadershipView::alone(record, 7);
+            ClusterService::server(membership.clone(), group, heartbeat_timeout, view)
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let server = tonic::transport::Server::builder().add_service(service);

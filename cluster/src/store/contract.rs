@@ -10,7 +10,10 @@ use std::{
 
 use futures::StreamExt;
 
-use super::{Expected, MembershipStore, Revision, StoreError, Swap, Watch, WatchEvent, election::Election};
+use super::{
+    Expected, MembershipStore, Revision, StoreError, Swap, Watch, WatchEvent,
+    election::{Attempt, Election},
+};
 
 /// Longest that a step of a test may take; reached by failing tests only.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -199,6 +202,30 @@ pub async fn check_election(store: &Arc<dyn MembershipStore>) {
     let third = election.campaign(b"three".to_vec()).await.unwrap();
     assert!(third.term() > second.term());
     assert!(matches!(second.keep_alive().await, Err(StoreError::LeaseEnded(_))));
+
+    // An attempt does not wait, and takes from a holder only in the term that it knows.
+    third.keep_alive().await.unwrap();
+    let Attempt::Held(Some(holder)) = election.attempt(b"four".to_vec(), Expected::Absent).await.unwrap() else {
+        panic!("the key is held")
+    };
+    assert_eq!((holder.value.as_slice(), holder.term), (&b"three"[..], third.term()));
+    let old = election.attempt(b"four".to_vec(), Expected::Unchanged(second.term())).await.unwrap();
+    assert!(matches!(old, Attempt::Held(Some(h)) if h == holder));
+    let taken = election.attempt(b"four".to_vec(), Expected::Unchanged(holder.term)).await.unwrap();
+    let Attempt::Won(fourth) = taken else { panic!("the holder's term was known") };
+    assert!(fourth.term() > third.term());
+    // The end of the former holder's lease does not take the key with it.
+    third.resign().await.unwrap();
+    let (leader, revision) = election.look().await.unwrap();
+    let leader = leader.unwrap();
+    assert_eq!((leader.value.as_slice(), leader.term), (&b"four"[..], fourth.term()));
+    assert!(revision >= fourth.term());
+    let adopted = election.adopt(&leader).unwrap();
+    adopted.keep_alive().await.unwrap();
+    assert_eq!(adopted.term(), fourth.term());
+    let mut changes = Box::pin(election.changes(revision).await.unwrap());
+    adopted.resign().await.unwrap();
+    assert!(matches!(changes.next().await.unwrap().unwrap(), (None, at) if at > revision));
 }
 
 /// A real etcd on free ports, gone when dropped.

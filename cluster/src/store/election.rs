@@ -24,12 +24,21 @@ pub struct Leader {
     pub value: Vec<u8>,
     /// Grows with every leadership.
     pub term: Revision,
+    lease: Option<LeaseId>,
 }
 
 impl Leader {
     fn of(record: Record) -> Self {
-        Self { value: record.value, term: record.mod_revision }
+        Self { value: record.value, term: record.mod_revision, lease: record.lease }
     }
+}
+
+/// What came of an attempt to take the key.
+pub enum Attempt {
+    /// The candidate leads.
+    Won(Leadership),
+    /// The key was not as expected: nothing was changed, and this one leads.
+    Held(Option<Leader>),
 }
 
 /// A won election. Keep it alive more often than its time to live, or it is lost.
@@ -52,6 +61,11 @@ impl Leadership {
 
     /// Gives way at once.
     pub async fn resign(self) -> Result<(), StoreError> {
+        self.release().await
+    }
+
+    /// The same for a leadership that several hold: none of them leads afterwards.
+    pub async fn release(&self) -> Result<(), StoreError> {
         self.store.revoke_lease(self.lease).await
     }
 }
@@ -62,31 +76,76 @@ impl Election {
         Self { store, key: key.into(), ttl }
     }
 
+    /// Tries once to take the key, if it is as expected: free, or held in a certain term by somebody who is known to be
+    /// gone. The holder's lease is not ended: its key is now this candidate's. A store that fails may have made the
+    /// candidate leader all the same: see [`Election::adopt`].
+    pub async fn attempt(&self, value: Vec<u8>, expected: Expected) -> Result<Attempt, StoreError> {
+        let lease = self.store.grant_lease(self.ttl).await?;
+        match self.store.compare_and_swap(&self.key, expected, value, Some(lease)).await? {
+            Swap::Done(term) => Ok(Attempt::Won(Leadership { store: Arc::clone(&self.store), lease, term })),
+            Swap::Conflict(holder) => {
+                // If this fails, the lease ends by itself.
+                let _ = self.store.revoke_lease(lease).await;
+                Ok(Attempt::Held(holder.map(Leader::of)))
+            }
+        }
+    }
+
+    /// The leadership of a candidate that finds itself to be the leader: the answer to its attempt was lost.
+    pub fn adopt(&self, leader: &Leader) -> Option<Leadership> {
+        leader.lease.map(|lease| Leadership { store: Arc::clone(&self.store), lease, term: leader.term })
+    }
+
+    /// Who leads, and the revision at which this was so.
+    pub async fn look(&self) -> Result<(Option<Leader>, Revision), StoreError> {
+        let listing = self.store.list(&self.key).await?;
+        Ok((self.find(listing.records), listing.revision))
+    }
+
+    /// Every change after a revision: who leads then, and the revision of the change.
+    pub async fn changes(
+        &self,
+        after: Revision,
+    ) -> Result<impl Stream<Item = Result<(Option<Leader>, Revision), StoreError>> + Send + use<>, StoreError> {
+        let watch = self.store.watch(&self.key, after).await?;
+        let election = self.clone();
+        Ok(watch.filter_map(move |event| {
+            let change = match event {
+                Ok(WatchEvent::Put(record)) if record.key == election.key => {
+                    let revision = record.mod_revision;
+                    Some(Ok((Some(Leader::of(record)), revision)))
+                }
+                Ok(WatchEvent::Deleted { key, revision }) if key == election.key => Some(Ok((None, revision))),
+                Ok(WatchEvent::Resync(listing)) => Some(Ok((election.find(listing.records), listing.revision))),
+                Ok(_) => None,
+                Err(error) => Some(Err(error)),
+            };
+            async { change }
+        }))
+    }
+
+    fn find(&self, records: Vec<Record>) -> Option<Leader> {
+        records.into_iter().find(|r| r.key == self.key).map(Leader::of)
+    }
+
     /// Waits until this candidate leads. `value` is what observers see. Dropping the future withdraws; a lease that was
     /// made meanwhile ends by itself.
     pub async fn campaign(&self, value: Vec<u8>) -> Result<Leadership, StoreError> {
         loop {
             // A fresh lease per attempt: waiting may take longer than a lease lives.
-            let lease = self.store.grant_lease(self.ttl).await?;
-            match self.store.compare_and_swap(&self.key, Expected::Absent, value.clone(), Some(lease)).await? {
-                Swap::Done(term) => return Ok(Leadership { store: Arc::clone(&self.store), lease, term }),
-                Swap::Conflict(holder) => {
-                    self.store.revoke_lease(lease).await?;
-                    if let Some(holder) = holder {
-                        self.until_free(holder.mod_revision).await?;
-                    }
-                }
+            match self.attempt(value.clone(), Expected::Absent).await? {
+                Attempt::Won(leadership) => return Ok(leadership),
+                Attempt::Held(Some(holder)) => self.until_free(holder.term).await?,
+                Attempt::Held(None) => {}
             }
         }
     }
 
     async fn until_free(&self, after: Revision) -> Result<(), StoreError> {
-        let mut watch = self.store.watch(&self.key, after).await?;
-        while let Some(event) = watch.next().await {
-            match event? {
-                WatchEvent::Deleted { key, .. } if key == self.key => return Ok(()),
-                WatchEvent::Resync(listing) if listing.records.iter().all(|r| r.key != self.key) => return Ok(()),
-                _ => {}
+        let mut changes = Box::pin(self.changes(after).await?);
+        while let Some(change) = changes.next().await {
+            if change?.0.is_none() {
+                return Ok(());
             }
         }
         Ok(())
@@ -101,21 +160,8 @@ impl Election {
     pub async fn observe(
         &self,
     ) -> Result<impl Stream<Item = Result<Option<Leader>, StoreError>> + Send + use<>, StoreError> {
-        let now = self.store.list(&self.key).await?;
-        let watch = self.store.watch(&self.key, now.revision).await?;
-        let key = self.key.clone();
-        let find = |records: Vec<Record>, key: &str| records.into_iter().find(|r| r.key == key).map(Leader::of);
-        let first = find(now.records, &self.key);
-        let later = watch.filter_map(move |event| {
-            let change = match event {
-                Ok(WatchEvent::Put(record)) if record.key == key => Some(Ok(Some(Leader::of(record)))),
-                Ok(WatchEvent::Deleted { key: gone, .. }) if gone == key => Some(Ok(None)),
-                Ok(WatchEvent::Resync(listing)) => Some(Ok(find(listing.records, &key))),
-                Ok(_) => None,
-                Err(error) => Some(Err(error)),
-            };
-            async { change }
-        });
+        let (first, revision) = self.look().await?;
+        let later = self.changes(revision).await?.map(|change| change.map(|(leader, _)| leader));
         Ok(stream::iter([Ok(first)]).chain(later))
     }
 }

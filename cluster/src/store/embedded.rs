@@ -368,6 +368,10 @@ impl MembershipStore for EmbeddedStore {
             }
         })))
     }
+
+    fn is_exclusive(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

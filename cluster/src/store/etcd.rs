@@ -368,6 +368,10 @@ mod tests {
         };
         contract::check_resync(&store, compact).await;
 
+        let shared: Arc<dyn MembershipStore> =
+            Arc::new(EtcdStore::connect(location(&server.endpoint), &OpenOptions::default()).await.unwrap());
+        contract::check_election(&shared).await;
+
         // Two clusters in one etcd don't see each other.
         let other = location(&format!("{}/other", server.endpoint));
         let other = EtcdStore::connect(other, &OpenOptions::default()).await.unwrap();

@@ -150,6 +150,11 @@ pub trait MembershipStore: Send + Sync {
 
     /// Changes under `prefix` with revisions greater than `after`.
     async fn watch(&self, prefix: &str, after: Revision) -> Result<Watch, StoreError>;
+
+    /// Whether no other process can use this store: whoever left a record before it was opened is gone.
+    fn is_exclusive(&self) -> bool {
+        false
+    }
 }
 
 /// Why a store can't do what it was asked.

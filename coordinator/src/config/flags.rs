@@ -172,6 +172,17 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heartbeat_timeout_ms: Option<u32>,
 
+    /// Where shards, clients and other coordinators reach this one: a host name or an address [default: the --host
+    /// address; where that means all, the first that is not for this machine alone]
+    #[arg(long, env = "PHALANX_ADVERTISE_HOST", value_name = "HOST")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise_host: Option<String>,
+
+    /// Silence after which another coordinator may lead, in milliseconds; etcd rounds it up to seconds [default: 3000]
+    #[arg(long, env = "PHALANX_LEADER_TTL_MS", value_name = "MS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leader_ttl_ms: Option<u32>,
+
     /// Longest wait for running requests after the first Ctrl-C or SIGTERM, in seconds; a second one ends at once
     /// [default: 10]
     #[arg(long, env = "PHALANX_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]

@@ -1,0 +1,193 @@
+//! What a leader has and a standby has not: scheduler, membership, group.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use metrics_exporter_prometheus::PrometheusHandle;
+use phalanx_cluster::store::MembershipStore;
+use phalanx_proto::v1::Form;
+use ractor::{Actor, ActorRef, rpc::CallResult};
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::{
+    config::Config,
+    frontend::{self, FrontendState},
+    group::actor::{GroupConfig, GroupMsg, Notice},
+    leadership::{
+        LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot,
+    },
+    membership::actor::{GroupAddress, Membership, MembershipMsg},
+    model::OpenedModel,
+    scheduler::{
+        actor::{SchedulerConfig, SchedulerHandle},
+        event::Limits,
+    },
+};
+
+/// Failed formations in a row, before anything was served, after which local shards are not tried again.
+const GIVE_UP_AFTER: u32 = 3;
+/// Longest wait for an answer of our own actors.
+const CALL_LIMIT: Duration = Duration::from_secs(2);
+/// Between looks at what is still running at the end.
+const END_POLL: Duration = Duration::from_millis(20);
+/// Longest wait for shards elsewhere to take their farewell.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
+
+/// What the process has for its whole life.
+pub struct Foundation {
+    /// As resolved.
+    pub config: Config,
+    /// Where membership lives.
+    pub store: Arc<dyn MembershipStore>,
+    /// Opened on leaders and standbys alike, so that a takeover is quick.
+    pub model: OpenedModel,
+    /// Of the process.
+    pub metrics: PrometheusHandle,
+    /// Says who leads.
+    pub leadership: LeadershipHandle,
+    /// What former leaders said of their requests.
+    pub journal: Arc<ReplicatedJournal>,
+    /// What this leader says of its own.
+    pub feed: FeedSlot,
+}
+
+impl Foundation {
+    /// Who leads.
+    pub fn view(&self) -> LeadershipView {
+        self.leadership.view()
+    }
+}
+
+/// The actors of one leadership.
+pub struct Parts {
+    /// In which leadership.
+    pub session: Session,
+    /// Owns requests.
+    pub scheduler: SchedulerHandle,
+    /// Ends only if something is wrong.
+    pub scheduler_task: JoinHandle<()>,
+    /// Owns shards.
+    pub membership: ActorRef<MembershipMsg>,
+    /// Ends only if something is wrong.
+    pub membership_task: JoinHandle<()>,
+    /// Where the group is.
+    pub group: GroupAddress,
+    /// Behind all endpoints.
+    pub state: FrontendState,
+    /// What the group says.
+    pub notices: mpsc::UnboundedReceiver<Notice>,
+}
+
+impl Parts {
+    /// Starts them.
+    pub async fn start(base: &Foundation, session: Session) -> anyhow::Result<Self> {
+        let (config, model) = (&base.config, &base.model);
+        let served = model.served.clone();
+        let (scheduler, scheduler_task) = SchedulerHandle::spawn(
+            SchedulerConfig {
+                limits: Limits {
+                    block_size: config.block_size as usize,
+                    max_step_rows: config.max_num_batched_tokens as usize,
+                    max_running: config.max_num_seqs as usize,
+                    max_model_len: served.max_model_len,
+                    vocab: served.vocab,
+                    prefix_caching: config.enable_prefix_caching,
+                },
+                eos: served.eos.clone(),
+                detokenizers: Box::new(served.tokenizer.as_ref().clone()),
+                max_queued_requests: config.max_num_queued_reqs as usize,
+            },
+            None,
+        )
+        .await
+        .context("the scheduler can't be started")?;
+
+        let (notice_sender, notices) = mpsc::unbounded_channel();
+        let to_scheduler = scheduler.clone();
+        let group_config = GroupConfig {
+            world_size: config.tensor_parallel_size as usize,
+            name: served.names.first().cloned().unwrap_or_default(),
+            form: Form {
+                model: model.location.clone(),
+                model_hash: model.identity.clone(),
+                dtype: config.dtype.as_str().to_owned(),
+                block_size: config.block_size,
+                kv_cache_bytes: config.kv_cache_memory.unwrap_or(0),
+                max_step_rows: config.max_num_batched_tokens,
+                max_sequences: config.max_num_seqs,
+                max_model_len: u32::try_from(served.max_model_len).unwrap_or(u32::MAX),
+                term: session.term,
+                ..Form::default()
+            },
+            store: Arc::clone(&base.store),
+            scheduler: Box::new(move |event| to_scheduler.group_event(event)),
+            notices: notice_sender,
+            // Shards that join from elsewhere may be mended while we wait.
+            give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
+            serving: Mutex::new(None),
+        };
+        let (membership, membership_task) =
+            Actor::spawn(None, Membership, group_config).await.context("membership can't be started")?;
+        let group = match membership.call(MembershipMsg::Group, Some(CALL_LIMIT)).await {
+            Ok(CallResult::Success(group)) => group,
+            _ => bail!("membership does not answer"),
+        };
+        let submit = Arc::new(scheduler.clone());
+        let state = FrontendState::new(submit, served, frontend::Limits::default(), base.metrics.clone());
+        Ok(Self { session, scheduler, scheduler_task, membership, membership_task, group, state, notices })
+    }
+
+    /// Ends them because somebody else leads. Shards stay as they are: their streams end with the leadership.
+    pub async fn stop(self) {
+        self.scheduler.stop();
+        self.membership.stop(Some("another coordinator leads".to_owned()));
+        for task in [self.scheduler_task, self.membership_task] {
+            if timeout(CALL_LIMIT, task).await.is_err() {
+                tracing::warn!("an actor of the leadership does not end");
+            }
+        }
+    }
+
+    /// Waits until no request lives, or the time is over.
+    pub async fn finish_requests(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut is_told = false;
+        loop {
+            let n_requests = self.scheduler.status(CALL_LIMIT).await.map_or(0, |s| s.n_requests);
+            if n_requests == 0 {
+                return;
+            }
+            if !is_told {
+                is_told = true;
+                tracing::info!(n_requests, limit_s = limit.as_secs(), "waiting for running requests");
+            }
+            if Instant::now() >= deadline {
+                tracing::warn!(n_requests, "the time is over: running requests are given up");
+                return;
+            }
+            sleep(END_POLL).await;
+        }
+    }
+
+    /// Tells all shards to end, and waits until they have heard it.
+    pub async fn dismiss_shards(&self) {
+        let message = |reply| MembershipMsg::Shutdown { reason: "the coordinator ends".to_owned(), reply };
+        if !matches!(self.membership.call(message, Some(CALL_LIMIT)).await, Ok(CallResult::Success(()))) {
+            return;
+        }
+        let deadline = Instant::now() + FAREWELL_LIMIT;
+        while Instant::now() < deadline {
+            match self.group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await {
+                Ok(CallResult::Success(status)) if !status.members.is_empty() => sleep(END_POLL).await,
+                _ => return,
+            }
+        }
+    }
+}

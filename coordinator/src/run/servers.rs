@@ -1,0 +1,133 @@
+//! The listening sockets, and what answers behind them.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use axum::{Router, serve::ListenerExt};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
+use tonic::{service::Routes, transport::server::TcpIncoming};
+
+use super::parts::{Foundation, Parts};
+use crate::{
+    frontend::{self, FrontendState},
+    leadership::{
+        service::LeadershipService,
+        standby::{StandbyCluster, StandbySubmit},
+        switch::Switch,
+    },
+    shard_link::ClusterService,
+};
+
+/// HTTP/2 window: a large message comes in without waiting for window updates.
+const WINDOW_BYTES: u32 = 8 << 20;
+/// Longest wait for answers to leave the process after their requests are finished.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// A bound socket, and the address that it got.
+pub fn bind(option: &str, address: SocketAddr) -> anyhow::Result<(tokio::net::TcpListener, SocketAddr)> {
+    let listener = TcpListener::bind(address).with_context(|| format!("--{option}: can't listen on {address}"))?;
+    listener.set_nonblocking(true)?;
+    let bound = listener.local_addr()?;
+    Ok((tokio::net::TcpListener::from_std(listener)?, bound))
+}
+
+/// The servers. They listen for the life of the process; what answers changes with leadership.
+pub struct Servers {
+    /// Ends only if something is wrong, or after [`Servers::stop_accepting`].
+    pub http: JoinHandle<std::io::Result<()>>,
+    /// The same.
+    pub grpc: JoinHandle<Result<(), tonic::transport::Error>>,
+    stopping: watch::Sender<bool>,
+    http_switch: Switch,
+    grpc_switch: Switch,
+    standby_http: Router,
+    standby_grpc: Router,
+}
+
+impl Servers {
+    /// Starts them, as a standby's.
+    pub fn start(
+        base: &Foundation,
+        http: tokio::net::TcpListener,
+        grpc: tokio::net::TcpListener,
+    ) -> anyhow::Result<Self> {
+        let (stopping, _) = watch::channel(false);
+        let stopped = || {
+            let mut stopping = stopping.subscribe();
+            async move {
+                // An error means that the process is being torn down.
+                let _ = stopping.wait_for(|s| *s).await;
+            }
+        };
+        let submit = Arc::new(StandbySubmit::new(base.view()));
+        let served = base.model.served.clone();
+        let state = FrontendState::new(submit, served, frontend::Limits::default(), base.metrics.clone());
+        let standby_grpc = grpc_services(base, state.clone())?
+            .add_service(StandbyCluster::server(base.view()))
+            .prepare()
+            .into_axum_router();
+        let grpc_switch = Switch::new(standby_grpc.clone());
+        let grpc = tonic::transport::Server::builder()
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .add_routes(Routes::from(Router::new().fallback_service(grpc_switch.clone())))
+            .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
+
+        let standby_http = frontend::http_router(state);
+        let http_switch = Switch::new(standby_http.clone());
+        let http = http.tap_io(|stream| {
+            // A token is a small packet: it must not wait for the next one.
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY");
+            }
+        });
+        let router = Router::new().fallback_service(http_switch.clone());
+        let http = tokio::spawn(axum::serve(http, router).with_graceful_shutdown(stopped()).into_future());
+        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, http_switch, grpc_switch, standby_http, standby_grpc })
+    }
+
+    /// From now on these parts answer.
+    pub fn lead(&self, base: &Foundation, parts: &Parts) -> anyhow::Result<()> {
+        let timeout = base.config.heartbeat_timeout;
+        let cluster = ClusterService::server(parts.membership.clone(), parts.group.clone(), timeout, base.view());
+        let services = grpc_services(base, parts.state.clone())?.add_service(cluster);
+        self.grpc_switch.set(services.prepare().into_axum_router());
+        self.http_switch.set(frontend::http_router(parts.state.clone()));
+        Ok(())
+    }
+
+    /// From now on a standby answers.
+    pub fn stand_by(&self) {
+        self.grpc_switch.set(self.standby_grpc.clone());
+        self.http_switch.set(self.standby_http.clone());
+    }
+
+    /// Takes no new connections; requests that run go on.
+    pub fn stop_accepting(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    /// Lets answers leave.
+    pub async fn flush(&mut self) {
+        // gRPC does not end while shards are attached.
+        if !self.http.is_finished() && timeout(FLUSH_LIMIT, &mut self.http).await.is_err() {
+            tracing::debug!("HTTP connections are still open");
+        }
+    }
+
+    /// Closes all connections.
+    pub fn abort(&self) {
+        self.http.abort();
+        self.grpc.abort();
+    }
+}
+
+/// What leaders and standbys have in common.
+fn grpc_services(base: &Foundation, state: FrontendState) -> anyhow::Result<Routes> {
+    let routes = frontend::grpc::grpc_routes(state).context("gRPC reflection")?;
+    Ok(routes.add_service(LeadershipService::server(base.leadership.clone(), base.feed.clone())))
+}
