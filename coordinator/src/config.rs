@@ -64,6 +64,8 @@ pub struct Config {
     pub tokenizer: Option<PathBuf>,
     /// Most requests that wait.
     pub max_num_queued_reqs: u32,
+    /// How long a client may take nothing of an answer.
+    pub client_write_timeout: Duration,
     /// Whether prompts share KV blocks.
     pub enable_prefix_caching: bool,
     /// How ranks exchange sums.
@@ -224,6 +226,8 @@ impl Config {
             None if address.is_unspecified() => None,
             None => Some(address.to_string()),
         };
+        let write_timeout = flags.client_write_timeout.unwrap_or(60);
+        let write_timeout = within("client-write-timeout", write_timeout, 1, 86_400)?;
         let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
@@ -255,6 +259,7 @@ impl Config {
             chat_template: exists("chat-template", flags.chat_template)?,
             tokenizer: exists("tokenizer", flags.tokenizer)?,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
+            client_write_timeout: Duration::from_secs(u64::from(write_timeout)),
             enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
@@ -288,6 +293,7 @@ impl Config {
             chat_template: self.chat_template.clone(),
             tokenizer: self.tokenizer.clone(),
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
+            client_write_timeout: Some(clamp(self.client_write_timeout.as_secs().into())),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             state_dir: self.state_dir.clone(),
             collective: Some(self.collective),

@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     config::{Config, Flags, Machine},
-    frontend::prometheus,
+    frontend::{connections, prometheus},
     group::actor::Notice,
     leadership::{
         View,
@@ -117,6 +117,8 @@ impl Interrupts {
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut interrupts = Interrupts::new()?;
+    let files = connections::raise_file_limit();
+    tracing::debug!(files, "limit of open files");
     // Before a model is fetched for minutes: is there room for us at all?
     let (http_listener, http) = bind("port", config.http_address)?;
     let (grpc_listener, grpc) = bind("grpc-port", config.grpc_address)?;

@@ -22,3 +22,10 @@ pub struct ServedModel {
     /// When the process began to serve it, Unix seconds.
     pub created: u64,
 }
+
+impl ServedModel {
+    /// Its name in answers.
+    pub fn name(&self) -> String {
+        self.names.first().cloned().unwrap_or_default()
+    }
+}

@@ -136,6 +136,11 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_num_queued_reqs: Option<u32>,
 
+    /// How long a client may take nothing of an answer before it is cut off, in seconds [default: 60]
+    #[arg(long, env = "PHALANX_CLIENT_WRITE_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_write_timeout: Option<u32>,
+
     /// Share the KV cache of equal prompt beginnings [default: true]
     #[arg(
         long, env = "PHALANX_ENABLE_PREFIX_CACHING", value_name = "BOOL",

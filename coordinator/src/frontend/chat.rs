@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use http::HeaderMap;
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
@@ -24,9 +25,17 @@ use super::{
     observe::Record,
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
-    sse::{self, Chunks},
+    reply::{Call, Reply},
+    sse::{self, Chunk, Chunks},
+    streams::Prepared,
 };
-use crate::request::{Output, Request, Usage};
+use crate::{
+    request::{Output, Usage},
+    served_model::ServedModel,
+};
+
+/// Where it is.
+pub const PATH: &str = "/v1/chat/completions";
 
 /// A request, checked but not yet rendered.
 struct ChatRequest {
@@ -88,41 +97,39 @@ fn take_max_completion_tokens(fields: &mut Fields, raw: &mut RawParams) -> Resul
 pub async fn create(
     State(state): State<FrontendState>,
     Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
-    let deadline = state.deadline(record.arrived_at(), None);
-    let name = id.clone();
-    let prepare = move |state: &FrontendState| -> Result<(ChatRequest, Request), ApiError> {
+    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
         let chat = ChatRequest::parse(body.parse()?, state)?;
         let text = Prompt::Text(state.render(&chat.rendering)?);
         let prompt = state.encode(&text, chat.special_tokens, "messages")?;
-        let request = chat.params.request(name, "messages", prompt, &state.model, deadline)?;
-        Ok((chat, request))
+        let id = format!("chatcmpl-{}", call.name);
+        let request = chat.params.request(id.clone(), "messages", prompt, &state.model, call.deadline)?;
+        let answer = Answer {
+            id,
+            created: unix_seconds(),
+            model: Arc::clone(&state.model),
+            wants_scores: chat.params.wants_scores(),
+            prompt_token_ids: chat.returns_token_ids.then(|| request.prompt.clone()),
+        };
+        let reply = ChatReply {
+            answer: Arc::new(answer),
+            delivery: chat.delivery,
+            prompt_logprobs: chat.prompt_logprobs,
+            n: chat.params.n as usize,
+        };
+        let has_seed = chat.params.has_seed();
+        Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })
     };
-    let (chat, request) = state.blocking(prepare).await?;
-    let prompt_token_ids = chat.returns_token_ids.then(|| request.prompt.clone());
-    let generation = state.submit_all(vec![request])?;
-    let answer =
-        Answer { id, created: unix_seconds(), state, wants_scores: chat.params.wants_scores(), prompt_token_ids };
-    match chat.delivery {
-        Delivery::Whole => {
-            let collected = generation.collect().await?;
-            Ok(Json(answer.whole(collected, chat.prompt_logprobs)).into_response())
-        }
-        Delivery::Streamed(usage) => {
-            let has_begun = vec![false; generation.n_choices()];
-            let keep_alive = answer.state.limits.keep_alive;
-            Ok(sse::respond(generation, ChatChunks { answer, usage, has_begun }, record, keep_alive))
-        }
-    }
+    state.answer(PATH, &headers, record, body, prepare).await
 }
 
 /// What all parts of an answer share.
 struct Answer {
     id: String,
     created: u64,
-    state: FrontendState,
+    model: Arc<ServedModel>,
     wants_scores: bool,
     prompt_token_ids: Option<Vec<TokenId>>,
 }
@@ -187,7 +194,7 @@ impl Answer {
             id: self.id.clone(),
             object,
             created: self.created,
-            model: self.state.model_name(),
+            model: self.model.name(),
             system_fingerprint: None,
             choices,
             usage,
@@ -197,10 +204,10 @@ impl Answer {
     }
 
     fn logprobs(&self, scores: &[TokenScore]) -> Option<ChatLogprobs> {
-        self.wants_scores.then(|| ChatLogprobs::new(&self.state.model.tokenizer, scores))
+        self.wants_scores.then(|| ChatLogprobs::new(&self.model.tokenizer, scores))
     }
 
-    fn whole(self, collected: Collected, n_prompt_logprobs: Option<u32>) -> Completion<Choice, UsageObject> {
+    fn whole(&self, collected: Collected, n_prompt_logprobs: Option<u32>) -> Completion<Choice, UsageObject> {
         let returns_token_ids = self.prompt_token_ids.is_some();
         let choice = |(index, choice): (usize, super::generation::Collection)| Choice {
             index,
@@ -213,17 +220,43 @@ impl Answer {
         let choices = collected.choices.into_iter().enumerate().map(choice).collect();
         let mut whole = self.object("chat.completion", choices, Some(collected.usage.into()));
         let scores = collected.prompt_scores.into_iter().next().flatten();
-        whole.prompt_logprobs = n_prompt_logprobs
-            .zip(scores)
-            .map(|(n_top, scores)| prompt_logprobs(&self.state.model.tokenizer, &scores, n_top));
-        whole.prompt_token_ids = self.prompt_token_ids;
+        whole.prompt_logprobs =
+            n_prompt_logprobs.zip(scores).map(|(n_top, scores)| prompt_logprobs(&self.model.tokenizer, &scores, n_top));
+        whole.prompt_token_ids.clone_from(&self.prompt_token_ids);
         whole
+    }
+}
+
+/// Answers to one request.
+struct ChatReply {
+    answer: Arc<Answer>,
+    delivery: Delivery,
+    prompt_logprobs: Option<u32>,
+    n: usize,
+}
+
+impl Reply for ChatReply {
+    fn delivery(&self) -> Delivery {
+        self.delivery
+    }
+
+    fn whole(&self, collected: Collected) -> Response {
+        Json(self.answer.whole(collected, self.prompt_logprobs)).into_response()
+    }
+
+    fn chunks(&self) -> Box<dyn Chunks> {
+        let answer = Arc::clone(&self.answer);
+        Box::new(ChatChunks { answer, usage: self.delivery.usage(), has_begun: vec![false; self.n] })
+    }
+
+    fn kept_bytes(&self) -> usize {
+        size_of::<Answer>() + self.answer.prompt_token_ids.as_ref().map_or(0, |ids| size_of_val(ids.as_slice()))
     }
 }
 
 /// Chunks of a streamed chat: per choice the role, then the content in pieces, then why it ended.
 struct ChatChunks {
-    answer: Answer,
+    answer: Arc<Answer>,
     usage: StreamedUsage,
     has_begun: Vec<bool>,
 }
@@ -241,7 +274,7 @@ impl Chunks for ChatChunks {
         // Not streamed: `prompt_logprobs` is refused.
     }
 
-    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<String> {
+    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<Chunk> {
         let index = Generation::choice_index(0, prompt_idx, &output);
         let empty = || ChunkChoice {
             index,
@@ -257,19 +290,21 @@ impl Chunks for ChatChunks {
             let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
             let mut chunk = self.chunk(ChunkChoice { delta, ..empty() });
             chunk.prompt_token_ids = self.answer.prompt_token_ids.clone();
-            chunks.push(sse::json(&chunk));
+            chunks.push(Chunk::Head(sse::json(&chunk)));
         }
         let token_ids = self.answer.prompt_token_ids.is_some().then_some(output.token_ids);
         let has_tokens = token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
         if !output.text.is_empty() || !output.scores.is_empty() || has_tokens {
             let delta = Delta { role: None, content: Some(output.text) };
             let logprobs = self.answer.logprobs(&output.scores);
-            chunks.push(sse::json(&self.chunk(ChunkChoice { delta, logprobs, token_ids, ..empty() })));
+            let chunk = self.chunk(ChunkChoice { delta, logprobs, token_ids, ..empty() });
+            chunks.push(Chunk::Body(sse::json(&chunk)));
         }
         if let Some(finish) = &output.finish {
             let finish_reason = Some(finish_reason(finish));
             let stop_reason = StopReason::of(Some(finish));
-            chunks.push(sse::json(&self.chunk(ChunkChoice { finish_reason, stop_reason, ..empty() })));
+            let chunk = self.chunk(ChunkChoice { finish_reason, stop_reason, ..empty() });
+            chunks.push(Chunk::Body(sse::json(&chunk)));
         }
         chunks
     }

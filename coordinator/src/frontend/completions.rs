@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
+use http::HeaderMap;
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
@@ -23,9 +24,17 @@ use super::{
     observe::Record,
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::{Prompt, Prompts, SpecialTokens},
-    sse::{self, Chunks},
+    reply::{Call, Reply},
+    sse::{self, Chunk, Chunks},
+    streams::Prepared,
 };
-use crate::request::{Output, Request, Usage};
+use crate::{
+    request::{Output, Request, Usage},
+    served_model::ServedModel,
+};
+
+/// Where it is.
+pub const PATH: &str = "/v1/completions";
 
 /// `max_tokens` if unset, as OpenAI and vLLM have it.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -81,6 +90,11 @@ impl CompletionRequest {
             let reason = format!("asks for {n_choices} choices in all, at most {limit} are possible in one request");
             return Err(ApiError::invalid("prompt", reason));
         }
+        let limit = state.limits.max_prompts;
+        if prompts.len() > limit {
+            let reason = format!("has {} prompts, at most {limit} are possible in one request", prompts.len());
+            return Err(ApiError::invalid("prompt", reason));
+        }
         let skip_special_tokens = params.skip_special_tokens();
         let wants = Wants { echo, logprobs, prompt_logprobs, token_ids, skip_special_tokens };
         Ok(Self { prompts, special_tokens, delivery, params, wants })
@@ -123,41 +137,28 @@ struct Encoded {
 pub async fn create(
     State(state): State<FrontendState>,
     Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
-    let deadline = state.deadline(record.arrived_at(), None);
-    let name = id.clone();
-    let prepare = move |state: &FrontendState| {
+    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
         let completion = CompletionRequest::parse(body.parse()?, state)?;
-        let prepared = completion.prepare(state, &name, deadline)?;
-        Ok((completion.delivery, completion.wants, prepared))
+        let id = format!("cmpl-{}", call.name);
+        let (requests, prompts) = completion.prepare(state, &id, call.deadline)?;
+        let model = Arc::clone(&state.model);
+        let answer = Answer { id, created: unix_seconds(), model, wants: completion.wants, prompts };
+        let n = completion.params.n;
+        let reply = CompletionReply { answer: Arc::new(answer), delivery: completion.delivery, n };
+        let has_seed = completion.params.has_seed();
+        Ok(Prepared { requests, has_seed, reply: Some(Arc::new(reply)) })
     };
-    let (delivery, wants, (requests, prompts)) = state.blocking(prepare).await?;
-    let generation = state.submit_all(requests)?;
-    let answer = Answer { id, created: unix_seconds(), state, wants, prompts };
-    match delivery {
-        Delivery::Whole => {
-            let n = generation.n();
-            let collected = generation.collect().await?;
-            Ok(Json(answer.whole(collected, n)).into_response())
-        }
-        Delivery::Streamed(usage) => {
-            let writer = answer.writer();
-            let choices = vec![StreamedChoice { has_begun: false, writer }; generation.n_choices()];
-            let prompt_scores = vec![Vec::new(); answer.prompts.len()];
-            let keep_alive = answer.state.limits.keep_alive;
-            let chunks = CompletionChunks { answer, usage, n: generation.n(), choices, prompt_scores };
-            Ok(sse::respond(generation, chunks, record, keep_alive))
-        }
-    }
+    state.answer(PATH, &headers, record, body, prepare).await
 }
 
 /// What all parts of an answer share.
 struct Answer {
     id: String,
     created: u64,
-    state: FrontendState,
+    model: Arc<ServedModel>,
     wants: Wants,
     prompts: Vec<Encoded>,
 }
@@ -195,7 +196,7 @@ impl Answer {
             id: self.id.clone(),
             object: "text_completion",
             created: self.created,
-            model: self.state.model_name(),
+            model: self.model.name(),
             system_fingerprint: None,
             choices,
             usage,
@@ -214,7 +215,7 @@ impl Answer {
         part: Collection,
         writer: Option<&mut LegacyWriter>,
     ) -> Choice {
-        let tokenizer = &self.state.model.tokenizer;
+        let tokenizer = &self.model.tokenizer;
         let echoed = prompt.filter(|_| self.wants.echo);
         let logprobs = writer.map(|writer| {
             let mut logprobs = LegacyLogprobs::default();
@@ -248,8 +249,7 @@ impl Answer {
             let prompt = (&self.prompts[prompt_idx], scores.unwrap_or_default());
             let mut choice = self.choice(index, Some(prompt), part, self.writer().as_mut());
             let asked = self.wants.prompt_logprobs.zip(scores);
-            choice.prompt_logprobs =
-                asked.map(|(n_top, scores)| prompt_logprobs(&self.state.model.tokenizer, scores, n_top));
+            choice.prompt_logprobs = asked.map(|(n_top, scores)| prompt_logprobs(&self.model.tokenizer, scores, n_top));
             choice
         };
         let choices = choices.into_iter().enumerate().map(choice).collect();
@@ -257,9 +257,40 @@ impl Answer {
     }
 }
 
+/// Answers to one request.
+struct CompletionReply {
+    answer: Arc<Answer>,
+    delivery: Delivery,
+    /// Choices per prompt.
+    n: u32,
+}
+
+impl Reply for CompletionReply {
+    fn delivery(&self) -> Delivery {
+        self.delivery
+    }
+
+    fn whole(&self, collected: Collected) -> Response {
+        Json(self.answer.whole(collected, self.n)).into_response()
+    }
+
+    fn chunks(&self) -> Box<dyn Chunks> {
+        let answer = Arc::clone(&self.answer);
+        let n_prompts = answer.prompts.len();
+        let choices = vec![StreamedChoice { has_begun: false, writer: answer.writer() }; n_prompts * self.n as usize];
+        let prompt_scores = vec![Vec::new(); n_prompts];
+        Box::new(CompletionChunks { answer, usage: self.delivery.usage(), n: self.n, choices, prompt_scores })
+    }
+
+    fn kept_bytes(&self) -> usize {
+        let prompt = |prompt: &Encoded| size_of::<Encoded>() + prompt.text.len() + size_of_val(prompt.ids.as_slice());
+        size_of::<Answer>() + self.answer.prompts.iter().map(prompt).sum::<usize>()
+    }
+}
+
 /// Chunks of a streamed completion.
 struct CompletionChunks {
-    answer: Answer,
+    answer: Arc<Answer>,
     usage: StreamedUsage,
     n: u32,
     choices: Vec<StreamedChoice>,
@@ -277,7 +308,7 @@ impl Chunks for CompletionChunks {
         self.prompt_scores[prompt_idx] = scores;
     }
 
-    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<String> {
+    fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<Chunk> {
         let index = Generation::choice_index(self.n, prompt_idx, &output);
         let Some(choice) = self.choices.get_mut(index) else { return Vec::new() };
         let begins = !std::mem::replace(&mut choice.has_begun, true);
@@ -292,7 +323,7 @@ impl Chunks for CompletionChunks {
         let choice = self.answer.choice(index, prompt, part, choice.writer.as_mut());
         // With usage asked for, every chunk has the field, null but in the last.
         let usage = (self.usage == StreamedUsage::Included).then_some(Value::Null);
-        vec![sse::json(&self.answer.object(vec![choice], usage))]
+        vec![Chunk::Body(sse::json(&self.answer.object(vec![choice], usage)))]
     }
 
     fn finished(&mut self, usage: Usage) -> Option<String> {

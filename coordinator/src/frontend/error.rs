@@ -125,6 +125,27 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, message)
     }
 
+    /// A key that another request has already.
+    pub fn key_reused(key: &str) -> Self {
+        let message = format!("the key '{}' belongs to another request: take a new one for each request", shorten(key));
+        let error = Self::about("Idempotency-Key", "idempotency_key_reuse", message);
+        Self { status: StatusCode::UNPROCESSABLE_ENTITY, ..error }
+    }
+
+    /// No answer is kept under a key.
+    pub fn unknown_stream(key: &str) -> Self {
+        let message = format!("no answer is kept under the key '{}': send its request again with it", shorten(key));
+        let error = Self::about("key", "stream_not_found", message);
+        Self { status: StatusCode::NOT_FOUND, ..error }
+    }
+
+    /// A newer connection reads the answer.
+    pub fn superseded() -> Self {
+        let message = "a newer request with the same key has taken the answer over".to_owned();
+        let error = Self::about("Idempotency-Key", "superseded", message);
+        Self { status: StatusCode::CONFLICT, ..error }
+    }
+
     /// Nothing serves now.
     pub fn not_ready(reason: &str) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}"))
@@ -200,6 +221,7 @@ impl From<ApiError> for tonic::Status {
     fn from(error: ApiError) -> Self {
         let code = match error.status {
             StatusCode::NOT_FOUND => tonic::Code::NotFound,
+            StatusCode::CONFLICT => tonic::Code::Aborted,
             StatusCode::TOO_MANY_REQUESTS => tonic::Code::ResourceExhausted,
             StatusCode::SERVICE_UNAVAILABLE => tonic::Code::Unavailable,
             StatusCode::GATEWAY_TIMEOUT => tonic::Code::DeadlineExceeded,

@@ -1,28 +1,72 @@
-//! Requests on their way: submitted together, their events in one stream. Dropping it cancels them all.
+//! Requests on their way: submitted together, their events in one stream. Dropping it cancels them all, unless they have a
+//! key: then it only stops reading them.
 
 use std::{
     pin::Pin,
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use futures::{Stream, StreamExt, stream::SelectAll};
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 
-use super::{FrontendState, error::ApiError};
+use super::{
+    FrontendState,
+    error::ApiError,
+    streams::run::{Attachment, Read},
+};
 use crate::{
     request::{Finish, Output, Request, RequestError, RequestEvent, Usage},
-    scheduler::handle::RequestStream,
+    scheduler::handle::{RequestStream, Submit},
 };
 
 /// Several prompts being continued.
 pub struct Generation {
-    events: SelectAll<Events>,
+    source: Source,
     n_prompts: usize,
     n: u32,
     usage: Usage,
     is_over: bool,
+    /// What [`Generation::settle`] has read.
+    first: Option<Progress>,
+}
+
+/// Events of all prompts as they come, with their prompt's index.
+pub type PromptEvents = SelectAll<Events>;
+
+enum Source {
+    /// Straight from the scheduler.
+    Submitted(PromptEvents),
+    /// From the run under a key.
+    Attached(Attachment),
+}
+
+/// Why a generation has no end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Broken {
+    /// It failed.
+    Failed(RequestError),
+    /// Another connection has taken it over.
+    Superseded,
+}
+
+impl From<Broken> for ApiError {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Failed(error) => error.into(),
+            Broken::Superseded => Self::superseded(),
+        }
+    }
+}
+
+/// Submits a request per prompt. If one is refused, none runs.
+pub fn submit_each(submit: &dyn Submit, requests: Vec<Request>) -> Result<PromptEvents, RequestError> {
+    let mut events = SelectAll::new();
+    for (prompt_idx, request) in requests.into_iter().enumerate() {
+        events.push(Events { prompt_idx, stream: Some(submit.submit(request)?) });
+    }
+    Ok(events)
 }
 
 /// What happened next.
@@ -51,12 +95,8 @@ impl FrontendState {
     pub(super) fn submit_all(&self, requests: Vec<Request>) -> Result<Generation, ApiError> {
         let n = requests.first().map_or(1, |request| request.n);
         let n_prompts = requests.len();
-        let mut events = SelectAll::new();
-        for (prompt_idx, request) in requests.into_iter().enumerate() {
-            let stream = self.submit.submit(request)?;
-            events.push(Events { prompt_idx, stream: Some(stream) });
-        }
-        Ok(Generation { events, n_prompts, n, usage: Usage::default(), is_over: false })
+        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests)?);
+        Ok(Generation { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None })
     }
 
     /// When a request that arrived then must be answered: the server's own deadline, or an earlier one.
@@ -67,6 +107,20 @@ impl FrontendState {
 }
 
 impl Generation {
+    /// Reads the run under a key from its beginning.
+    pub fn attached(attachment: Attachment, n_prompts: usize, n: u32) -> Self {
+        let source = Source::Attached(attachment);
+        Self { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None }
+    }
+
+    /// Waits a little for the first thing that happens: a failure is told here, everything else by [`Generation::next`].
+    pub async fn settle(&mut self, limit: Duration) -> Result<(), Broken> {
+        if let Ok(Some(first)) = tokio::time::timeout(limit, self.next()).await {
+            self.first = Some(first?);
+        }
+        Ok(())
+    }
+
     /// Choices of all prompts.
     pub fn n_choices(&self) -> usize {
         self.n_prompts * self.n as usize
@@ -82,17 +136,31 @@ impl Generation {
         self.n
     }
 
-    /// What happens next; `None` after [`Progress::Finished`] or an error.
-    pub async fn next(&mut self) -> Option<Result<Progress, RequestError>> {
+    /// What happens next; `None` after [`Progress::Finished`] or an error. Can be dropped and called again.
+    pub async fn next(&mut self) -> Option<Result<Progress, Broken>> {
+        if let Some(first) = self.first.take() {
+            return Some(Ok(first));
+        }
         if self.is_over {
             return None;
         }
         loop {
-            let (prompt_idx, event) = match self.events.next().await {
-                Some(event) => event,
-                None => {
+            let read = match &mut self.source {
+                Source::Submitted(events) => match events.next().await {
+                    Some((prompt_idx, event)) => Read::Event(prompt_idx, event),
+                    None => Read::Over,
+                },
+                Source::Attached(attachment) => attachment.next().await,
+            };
+            let (prompt_idx, event) = match read {
+                Read::Event(prompt_idx, event) => (prompt_idx, event),
+                Read::Over => {
                     self.is_over = true;
                     return Some(Ok(Progress::Finished(self.usage)));
+                }
+                Read::Superseded => {
+                    self.is_over = true;
+                    return Some(Err(Broken::Superseded));
                 }
             };
             match event {
@@ -105,15 +173,17 @@ impl Generation {
                 }
                 RequestEvent::Failed(error) => {
                     self.is_over = true;
-                    self.events.clear();
-                    return Some(Err(error));
+                    if let Source::Submitted(events) = &mut self.source {
+                        events.clear();
+                    }
+                    return Some(Err(Broken::Failed(error)));
                 }
             }
         }
     }
 
     /// Waits for everything.
-    pub async fn collect(mut self) -> Result<Collected, RequestError> {
+    pub async fn collect(mut self) -> Result<Collected, Broken> {
         let mut all = Collected {
             choices: vec![Collection::default(); self.n_choices()],
             prompt_scores: vec![None; self.n_prompts],
@@ -124,7 +194,10 @@ impl Generation {
                 Progress::PromptScored { prompt_idx, scores } => all.prompt_scores[prompt_idx] = Some(scores),
                 Progress::Output { prompt_idx, output } => {
                     let index = Self::choice_index(self.n, prompt_idx, &output);
-                    let unknown = || RequestError::Internal(format!("the scheduler made a choice {}", output.index));
+                    let unknown = || {
+                        let reason = format!("the scheduler made a choice {}", output.index);
+                        Broken::Failed(RequestError::Internal(reason))
+                    };
                     let choice = all.choices.get_mut(index).ok_or_else(unknown)?;
                     choice.text.push_str(&output.text);
                     choice.token_ids.extend(output.token_ids);
@@ -163,7 +236,7 @@ pub struct Collection {
 }
 
 /// Events of one request, with its prompt's index. A stream that breaks off is a failure.
-struct Events {
+pub struct Events {
     prompt_idx: usize,
     stream: Option<RequestStream>,
 }

@@ -12,7 +12,10 @@ use phalanx_proto::v1::{
     generate_request::Prompt as WirePrompt,
     inference_server::{Inference, InferenceServer},
 };
+use prost::Message as _;
 use serde_json::{Map, json};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Response, Status, metadata::MetadataMap, service::Routes};
 use tonic_health::pb::health_server::HealthServer;
 use tracing::Instrument;
@@ -26,6 +29,11 @@ use super::{
     observe::Record,
     params::{Params, RawParams},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    streams::{
+        Prepared,
+        key::{self, Keyed},
+        position::{Place, Position},
+    },
 };
 use crate::request::{Finish, Request};
 
@@ -33,6 +41,8 @@ pub mod health;
 
 /// Label of the call in metrics.
 const ENDPOINT: &str = "phalanx.v1.Inference/Generate";
+/// Messages that wait for a client that reads slowly, beside those in its connection.
+const UNREAD_MESSAGES: usize = 64;
 /// Longest `request_id` that is kept.
 const LONGEST_REQUEST_ID: usize = 128;
 
@@ -64,13 +74,18 @@ impl InferenceService {
     async fn submit(
         &self,
         call: GenerateRequest,
+        keyed: Option<&Keyed>,
         id: String,
         deadline: Option<Instant>,
     ) -> Result<Generation, ApiError> {
+        if let Some((generation, _)) = self.state.known(keyed)? {
+            return Ok(generation);
+        }
         let model = Some(call.model.as_str()).filter(|name| !name.is_empty());
         self.state.check_model(model)?;
         let (raw, prompt) = parse(call)?;
         let params = Params::check(raw, &self.state.model)?;
+        let has_seed = params.has_seed();
         let prepare = move |state: &FrontendState| -> Result<Request, ApiError> {
             let (prompt, special_tokens, field) = match prompt {
                 Source::Plain(prompt, field) => (prompt, SpecialTokens::Add, field),
@@ -80,8 +95,33 @@ impl InferenceService {
             params.request(id, field, ids, &state.model, deadline)
         };
         let request = self.state.blocking(prepare).await?;
-        self.state.submit_all(vec![request])
+        let (generation, _) = self.state.begin(keyed, Prepared { requests: vec![request], has_seed, reply: None })?;
+        Ok(generation)
     }
+}
+
+/// What makes the call resumable, if anything does.
+fn keyed(call: &GenerateRequest, metadata: &MetadataMap) -> Result<Option<Keyed>, ApiError> {
+    if call.resume_key.is_empty() && !metadata.contains_key(key::FORWARDERS_KEY) {
+        return match call.resume_from.is_empty() {
+            true => Ok(None),
+            false => Err(ApiError::invalid("resume_from", "is only possible with 'resume_key'")),
+        };
+    }
+    // The same question is the same request, however it is named and whatever of its answer is known.
+    let asked = GenerateRequest {
+        request_id: String::new(),
+        resume_key: String::new(),
+        resume_from: Vec::new(),
+        ..call.clone()
+    };
+    let has = Position::after_tokens(&call.resume_from);
+    let keyed = Keyed::of_grpc(&call.resume_key, metadata, ENDPOINT, &asked.encode_to_vec(), has)?;
+    let n = call.n.unwrap_or(1) as usize;
+    if call.resume_from.len() > n {
+        return Err(ApiError::invalid("resume_from", format!("names more than the {n} choices there are")));
+    }
+    Ok(keyed)
 }
 
 enum Source {
@@ -90,22 +130,8 @@ enum Source {
     Chat(Rendering),
 }
 
-/// The wire has fields that no answer takes into account yet: who relies on them must hear of it.
-fn refuse_unserved(call: &GenerateRequest) -> Result<(), ApiError> {
-    let asked = [
-        ("resume_key", !call.resume_key.is_empty()),
-        ("resume_from", !call.resume_from.is_empty()),
-        ("priority", call.priority != 0),
-    ];
-    match asked.into_iter().find(|(_, is_asked)| *is_asked) {
-        Some((field, _)) => Err(ApiError::unsupported(field)),
-        None => Ok(()),
-    }
-}
-
 /// From the wire's types to the common raw ones.
 fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
-    refuse_unserved(&call)?;
     let source = match call.prompt {
         None => return Err(ApiError::missing("prompt")),
         Some(WirePrompt::Text(text)) => Source::Plain(Prompt::Text(text), "text"),
@@ -136,6 +162,7 @@ fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
         ignore_eos: call.ignore_eos,
         logprobs: call.logprobs.map(Integer::from),
         prompt_logprobs: call.prompt_logprobs.map(Integer::from),
+        priority: Some(call.priority.into()),
         ..RawParams::default()
     };
     Ok((raw, source))
@@ -151,7 +178,7 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let arrived_at = Instant::now();
         let own = request_deadline(request.metadata(), arrived_at);
-        let call = request.into_inner();
+        let (metadata, _, call) = request.into_parts();
         let request_id = Some(&call.request_id).filter(|id| {
             !id.is_empty() && id.len() <= LONGEST_REQUEST_ID && id.bytes().all(|byte| byte.is_ascii_graphic())
         });
@@ -164,59 +191,105 @@ impl Inference for InferenceService {
             status
         };
         let deadline = self.state.deadline(arrived_at, own.map_err(failed)?);
-        let generation = self.submit(call, request_id.clone(), deadline).instrument(span).await.map_err(failed)?;
-        Ok(Response::new(Box::pin(responses(generation, request_id, record))))
+        // Hashing a long prompt takes a core for a while.
+        let keying = self.state.blocking(move |_| Ok((keyed(&call, &metadata)?, call)));
+        let (keyed, call) = keying.await.map_err(failed)?;
+        let submitted = self.submit(call, keyed.as_ref(), request_id.clone(), deadline).instrument(span).await;
+        let generation = submitted.map_err(failed)?;
+        let walked = vec![Place::default(); generation.n_choices()];
+        let has = keyed.map(|keyed| keyed.has).unwrap_or_default();
+        let answer = Answer { generation, request_id, walked, has, record };
+        let (sender, receiver) = mpsc::channel(UNREAD_MESSAGES);
+        tokio::spawn(answer.send(sender, self.state.limits.write_timeout));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }
 
-/// Messages of a call. Dropping the stream cancels the request.
-fn responses(
+/// A call's answer. Dropping it cancels the request, unless it can be resumed.
+struct Answer {
     generation: Generation,
     request_id: String,
+    /// Place in each choice.
+    walked: Vec<Place>,
+    /// What the client had when it called.
+    has: Position,
     record: Record,
-) -> impl Stream<Item = Result<GenerateResponse, Status>> + Send {
-    futures::stream::unfold((generation, request_id, record), |(mut generation, request_id, record)| async move {
-        let response = match generation.next().await? {
-            Ok(progress) => {
-                if matches!(progress, Progress::Finished(_)) {
-                    record.end(code_name(Code::Ok));
-                }
-                Ok(message(progress, &request_id))
-            }
-            Err(error) => {
-                let status = Status::from(record.span().in_scope(|| ApiError::from(error)));
-                record.end(code_name(status.code()));
-                Err(status)
-            }
-        };
-        Some((response, (generation, request_id, record)))
-    })
 }
 
-fn message(progress: Progress, request_id: &str) -> GenerateResponse {
-    let mut message = GenerateResponse { request_id: request_id.to_owned(), ..GenerateResponse::default() };
-    match progress {
-        Progress::PromptScored { scores, .. } => message.prompt_scores = scores,
-        Progress::Output { output, .. } => {
-            message.index = output.index;
-            message.text = output.text;
-            message.token_ids = output.token_ids;
-            message.scores = output.scores;
-            message.set_finish_reason(match output.finish {
-                None => FinishReason::Unspecified,
-                Some(Finish::Length) => FinishReason::Length,
-                Some(Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_)) => FinishReason::Stop,
-            });
-        }
-        Progress::Finished(usage) => {
-            message.usage = Some(v1::Usage {
-                prompt_tokens: usage.prompt_tokens,
-                completion_tokens: usage.completion_tokens,
-                cached_tokens: usage.cached_tokens,
-            });
+impl Answer {
+    /// Sends all messages. Ends early if nobody takes one for a while: what a client does not read is not kept for it.
+    async fn send(mut self, client: mpsc::Sender<Result<GenerateResponse, Status>>, patience: Duration) {
+        loop {
+            let next = tokio::select! {
+                next = self.next() => next,
+                () = client.closed() => return,
+            };
+            let Some(message) = next else { return };
+            if client.send_timeout(message, patience).await.is_err() {
+                return;
+            }
         }
     }
-    message
+
+    async fn next(&mut self) -> Option<Result<GenerateResponse, Status>> {
+        loop {
+            match self.generation.next().await? {
+                Ok(progress) => {
+                    if matches!(progress, Progress::Finished(_)) {
+                        self.record.end(code_name(Code::Ok));
+                    }
+                    if let Some(message) = self.message(progress) {
+                        return Some(Ok(message));
+                    }
+                }
+                Err(error) => {
+                    let status = Status::from(self.record.span().in_scope(|| ApiError::from(error)));
+                    self.record.end(code_name(status.code()));
+                    return Some(Err(status));
+                }
+            }
+        }
+    }
+
+    /// None if the client has it.
+    fn message(&mut self, progress: Progress) -> Option<GenerateResponse> {
+        let mut message = GenerateResponse { request_id: self.request_id.clone(), ..GenerateResponse::default() };
+        match progress {
+            Progress::PromptScored { scores, .. } => {
+                let has_begun = (0..self.walked.len()).any(|index| self.has.choice(index).tokens() > 0);
+                if has_begun {
+                    return None;
+                }
+                message.prompt_scores = scores;
+            }
+            Progress::Output { output, .. } => {
+                let index = output.index as usize;
+                let place = self.walked.get_mut(index)?;
+                *place = place.step(output.token_ids.len());
+                if *place <= self.has.choice(index) {
+                    return None;
+                }
+                message.position = place.tokens();
+                message.index = output.index;
+                message.text = output.text;
+                message.token_ids = output.token_ids;
+                message.scores = output.scores;
+                message.set_finish_reason(match output.finish {
+                    None => FinishReason::Unspecified,
+                    Some(Finish::Length) => FinishReason::Length,
+                    Some(Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_)) => FinishReason::Stop,
+                });
+            }
+            Progress::Finished(usage) => {
+                message.usage = Some(v1::Usage {
+                    prompt_tokens: usage.prompt_tokens,
+                    completion_tokens: usage.completion_tokens,
+                    cached_tokens: usage.cached_tokens,
+                });
+            }
+        }
+        Some(message)
+    }
 }
 
 /// The call's own deadline, from the header that gRPC defines for it: up to eight digits and a unit.

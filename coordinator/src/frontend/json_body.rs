@@ -10,12 +10,18 @@ use super::{FrontendState, error::ApiError, fields::Fields};
 
 /// Extracts a body of the type JSON, whole but not parsed: parsing a long one takes a core for a while and many times its
 /// memory, so it is done where other long work is, on a thread for it.
+#[derive(Clone)]
 pub struct JsonBody(Bytes);
 
 impl JsonBody {
     /// The object in it.
     pub fn parse(&self) -> Result<Fields, ApiError> {
         Fields::of_body(&self.0)
+    }
+
+    /// As it came.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
     }
 }
 

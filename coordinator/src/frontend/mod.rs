@@ -2,10 +2,11 @@
 //!
 //! Each endpoint is a file and a line in [`http_router`]. [`fields`] reads JSON, [`params`] is the one way from raw
 //! parameters to checked ones, [`prompt`] turns texts, token ids and chats into tokens, [`generation`] submits and
-//! collects, [`sse`] streams.
+//! collects, [`reply`] answers, [`sse`] streams. [`streams`] keeps what can be asked for again.
 
 pub mod chat;
 pub mod completions;
+pub mod connections;
 pub mod error;
 pub mod fields;
 pub mod generation;
@@ -20,7 +21,9 @@ pub mod observe;
 pub mod params;
 pub mod prometheus;
 pub mod prompt;
+pub mod reply;
 pub mod sse;
+pub mod streams;
 pub mod tokenize;
 
 use std::{sync::Arc, time::Duration};
@@ -35,8 +38,11 @@ use axum::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
-use crate::{scheduler::handle::Submit, served_model::ServedModel};
+use crate::{
+    config::Config, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, served_model::ServedModel,
+};
 use error::ApiError;
+use streams::{Streams, registry::Retention};
 
 /// Bounds of what clients may send and how long they may take.
 #[derive(Debug, Clone)]
@@ -47,10 +53,25 @@ pub struct Limits {
     pub body_timeout: Duration,
     /// Most choices of all prompts of one HTTP request together.
     pub max_choices: usize,
+    /// Most prompts of one HTTP request: each takes a place in the queue of an idle server.
+    pub max_prompts: usize,
     /// Deadline of every request, from its arrival; `None` is none. A gRPC call's own, if earlier, counts.
     pub deadline: Option<Duration>,
     /// Silence in an event stream before a comment is sent.
     pub keep_alive: Duration,
+    /// How long a client may take nothing of what is there for it before it is cut off.
+    pub write_timeout: Duration,
+}
+
+impl Limits {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            max_prompts: config.max_num_queued_reqs as usize,
+            write_timeout: config.client_write_timeout,
+            ..Self::default()
+        }
+    }
 }
 
 impl Default for Limits {
@@ -59,8 +80,10 @@ impl Default for Limits {
             max_body_bytes: 32 << 20,
             body_timeout: Duration::from_secs(60),
             max_choices: 2048,
+            max_prompts: crate::scheduler::actor::DEFAULT_MAX_QUEUED_REQUESTS,
             deadline: None,
-            keep_alive: Duration::from_secs(15),
+            keep_alive: Duration::from_secs(5),
+            write_timeout: Duration::from_secs(60),
         }
     }
 }
@@ -72,6 +95,7 @@ pub struct FrontendState {
     model: Arc<ServedModel>,
     limits: Arc<Limits>,
     metrics: PrometheusHandle,
+    streams: Arc<Streams>,
     /// Parsing, rendering and tokenizing take a core: no more of it at once than there are cores.
     encoders: Arc<Semaphore>,
     /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
@@ -89,9 +113,21 @@ impl FrontendState {
             model: Arc::new(model),
             limits: Arc::new(limits),
             metrics,
+            streams: Arc::new(Streams::new(Retention::default(), Arc::default())),
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
         }
+    }
+
+    /// Looks keys that it does not know up in what a former leader told.
+    #[must_use]
+    pub fn with_journal(self, journal: Arc<ReplicatedJournal>) -> Self {
+        Self { streams: Arc::new(Streams::new(Retention::default(), journal)), ..self }
+    }
+
+    /// Requests that can be resumed.
+    pub fn streams(&self) -> Arc<Streams> {
+        Arc::clone(&self.streams)
     }
 
     /// An error unless the name is one of the served model's; no name is the served one.
@@ -102,11 +138,6 @@ impl FrontendState {
             }
             _ => Ok(()),
         }
-    }
-
-    /// The model's name in answers.
-    fn model_name(&self) -> String {
-        self.model.names.first().cloned().unwrap_or_default()
     }
 
     /// Runs work that takes a core for a while on a thread where it holds up nobody.
@@ -128,8 +159,9 @@ impl FrontendState {
 /// All HTTP endpoints.
 pub fn http_router(state: FrontendState) -> Router {
     Router::new()
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/v1/completions", post(completions::create))
+        .route(chat::PATH, post(chat::create))
+        .route(completions::PATH, post(completions::create))
+        .route("/v1/streams/{key}", get(streams::endpoint::read))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))

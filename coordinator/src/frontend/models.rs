@@ -33,7 +33,7 @@ fn model(state: &FrontendState, id: &str) -> Model {
         object: "model",
         created: state.model.created,
         owned_by: "phalanx",
-        root: state.model_name(),
+        root: state.model.name(),
         parent: None,
         max_model_len: state.model.max_model_len,
     }

@@ -32,10 +32,6 @@ fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
 }
 
-fn is_zero(value: &Value) -> bool {
-    value.as_f64() == Some(0.0)
-}
-
 fn is_plain_text(value: &Value) -> bool {
     value.as_object().is_some_and(|format| format.len() == 1) && value["type"] == "text"
 }
@@ -73,7 +69,6 @@ static UNSUPPORTED: &[Unsupported] = &[
     ("allowed_token_ids", never),
     ("bad_words", is_empty),
     ("spaces_between_special_tokens", is_true),
-    ("priority", is_zero),
     ("cache_salt", never),
     ("logits_processors", is_empty),
     ("kv_transfer_params", never),
@@ -156,6 +151,14 @@ impl Delivery {
         options.refuse(&[("include_obfuscation", is_false), ("continuous_usage_stats", is_false)])?;
         options.finish()?;
         Ok(Self::Streamed(if include { StreamedUsage::Included } else { StreamedUsage::Omitted }))
+    }
+
+    /// Whether a last chunk counts tokens.
+    pub fn usage(self) -> StreamedUsage {
+        match self {
+            Self::Whole => StreamedUsage::Omitted,
+            Self::Streamed(usage) => usage,
+        }
     }
 }
 

@@ -51,6 +51,8 @@ pub struct RawParams {
     pub seed: Option<Integer>,
     /// Choices; unset is 1.
     pub n: Option<Integer>,
+    /// Lower goes first; unset is 0.
+    pub priority: Option<Integer>,
     /// Name of the field that `max_tokens` came from, for errors; empty is `max_tokens`.
     pub max_tokens_field: &'static str,
     /// Most tokens per choice; unset is `default_max_tokens`.
@@ -91,6 +93,7 @@ impl RawParams {
             logit_bias: fields.take::<BiasMap>("logit_bias")?.unwrap_or_default().0,
             seed: fields.take("seed")?,
             n: fields.take("n")?,
+            priority: fields.take("priority")?,
             max_tokens: fields.take("max_tokens")?,
             min_tokens: fields.take("min_tokens")?,
             stop: fields.take::<StopList>("stop")?.unwrap_or_default().0,
@@ -140,6 +143,7 @@ pub struct Params {
     seed: Option<u64>,
     /// Choices per prompt.
     pub n: u32,
+    priority: i32,
     max_tokens_field: &'static str,
     max_tokens: Option<u32>,
     default_max_tokens: u32,
@@ -181,6 +185,12 @@ impl Params {
         if raw.seed.is_some_and(|seed| !seeds.contains(&seed)) {
             return Err(ApiError::invalid("seed", "must be an integer of 64 bits"));
         }
+        let priorities = Integer::from(i32::MIN)..=Integer::from(i32::MAX);
+        let priority = in_integer_range("priority", raw.priority, priorities)?;
+        if priority.is_some_and(|priority| priority != 0) {
+            // The scheduler takes requests in order of arrival: who relies on another order must hear of it.
+            return Err(ApiError::unsupported("priority"));
+        }
         let top_k = in_integer_range("top_k", raw.top_k, -1..=Integer::from(u32::MAX))?;
         Ok(Self {
             sampling: SamplingParams {
@@ -201,6 +211,7 @@ impl Params {
             // Two's complement: distinct seeds stay distinct, but for those beyond i64 that alias the negative ones.
             seed: raw.seed.map(|seed| seed as u64),
             n: in_range("n", raw.n, 1..=MAX_N)?.unwrap_or(1),
+            priority: priority.and_then(|p| i32::try_from(p).ok()).unwrap_or(0),
             max_tokens_field,
             max_tokens: in_range(max_tokens_field, raw.max_tokens, least_tokens..=u32::MAX)?,
             default_max_tokens: raw.default_max_tokens.unwrap_or(u32::MAX),
@@ -212,6 +223,11 @@ impl Params {
                 skip_special_tokens: raw.skip_special_tokens.unwrap_or(true),
             },
         })
+    }
+
+    /// Whether the client named a seed.
+    pub fn has_seed(&self) -> bool {
+        self.seed.is_some()
     }
 
     /// Whether output tokens are scored.
@@ -260,7 +276,7 @@ impl Params {
             is_open_ended,
             stop: self.stop.clone(),
             deadline,
-            priority: 0,
+            priority: self.priority,
             resume: Vec::new(),
         })
     }

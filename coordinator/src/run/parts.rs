@@ -140,7 +140,9 @@ impl Parts {
             _ => bail!("membership does not answer"),
         };
         let submit = Arc::new(scheduler.clone());
-        let state = FrontendState::new(submit, served, frontend::Limits::default(), base.metrics.clone());
+        let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
+            .with_journal(Arc::clone(&base.journal));
+        base.feed.set(Some(state.streams()));
         Ok(Self { session, scheduler, scheduler_task, membership, membership_task, group, state, notices })
     }
 

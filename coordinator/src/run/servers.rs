@@ -7,13 +7,13 @@ use std::{
 };
 
 use anyhow::Context;
-use axum::{Router, serve::ListenerExt};
+use axum::Router;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
 use tonic::{service::Routes, transport::server::TcpIncoming};
 
 use super::parts::{Foundation, Parts};
 use crate::{
-    frontend::{self, FrontendState},
+    frontend::{self, FrontendState, connections},
     leadership::{
         service::LeadershipService,
         standby::{StandbyCluster, StandbySubmit},
@@ -65,7 +65,7 @@ impl Servers {
         };
         let submit = Arc::new(StandbySubmit::new(base.view()));
         let served = base.model.served.clone();
-        let state = FrontendState::new(submit, served, frontend::Limits::default(), base.metrics.clone());
+        let state = FrontendState::new(submit, served, frontend::Limits::of(&base.config), base.metrics.clone());
         let standby_grpc = grpc_services(base, state.clone())?
             .add_service(StandbyCluster::server(base.view()))
             .prepare()
@@ -79,14 +79,9 @@ impl Servers {
 
         let standby_http = frontend::http_router(state);
         let http_switch = Switch::new(standby_http.clone());
-        let http = http.tap_io(|stream| {
-            // A token is a small packet: it must not wait for the next one.
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "TCP_NODELAY");
-            }
-        });
         let router = Router::new().fallback_service(http_switch.clone());
-        let http = tokio::spawn(axum::serve(http, router).with_graceful_shutdown(stopped()).into_future());
+        let patience = connections::progress::Patience::new(base.config.client_write_timeout);
+        let http = tokio::spawn(connections::serve(http, router, patience, stopped()));
         Ok(Self { http, grpc: tokio::spawn(grpc), stopping, http_switch, grpc_switch, standby_http, standby_grpc })
     }
 

@@ -8,7 +8,7 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_res
 
 use super::*;
 use crate::{
-    frontend::tests::fake::Server,
+    frontend::{Limits, tests::fake::Server},
     request::{Output, Queued, RequestError, RequestEvent},
     scheduler::handle::Readiness,
 };
@@ -68,6 +68,61 @@ async fn a_call_streams_scores_tokens_and_usage() {
 }
 
 #[tokio::test]
+async fn a_call_with_a_key_is_resumed() {
+    let tokens = |n: u32, index: u32| {
+        (0..n).map(move |at| {
+            let finish = (at + 1 == n).then_some(Finish::Length);
+            Output { index, text: format!("<{at}>"), token_ids: vec![at + 5], finish, ..Output::default() }
+        })
+    };
+    let server = Server::with(move |_| {
+        let mut events: Vec<_> = tokens(4, 1).chain(tokens(3, 0)).map(RequestEvent::Output).collect();
+        events.push(RequestEvent::Finished(crate::request::Usage::default()));
+        Ok(events)
+    });
+    let channel = serve(&server).await;
+    let call = |name: &str, from: &[u32]| GenerateRequest {
+        n: Some(2),
+        resume_key: "k".to_owned(),
+        resume_from: from.to_vec(),
+        request_id: name.to_owned(),
+        ..text("x")
+    };
+    let whole = collect(&channel, call("a", &[])).await.unwrap();
+    assert_eq!(whole.len(), 8);
+    for cut in 0..whole.len() {
+        let mut has = [0, 0];
+        for message in whole[..cut].iter().filter(|m| m.usage.is_none()) {
+            has[message.index as usize] = message.position;
+        }
+        let rest = collect(&channel, call("b", &has)).await.unwrap();
+        let unnamed = |m: &GenerateResponse| GenerateResponse { request_id: String::new(), ..m.clone() };
+        assert!(rest.iter().map(unnamed).eq(whole[cut..].iter().map(unnamed)), "{cut}: {rest:?}");
+    }
+    assert_eq!(server.n_seen(), 1);
+    let code = async |request| collect(&channel, request).await.unwrap_err().code();
+    assert_eq!(code(GenerateRequest { max_tokens: Some(3), ..call("c", &[]) }).await, Code::InvalidArgument);
+    assert_eq!(code(call("c", &[0, 0, 1])).await, Code::InvalidArgument);
+    assert_eq!(code(GenerateRequest { resume_key: String::new(), ..call("c", &[1]) }).await, Code::InvalidArgument);
+    assert_eq!(code(GenerateRequest { resume_key: "a b".to_owned(), ..call("c", &[]) }).await, Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_client_that_reads_nothing_is_cut_off() {
+    let endless = Server::limited(
+        |_| {
+            let output = Output { text: "x".repeat(1 << 16), token_ids: vec![5], ..Output::default() };
+            Ok(vec![RequestEvent::Output(output); 1000])
+        },
+        Limits { write_timeout: Duration::from_millis(50), ..Limits::default() },
+    );
+    let stream = InferenceClient::new(serve(&endless).await).generate(text("x")).await.unwrap().into_inner();
+    let cancelled = endless.fake.cancelled.notified();
+    tokio::time::timeout(Duration::from_secs(30), cancelled).await.expect("its request is cancelled");
+    drop(stream);
+}
+
+#[tokio::test]
 async fn prompts_are_texts_ids_or_chats() {
     let server = Server::saying("x");
     let channel = serve(&server).await;
@@ -105,7 +160,7 @@ async fn wrong_calls_have_their_code() {
             GenerateRequest { logit_bias: vec![LogitBias { token_id: 5, bias: 1e9 }], ..text("x") },
             Code::InvalidArgument,
         ),
-        (GenerateRequest { resume_key: "a".to_owned(), ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { resume_key: "a b".to_owned(), ..text("x") }, Code::InvalidArgument),
         (GenerateRequest { resume_from: vec![3], ..text("x") }, Code::InvalidArgument),
         (GenerateRequest { priority: 1, ..text("x") }, Code::InvalidArgument),
         (text(""), Code::InvalidArgument),

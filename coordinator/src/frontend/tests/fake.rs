@@ -158,6 +158,20 @@ impl Server {
         self.post_raw(path, body.to_string()).await
     }
 
+    /// The scheduler goes on: all streams that are open get an event.
+    pub fn tell(&self, event: &RequestEvent) {
+        let open = self.fake.open.lock().unwrap();
+        for sender in open.iter() {
+            // Who has been cancelled hears nothing.
+            let _gone = sender.send(event.clone());
+        }
+    }
+
+    /// Requests that the scheduler got.
+    pub fn n_seen(&self) -> usize {
+        self.fake.seen.lock().unwrap().len()
+    }
+
     /// What the scheduler got last.
     pub fn last_request(&self) -> Request {
         self.fake.seen.lock().unwrap().last().unwrap().clone()
