@@ -4,6 +4,7 @@
 //! Flags come before `PHALANX_*` variables, those before the file, the file before defaults.
 
 mod flags;
+mod join_token;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,8 @@ use clap::error::ErrorKind;
 use phalanx_cluster::{source::DEFAULT_MODEL, store};
 
 pub use self::{
-    flags::{CollectiveChoice, Dtype, Flags},
+    flags::{CollectiveChoice, Dtype, Flags, KvMirror},
+    join_token::JoinToken,
     size::ByteSize,
 };
 
@@ -74,6 +76,12 @@ pub struct Config {
     pub isa: String,
     /// Silence after which a shard is lost.
     pub heartbeat_timeout: Duration,
+    /// Time without enough shards after which fewer ranks serve; `None`: never.
+    pub regroup_after: Option<Duration>,
+    /// Where ranks copy their KV rows to.
+    pub kv_mirror: KvMirror,
+    /// What shards must know to join; `None`: nothing.
+    pub join_token: Option<JoinToken>,
     /// Host under which others reach this coordinator; `None`: an address of this machine.
     pub advertise_host: Option<String>,
     /// Silence after which another coordinator may lead.
@@ -217,6 +225,8 @@ impl Config {
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
         let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
         let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(5000), 100, 600_000)?;
+        let regroup_after = within("regroup-after", flags.regroup_after.unwrap_or(30), 0, 86_400)?;
+        let join_token = JoinToken::from_flags(flags.join_token, flags.join_token_file)?;
         let leader_ttl_ms = within("leader-ttl-ms", flags.leader_ttl_ms.unwrap_or(3000), 500, 600_000)?;
         let advertise_host = match flags.advertise_host {
             Some(host) if host.is_empty() || host.contains(|c: char| c.is_whitespace() || "/@".contains(c)) => {
@@ -264,6 +274,9 @@ impl Config {
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
             heartbeat_timeout: Duration::from_millis(u64::from(heartbeat_ms)),
+            regroup_after: (regroup_after > 0).then(|| Duration::from_secs(u64::from(regroup_after))),
+            kv_mirror: flags.kv_mirror.unwrap_or_default(),
+            join_token,
             advertise_host,
             leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
             shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
@@ -299,6 +312,10 @@ impl Config {
             collective: Some(self.collective),
             isa: Some(self.isa.clone()),
             heartbeat_timeout_ms: Some(clamp(self.heartbeat_timeout.as_millis())),
+            regroup_after: Some(self.regroup_after.map_or(0, |after| clamp(after.as_secs().into()))),
+            kv_mirror: Some(self.kv_mirror),
+            join_token: self.join_token.as_ref().filter(|t| t.file().is_none()).map(|t| t.secret().to_owned()),
+            join_token_file: self.join_token.as_ref().and_then(JoinToken::file).map(PathBuf::from),
             advertise_host: self.advertise_host.clone(),
             leader_ttl_ms: Some(clamp(self.leader_ttl.as_millis())),
             shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),

@@ -201,6 +201,11 @@ impl Process {
                 view = view.changed() => self.follow(&view).await?,
                 happened = next_of(&mut self.parts) => match happened? {
                     Notice::Serving { epoch, shards } => self.announce(epoch, &shards),
+                    Notice::Stuck { shard, pid } => {
+                        if let Some(local) = &self.local {
+                            local.kill(&shard, pid);
+                        }
+                    }
                     Notice::GiveUp(cause) => anyhow::bail!("the model can't be served: {cause}"),
                 },
                 Some(cause) = self.fatals.recv() => return Err(anyhow::anyhow!(cause)),

@@ -1,5 +1,7 @@
 //! Streams to shards: the `Cluster` service. One task per attached shard passes messages and watches its health.
 
+mod silence;
+
 use std::{
     sync::{
         Arc,
@@ -23,8 +25,13 @@ use tokio::{
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use self::silence::Silence;
 use crate::{
-    group::{actor::GroupMsg, machine::Origin},
+    config::JoinToken,
+    group::{
+        actor::GroupMsg,
+        machine::{Cause, Origin},
+    },
     leadership::{LeadershipView, View, standby},
     membership::actor::{GroupAddress, MembershipMsg},
 };
@@ -86,29 +93,43 @@ pub struct ClusterService {
     group: GroupAddress,
     heartbeat_timeout: Duration,
     leadership: LeadershipView,
+    join_token: Option<JoinToken>,
     streams: AtomicU64,
 }
 
+/// Several in the time after which silence is a loss.
+fn heartbeat_interval(timeout: Duration) -> Duration {
+    (timeout / 10).clamp(Duration::from_millis(20), Duration::from_secs(1))
+}
+
+/// When a shard that should give signs of life counts as silent, if somebody must be to blame.
+pub fn silent_after(heartbeat_timeout: Duration) -> Duration {
+    (4 * heartbeat_interval(heartbeat_timeout)).min(heartbeat_timeout)
+}
+
 impl ClusterService {
-    /// As a gRPC service that reports to these actors, which live as long as this coordinator leads.
+    /// As a gRPC service that reports to these actors, which live as long as this coordinator leads. With a `join_token`,
+    /// only shards that know it are admitted.
     pub fn server(
         membership: ActorRef<MembershipMsg>,
         group: GroupAddress,
         heartbeat_timeout: Duration,
         leadership: LeadershipView,
+        join_token: Option<JoinToken>,
     ) -> ClusterServer<Self> {
-        ClusterServer::new(Self { membership, group, heartbeat_timeout, leadership, streams: AtomicU64::new(1) })
+        let streams = AtomicU64::new(1);
+        ClusterServer::new(Self { membership, group, heartbeat_timeout, leadership, join_token, streams })
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
-
-    /// Several in the time after which silence is a loss.
-    fn heartbeat_interval(&self) -> Duration {
-        (self.heartbeat_timeout / 5).clamp(Duration::from_millis(20), Duration::from_secs(1))
-    }
 }
 
-fn check(hello: &Hello) -> Result<(), Status> {
+fn check(hello: &Hello, join_token: Option<&JoinToken>) -> Result<(), Status> {
+    if join_token.is_some_and(|token| !token.admits(&hello.join_token)) {
+        // Nothing of what a stranger says is repeated.
+        let reason = "the join token is missing or wrong: give the shard the coordinator's --join-token-file";
+        return Err(Status::unauthenticated(reason));
+    }
     let id = &hello.shard_id;
     if id.is_empty() || id.chars().count() > NAME_LIMIT || id.chars().any(|c| c.is_control() || c == '/') {
         let reason =
@@ -135,14 +156,14 @@ impl cluster_server::Cluster for ClusterService {
         let Some(FromShard::Hello(hello)) = first.and_then(|m| m.message) else {
             return Err(Status::invalid_argument("the first message must be Hello"));
         };
-        check(&hello)?;
+        check(&hello, self.join_token.as_ref())?;
 
         let (queue, receiver) = mpsc::channel(QUEUE);
         let origin = Origin { shard: ShardId(hello.shard_id.clone()), incarnation: hello.incarnation };
         let stream_number = self.streams.fetch_add(1, Ordering::Relaxed);
         let closing = Arc::new(Notify::new());
         let link = LinkHandle { origin: Arc::new(origin), stream: stream_number, queue, closing };
-        let interval = self.heartbeat_interval();
+        let interval = heartbeat_interval(self.heartbeat_timeout);
         let mut leadership = self.leadership.clone();
         let view = leadership.now();
         let Some(session) = view.session else { return Err(standby::not_leading(&view)) };
@@ -194,8 +215,8 @@ async fn attach(
     let (from, number) = (link.origin().clone(), link.stream());
     let message = |reply| MembershipMsg::Attach { hello: Box::new(hello), link, reply };
     let answer = membership.call(message, Some(CALL_LIMIT)).await;
-    let detached = move |cause| {
-        if membership.cast(MembershipMsg::Detached { from, stream: number, cause }).is_err() {
+    let detached = move |(cause, reason)| {
+        if membership.cast(MembershipMsg::Detached { from, stream: number, cause, reason }).is_err() {
             tracing::debug!("membership has ended before a link");
         }
     };
@@ -207,7 +228,7 @@ async fn attach(
         Ok(CallResult::Success(Err(refused))) => Err(Status::already_exists(refused)),
         _ => {
             // It may have been attached after we stopped waiting.
-            detached("nobody waited for its admission".to_owned());
+            detached((Cause::Lost, "nobody waited for its admission".to_owned()));
             Err(Status::unavailable("the coordinator is busy or ending"))
         }
     }
@@ -226,45 +247,39 @@ struct LinkTask {
 
 impl LinkTask {
     /// Returns why the stream ended.
-    async fn run(self, mut stream: impl Stream<Item = Result<ShardMessage, Status>> + Unpin) -> String {
+    async fn run(self, mut stream: impl Stream<Item = Result<ShardMessage, Status>> + Unpin) -> (Cause, String) {
         let mut ticks = interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut leadership = self.leadership.clone();
-        let mut sequence = 0;
-        let (mut heard, mut last_tick) = (Instant::now(), Instant::now());
+        let mut silence = Silence::new(self.silence_limit, self.interval, Instant::now());
+        let lost = |reason: String| (Cause::Lost, reason);
         loop {
             tokio::select! {
                 // What has arrived is read before silence is judged.
                 biased;
                 message = stream.next() => match message {
                     Some(Ok(message)) => {
-                        heard = Instant::now();
+                        silence.heard(&message, Instant::now());
                         if let Some(message) = message.message {
                             self.pass_on(message);
                         }
                     }
-                    Some(Err(status)) => return format!("its stream broke: {}", status.message()),
-                    None => return "it closed its stream".to_owned(),
+                    Some(Err(status)) => return lost(format!("its stream broke: {}", status.message())),
+                    None => return lost("it closed its stream".to_owned()),
                 },
-                () = self.link.closing.notified() => return "the coordinator closed its stream".to_owned(),
+                () = self.link.closing.notified() => return lost("the coordinator closed its stream".to_owned()),
                 view = leadership.changed() => match view.session {
                     Some(session) if session.number == self.session => {
                         self.link.send(ToShard::Welcome(welcome(&view, self.interval)));
                     }
-                    _ => return "this coordinator no longer leads".to_owned(),
+                    _ => return lost("this coordinator no longer leads".to_owned()),
                 },
-                _ = ticks.tick() => {
-                    // A coordinator that was held up itself can't tell who was silent.
-                    let held_up = last_tick.elapsed() > 2 * self.interval;
-                    last_tick = Instant::now();
-                    if held_up {
-                        heard = heard.max(last_tick - self.interval);
-                    } else if heard.elapsed() > self.silence_limit {
-                        return format!("it was silent for {} ms", heard.elapsed().as_millis());
+                _ = ticks.tick() => match silence.tick(Instant::now()) {
+                    Ok(sequence) => {
+                        self.link.send(ToShard::Heartbeat(Heartbeat { sequence, ..Heartbeat::default() }));
                     }
-                    sequence += 1;
-                    self.link.send(ToShard::Heartbeat(Heartbeat { sequence, ..Heartbeat::default() }));
-                }
+                    Err(reason) => return (Cause::Silent, reason),
+                },
             }
         }
     }

@@ -4,6 +4,7 @@
 //! have process groups of their own, so that Ctrl-C at a terminal reaches the coordinator alone, which ends them in order.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::process::ExitStatusExt,
@@ -11,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use phalanx_cluster::id::ShardId;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     process::{Child, Command},
@@ -41,6 +43,8 @@ const PASSED_ON: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX"];
 /// The local shards, each with a task that keeps it alive.
 pub struct LocalShards {
     ending: watch::Sender<bool>,
+    /// Shards that are to be ended at once, by name, with the process that is meant.
+    kills: BTreeMap<String, mpsc::UnboundedSender<u32>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -48,18 +52,32 @@ impl LocalShards {
     /// Starts as many shards as configured; they join at `grpc`. What makes a shard impossible goes to `fatal`.
     pub fn start(config: &Config, grpc: SocketAddr, fatal: &mpsc::UnboundedSender<String>) -> Self {
         let (ending, _) = watch::channel(false);
+        let mut kills = BTreeMap::new();
         let tasks = (0..config.local_shards).map(|index| {
+            let name = format!("local-{index}");
+            let (sender, receiver) = mpsc::unbounded_channel();
+            kills.insert(name.clone(), sender);
             let keeper = Keeper {
-                name: format!("local-{index}"),
+                name,
+                kills: receiver,
                 args: arguments(config, grpc, index),
                 log_level: config.log_level.clone(),
+                join_token: config.join_token.as_ref().map(|token| token.secret().to_owned()),
                 ending: ending.subscribe(),
                 fatal: fatal.clone(),
             };
             tokio::spawn(keeper.run())
         });
         let tasks = tasks.collect();
-        Self { ending, tasks }
+        Self { ending, kills, tasks }
+    }
+
+    /// Ends a process that is stuck, if it is one of these: it can't be asked to. It is started again.
+    pub fn kill(&self, shard: &ShardId, pid: u32) {
+        if let Some(keeper) = self.kills.get(&shard.0) {
+            // A keeper that has ended has no process.
+            let _ = keeper.send(pid);
+        }
     }
 
     /// From now on a shard that ends is not started again. Tell them to end next.
@@ -103,6 +121,8 @@ struct Keeper {
     name: String,
     args: Vec<OsString>,
     log_level: String,
+    join_token: Option<String>,
+    kills: mpsc::UnboundedReceiver<u32>,
     ending: watch::Receiver<bool>,
     fatal: mpsc::UnboundedSender<String>,
 }
@@ -115,18 +135,29 @@ impl Keeper {
             match self.spawn() {
                 Ok(mut child) => {
                     tracing::debug!(shard = self.name, pid = child.id(), "started");
-                    tokio::select! {
-                        status = child.wait() => match status {
-                            Ok(status) if status.code() == Some(BAD_OPTIONS) => {
-                                let reason = format!("shard {} refuses its options; see above", self.name);
-                                // The process may be ending already.
-                                let _ = self.fatal.send(reason);
-                                return;
+                    let pid = child.id();
+                    let ended = tokio::select! {
+                        status = child.wait() => status,
+                        () = stuck(&mut self.kills, pid) => {
+                            tracing::warn!(shard = self.name, pid, "the shard is stuck: SIGKILL");
+                            match child.start_kill() {
+                                Ok(()) => child.wait().await,
+                                Err(error) => Err(error),
                             }
-                            Ok(status) => tracing::warn!(shard = self.name, "shard ended unexpectedly: {}", how(status)),
-                            Err(error) => tracing::error!(shard = self.name, %error, "shard can't be waited for"),
-                        },
+                        }
                         () = told_to_end(&mut self.ending) => return end(&self.name, child).await,
+                    };
+                    match ended {
+                        Ok(status) if status.code() == Some(BAD_OPTIONS) => {
+                            let reason = format!("shard {} refuses its options; see above", self.name);
+                            // The process may be ending already.
+                            let _ = self.fatal.send(reason);
+                            return;
+                        }
+                        // It was told to, or has said why not.
+                        Ok(status) if status.success() => tracing::info!(shard = self.name, "shard has ended"),
+                        Ok(status) => tracing::warn!(shard = self.name, "shard ended unexpectedly: {}", how(status)),
+                        Err(error) => tracing::error!(shard = self.name, %error, "shard can't be waited for"),
                     }
                 }
                 Err(error) => tracing::error!(shard = self.name, %error, "shard can't be started"),
@@ -155,6 +186,10 @@ impl Keeper {
                 command.env_remove(name);
             }
         }
+        if let Some(token) = &self.join_token {
+            // Not an argument: those are everybody's to read.
+            command.env("PHALANX_JOIN_TOKEN", token);
+        }
         command.env("PHALANX_LOG", &self.log_level).spawn()
     }
 }
@@ -163,6 +198,18 @@ impl Keeper {
 async fn told_to_end(ending: &mut watch::Receiver<bool>) {
     // An error means that nobody is left to tell.
     let _ = ending.wait_for(|e| *e).await;
+}
+
+/// Returns when the process of this number is to be killed.
+async fn stuck(kills: &mut mpsc::UnboundedReceiver<u32>, pid: Option<u32>) {
+    loop {
+        match kills.recv().await {
+            Some(meant) if Some(meant) == pid => return,
+            // A former life of the shard.
+            Some(_) => {}
+            None => std::future::pending().await,
+        }
+    }
 }
 
 fn how(status: ExitStatus) -> String {

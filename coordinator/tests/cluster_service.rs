@@ -7,7 +7,10 @@ use std::{
 
 use phalanx_cluster::store::embedded::EmbeddedStore;
 use phalanx_coordinator::{
-    group::actor::{GroupConfig, Notice},
+    group::{
+        actor::{GroupConfig, Notice},
+        machine::Settings,
+    },
     leadership::{CoordinatorRecord, LeadershipView},
     membership::actor::{Membership, MembershipMsg},
     scheduler::handle::GroupEvent,
@@ -39,13 +42,18 @@ impl Coordinator {
         let (sender, events) = mpsc::unbounded_channel();
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let config = GroupConfig {
-            world_size,
+            settings: Settings {
+                world_size,
+                give_up_after: Some(1),
+                regroup_after: None,
+                mirrors_kv: false,
+                silent_after: PATIENCE,
+            },
             name: "model".to_owned(),
             form: Form { model: "m.gguf".to_owned(), block_size: 16, ..Form::default() },
             store: Arc::new(EmbeddedStore::open(None, 64).await.unwrap()),
             scheduler: Box::new(move |event| drop(sender.send(event))),
             notices: notice_sender,
-            give_up_after: Some(1),
             serving: Mutex::new(None),
         };
         let (membership, _) = Actor::spawn(None, Membership, config).await.unwrap();
@@ -55,7 +63,7 @@ impl Coordinator {
         let service = {
             let record = CoordinatorRecord { coordinator_id: "c".to_owned(), ..CoordinatorRecord::default() };
             let view = LeadershipView::alone(record, 7);
-            ClusterService::server(membership.clone(), group, heartbeat_timeout, view)
+            ClusterService::server(membership.clone(), group, heartbeat_timeout, view, None)
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());

@@ -177,6 +177,34 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heartbeat_timeout_ms: Option<u32>,
 
+    /// Time without enough shards after which the others serve with fewer ranks, if their memory allows, in seconds;
+    /// 0: never [default: 30]
+    #[arg(long, env = "PHALANX_REGROUP_AFTER", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub regroup_after: Option<u32>,
+
+    /// Where ranks copy their KV rows to behind their steps, so that little is computed again after a loss: to a spare
+    /// shard where there is one, or nowhere [default: spare]
+    #[arg(long, env = "PHALANX_KV_MIRROR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_mirror: Option<KvMirror>,
+
+    /// Secret that shards must know to join; better in a file, which other users can't see [default: any shard may join]
+    #[arg(
+        long,
+        env = "PHALANX_JOIN_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true,
+        conflicts_with = "join_token_file"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub join_token: Option<String>,
+
+    /// File with the secret that shards must know to join
+    #[arg(long, env = "PHALANX_JOIN_TOKEN_FILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub join_token_file: Option<PathBuf>,
+
     /// Where shards, clients and other coordinators reach this one: a host name or an address [default: the --host
     /// address; where that means all, the first that is not for this machine alone]
     #[arg(long, env = "PHALANX_ADVERTISE_HOST", value_name = "HOST")]
@@ -230,6 +258,17 @@ impl Dtype {
             Self::Float32 => "float32",
         }
     }
+}
+
+/// Where ranks copy their KV rows to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvMirror {
+    /// To a spare shard, if there is one.
+    #[default]
+    Spare,
+    /// Nowhere.
+    Off,
 }
 
 /// How ranks exchange sums.

@@ -8,19 +8,24 @@ use std::sync::{
 use phalanx_cluster::id::Epoch;
 use phalanx_proto::v1::{StepPlan, coordinator_message::Message};
 
+use ractor::ActorRef;
+
+use super::actor::GroupMsg;
 use crate::{metrics as names, scheduler::handle::PlanSink, shard_link::LinkHandle};
 
 /// Links of one formation, in rank order. Plans are dropped once the formation is over.
 pub struct GroupPlans {
     epoch: Epoch,
     links: Vec<LinkHandle>,
+    /// Hears of every plan, to notice when its results are late.
+    group: ActorRef<GroupMsg>,
     over: AtomicBool,
 }
 
 impl GroupPlans {
     /// Of the ranks that serve in `epoch`.
-    pub fn new(epoch: Epoch, links: Vec<LinkHandle>) -> Arc<Self> {
-        Arc::new(Self { epoch, links, over: AtomicBool::new(false) })
+    pub fn new(epoch: Epoch, links: Vec<LinkHandle>, group: ActorRef<GroupMsg>) -> Arc<Self> {
+        Arc::new(Self { epoch, links, group, over: AtomicBool::new(false) })
     }
 
     /// Drops every plan from now on.
@@ -36,6 +41,8 @@ impl PlanSink for GroupPlans {
             return;
         }
         let Some((last, others)) = self.links.split_last() else { return };
+        let rows = plan.chunks.iter().fold(0u32, |rows, chunk| rows.saturating_add(chunk.len));
+        self.tell_group(GroupMsg::Planned { epoch: self.epoch, step: plan.step, rows });
         for link in others {
             link.send(Message::StepPlan(plan.clone()));
         }
@@ -43,6 +50,15 @@ impl PlanSink for GroupPlans {
     }
 
     fn idle(&self, epoch: u64) {
-        tracing::debug!(epoch, "no step is in flight");
+        self.tell_group(GroupMsg::Idle(Epoch::from_raw(epoch)));
+    }
+}
+
+impl GroupPlans {
+    fn tell_group(&self, message: GroupMsg) {
+        if self.group.cast(message).is_err() {
+            // Supervision tells the scheduler that the group is lost.
+            tracing::debug!(epoch = %self.epoch, "the group's actor has ended");
+        }
     }
 }

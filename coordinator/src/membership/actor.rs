@@ -12,7 +12,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent
 use crate::{
     group::{
         actor::{Group, GroupConfig, GroupMsg},
-        machine::Origin,
+        machine::{Cause, Origin},
     },
     shard_link::LinkHandle,
 };
@@ -49,8 +49,10 @@ pub enum MembershipMsg {
         from: Origin,
         /// Which one.
         stream: u64,
+        /// What kind of loss.
+        cause: Cause,
         /// Why.
-        cause: String,
+        reason: String,
     },
     /// Where the group is.
     Group(RpcReplyPort<GroupAddress>),
@@ -100,7 +102,7 @@ impl Actor for Membership {
                 // A caller that gave up closes the stream, which detaches the shard again.
                 let _ = reply.send(answer);
             }
-            MembershipMsg::Detached { from, stream, cause } => state.detach(from, stream, cause),
+            MembershipMsg::Detached { from, stream, cause, reason } => state.detach(from, stream, cause, reason),
             MembershipMsg::Group(reply) => {
                 let _ = reply.send(state.group.clone());
             }
@@ -152,7 +154,8 @@ impl State {
             }
             // The same process lost its connection before we did.
             let old_link = old_link.clone();
-            self.detach(old_link.origin().clone(), old_link.stream(), "it attached again".to_owned());
+            let reason = "it attached again".to_owned();
+            self.detach(old_link.origin().clone(), old_link.stream(), Cause::Lost, reason);
             old_link.close();
         }
         tracing::info!(
@@ -168,12 +171,12 @@ impl State {
         Ok(())
     }
 
-    fn detach(&mut self, from: Origin, stream: u64, cause: String) {
+    fn detach(&mut self, from: Origin, stream: u64, cause: Cause, reason: String) {
         match self.members.get(&from.shard) {
             Some((_, link)) if link.stream() == stream => {
-                tracing::info!(shard = %from.shard, cause, "detached");
+                tracing::info!(shard = %from.shard, reason, "detached");
                 self.members.remove(&from.shard);
-                self.tell_group(GroupMsg::Left { from, cause });
+                self.tell_group(GroupMsg::Left { from, cause, reason });
             }
             // Replaced meanwhile.
             _ => {}

@@ -17,9 +17,12 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, KvMirror},
     frontend::{self, FrontendState},
-    group::actor::{GroupConfig, GroupMsg, Notice},
+    group::{
+        actor::{GroupConfig, GroupMsg, Notice},
+        machine::Settings,
+    },
     leadership::{
         LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot,
     },
@@ -29,6 +32,7 @@ use crate::{
         actor::{SchedulerConfig, SchedulerHandle},
         event::Limits,
     },
+    shard_link,
 };
 
 /// Failed formations in a row, before anything was served, after which local shards are not tried again.
@@ -112,7 +116,14 @@ impl Parts {
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let to_scheduler = scheduler.clone();
         let group_config = GroupConfig {
-            world_size: config.tensor_parallel_size as usize,
+            settings: Settings {
+                world_size: config.tensor_parallel_size as usize,
+                // Shards that join from elsewhere may be mended while we wait.
+                give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
+                regroup_after: config.regroup_after,
+                mirrors_kv: config.kv_mirror == KvMirror::Spare,
+                silent_after: shard_link::silent_after(config.heartbeat_timeout),
+            },
             name: served.names.first().cloned().unwrap_or_default(),
             form: Form {
                 model: model.location.clone(),
@@ -129,8 +140,6 @@ impl Parts {
             store: Arc::clone(&base.store),
             scheduler: Box::new(move |event| to_scheduler.group_event(event)),
             notices: notice_sender,
-            // Shards that join from elsewhere may be mended while we wait.
-            give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
             serving: Mutex::new(None),
         };
         let (membership, membership_task) =

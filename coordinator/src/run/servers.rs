@@ -88,7 +88,9 @@ impl Servers {
     /// From now on these parts answer.
     pub fn lead(&self, base: &Foundation, parts: &Parts) -> anyhow::Result<()> {
         let timeout = base.config.heartbeat_timeout;
-        let cluster = ClusterService::server(parts.membership.clone(), parts.group.clone(), timeout, base.view());
+        let join_token = base.config.join_token.clone();
+        let (membership, group) = (parts.membership.clone(), parts.group.clone());
+        let cluster = ClusterService::server(membership, group, timeout, base.view(), join_token);
         let services = grpc_services(base, parts.state.clone())?.add_service(cluster);
         self.grpc_switch.set(services.prepare().into_axum_router());
         self.http_switch.set(frontend::http_router(parts.state.clone()));

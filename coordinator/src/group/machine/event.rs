@@ -1,0 +1,322 @@
+//! What happens to a group, and what is to be done about it.
+
+use std::time::Duration;
+
+use phalanx_cluster::id::{Epoch, ShardId};
+
+use crate::group::change::ChangeError;
+
+/// A shard that could take a rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Candidate {
+    /// Its name.
+    pub shard: ShardId,
+    /// Which life of its process.
+    pub incarnation: u64,
+    /// Ranks of one group have this in common: version and numerics.
+    pub kind: String,
+    /// Memory for weights and KV pages; 0 if it does not say.
+    pub memory_bytes: u64,
+    /// Whether it takes copies of KV rows while it is a spare.
+    pub takes_mirror: bool,
+}
+
+/// One life of a shard: where a message came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Which life of its process.
+    pub incarnation: u64,
+}
+
+/// Why a formation ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// A stream broke.
+    Lost,
+    /// A rank said that it can't go on.
+    Failed,
+    /// A shard gave no sign of life, or heard none.
+    Silent,
+    /// A step, or loading, took too long.
+    Deadline,
+    /// A rank computes much slower than the others, and a spare is there.
+    Slow,
+    /// A rank is given to another shard on purpose.
+    Drain,
+    /// A shard is restarted on purpose.
+    Rollout,
+    /// Another number of ranks.
+    Regroup,
+    /// A spare is to get copies of KV rows.
+    Mirror,
+}
+
+impl Cause {
+    /// As metrics spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+            Self::Silent => "silent",
+            Self::Deadline => "deadline",
+            Self::Slow => "slow",
+            Self::Drain => "drain",
+            Self::Rollout => "rollout",
+            Self::Regroup => "regroup",
+            Self::Mirror => "mirror",
+        }
+    }
+}
+
+/// Names one request for a change until it is answered.
+pub type Ticket = u64;
+
+/// What a shard says of itself with each sign of life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Beat {
+    /// The step that it computes, and of which epoch.
+    pub busy: Option<(Epoch, u64)>,
+    /// The rank that it waits for in a collective.
+    pub waits_for: Option<usize>,
+}
+
+/// What a rank says when it has loaded its slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Slice {
+    /// KV blocks that it has memory for.
+    pub kv_blocks: u32,
+    /// Memory of its weights.
+    pub weight_bytes: u64,
+    /// Where pages were to be kept: the last step whose rows they hold.
+    pub kept_through: Option<u64>,
+}
+
+/// What happens to a group.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A shard is attached.
+    Arrived(Candidate),
+    /// A shard is gone.
+    Left {
+        /// Which.
+        from: Origin,
+        /// What kind of loss.
+        cause: Cause,
+        /// Why, for the log.
+        reason: String,
+    },
+    /// The store has this epoch in force for us.
+    EpochTaken(Epoch),
+    /// The store could not say.
+    EpochRefused,
+    /// Time has passed: [`wakes_at`](super::GroupMachine::wakes_at) is reached.
+    Tick,
+    /// A rank loads.
+    Progress {
+        /// Who says so.
+        from: Origin,
+        /// Of which formation.
+        epoch: Epoch,
+    },
+    /// A rank has loaded its slice.
+    Loaded {
+        /// Who says so.
+        from: Origin,
+        /// Of which formation.
+        epoch: Epoch,
+        /// What it has.
+        slice: Slice,
+    },
+    /// A spare has loaded the slice of a rank.
+    Prepared {
+        /// Who says so.
+        from: Origin,
+        /// Ranks of the group that the slice is for.
+        world_size: usize,
+        /// Which rank.
+        rank: usize,
+    },
+    /// A rank takes plans.
+    Ready {
+        /// Who says so.
+        from: Origin,
+        /// Of which formation.
+        epoch: Epoch,
+    },
+    /// A rank could not do what was asked.
+    Failed {
+        /// Who says so.
+        from: Origin,
+        /// Of which formation.
+        epoch: Epoch,
+        /// What it said.
+        error: String,
+    },
+    /// A plan was sent to all ranks.
+    Planned {
+        /// Of which formation.
+        epoch: Epoch,
+        /// Counts from 1 in each epoch.
+        step: u64,
+        /// Rows that it computes.
+        rows: u32,
+    },
+    /// A rank finished a step.
+    Stepped {
+        /// Who says so.
+        from: Origin,
+        /// Of which formation.
+        epoch: Epoch,
+        /// Which step.
+        step: u64,
+    },
+    /// A sign of life.
+    Beat {
+        /// Whose.
+        from: Origin,
+        /// What it says.
+        beat: Beat,
+    },
+    /// The scheduler was put on hold, and no step is in flight.
+    Idle(Epoch),
+    /// A shard was asked to end, and wants to give its rank away first.
+    Leaving(Origin),
+    /// Take the rank from a shard, and give it none until it is undrained.
+    Drain {
+        /// For the answer.
+        ticket: Ticket,
+        /// Which shard.
+        shard: ShardId,
+    },
+    /// A drained shard may have a rank again.
+    Undrain {
+        /// For the answer.
+        ticket: Ticket,
+        /// Which shard.
+        shard: ShardId,
+    },
+    /// Restart the shards, one after the other.
+    Rollout {
+        /// Those that are left as they are.
+        but: Vec<ShardId>,
+    },
+}
+
+/// What came of a change.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Changed {
+    /// Who has the rank now, if there was one.
+    pub successor: Option<ShardId>,
+    /// How long no plan could be sent.
+    pub stall: Duration,
+}
+
+/// One thing that happened in a rolling restart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Turned {
+    /// Whose turn it is; none at the end.
+    pub shard: Option<ShardId>,
+    /// "draining", "restarting", "returned" or "done".
+    pub phase: &'static str,
+    /// Shards that are done
+    pub done: usize,
+    /// of so many.
+    pub total: usize,
+    /// How long no plan could be sent.
+    pub stall: Duration,
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Put an epoch greater than this one in force, by compare-and-swap; answer `EpochTaken` or `EpochRefused`.
+    TakeEpoch(Epoch),
+    /// Tell these shards their ranks: the index.
+    Form {
+        /// Of which formation.
+        epoch: Epoch,
+        /// In rank order.
+        ranks: Vec<ShardId>,
+        /// KV pages of this epoch are wanted.
+        keep_kv_of: Option<Epoch>,
+        /// Spares that get copies of KV rows.
+        mirrors: Vec<ShardId>,
+    },
+    /// Tell all ranks to allocate this many KV blocks and take plans.
+    Serve {
+        /// Of which formation.
+        epoch: Epoch,
+        /// Blocks.
+        kv_blocks: u32,
+    },
+    /// Tell the scheduler that plans are taken.
+    Serving {
+        /// Of which formation.
+        epoch: Epoch,
+        /// Blocks.
+        kv_blocks: u32,
+        /// What pages hold: the rows of this epoch's steps, up to which one.
+        kept: Option<(Epoch, u64)>,
+    },
+    /// Tell the scheduler to plan nothing more, and to say when no step is in flight.
+    Hold(Epoch),
+    /// Tell the scheduler to plan again.
+    Resume(Epoch),
+    /// Tell the scheduler that the group is over.
+    Lost {
+        /// Which formation.
+        epoch: Epoch,
+        /// What kind of end.
+        cause: Cause,
+        /// Why.
+        reason: String,
+        /// Whether it ended on purpose, between two steps.
+        is_planned: bool,
+    },
+    /// Tell a shard to leave the group of this epoch.
+    Retire {
+        /// Which formation.
+        epoch: Epoch,
+        /// Who.
+        shard: ShardId,
+        /// Whether the next formation may want its KV pages.
+        keep_kv: bool,
+    },
+    /// Tell a spare to load the slices of ranks.
+    Prepare {
+        /// Who.
+        shard: ShardId,
+        /// Ranks of the group that the slices are for.
+        world_size: usize,
+        /// Most wanted first.
+        ranks: Vec<usize>,
+    },
+    /// Close the stream of a shard that is taken for dead or stuck.
+    Evict {
+        /// Whose.
+        shard: ShardId,
+        /// Why.
+        cause: Cause,
+    },
+    /// Tell a shard to end.
+    Shutdown {
+        /// Who.
+        shard: ShardId,
+        /// Why.
+        reason: String,
+    },
+    /// The result that is being handled is rank 0's: pass it to the scheduler.
+    Deliver,
+    /// A message of another epoch or of a dead process was dropped.
+    CountFenced,
+    /// A rank is much slower than the others: which shard.
+    WarnSlow(ShardId),
+    /// Tell who asked for a change.
+    Answer(Ticket, Result<Changed, ChangeError>),
+    /// Tell who asked for a rolling restart. The end is "done" or an error.
+    Turned(Result<Turned, ChangeError>),
+    /// The group can't be formed as configured: end, with this message.
+    GiveUp(String),
+}

@@ -1,0 +1,138 @@
+//! Who takes which rank. Pure functions of who is there.
+//!
+//! A rank goes, in this order, to its last owner, to a shard that has loaded its slice, to any other; and in each case
+//! rather to a shard that is trusted than to one that was lately found stuck, slow or failing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use phalanx_cluster::id::ShardId;
+
+/// The slice of one rank: ranks of the group, and which of them.
+pub type SliceOf = (usize, usize);
+
+/// A shard that may be seated.
+#[derive(Debug, Clone, Copy)]
+pub struct Sitter<'a> {
+    /// Its name.
+    pub shard: &'a ShardId,
+    /// Whether it was lately found stuck, slow or failing: it is seated only if nobody else is there.
+    pub is_doubtful: bool,
+    /// Slices that it has loaded.
+    pub prepared: &'a BTreeSet<SliceOf>,
+}
+
+/// Who may take a rank, in the order of the attempts.
+#[derive(Clone, Copy)]
+enum Rule {
+    Owner,
+    Prepared,
+    Anybody,
+}
+
+/// Last owners of the ranks of each world size.
+#[derive(Debug, Clone, Default)]
+pub struct Owners(BTreeMap<usize, Vec<ShardId>>);
+
+impl Owners {
+    /// As the store remembers them.
+    pub fn new(ranks: Vec<ShardId>) -> Self {
+        let mut owners = Self::default();
+        owners.record(&ranks);
+        owners
+    }
+
+    /// From now on these own the ranks of their world size.
+    pub fn record(&mut self, ranks: &[ShardId]) {
+        if !ranks.is_empty() {
+            self.0.insert(ranks.len(), ranks.to_vec());
+        }
+    }
+
+    /// In rank order; empty if there was no such group yet.
+    pub fn of(&self, world_size: usize) -> &[ShardId] {
+        self.0.get(&world_size).map_or(&[], Vec::as_slice)
+    }
+
+    /// Seats a group: shards in rank order, or none if they are too few. `sitters` in order of preference where nothing
+    /// else decides.
+    pub fn seat(&self, world_size: usize, sitters: &[Sitter<'_>]) -> Option<Vec<ShardId>> {
+        if sitters.len() < world_size {
+            return None;
+        }
+        let owners = self.of(world_size);
+        let mut ranks: Vec<Option<&ShardId>> = vec![None; world_size];
+        for doubtful in [false, true] {
+            let eligible = || sitters.iter().filter(move |s| s.is_doubtful == doubtful);
+            for rule in [Rule::Owner, Rule::Prepared, Rule::Anybody] {
+                let fits = |rank: usize, s: &Sitter<'_>| match rule {
+                    Rule::Owner => owners.get(rank) == Some(s.shard),
+                    Rule::Prepared => s.prepared.contains(&(world_size, rank)),
+                    Rule::Anybody => true,
+                };
+                for rank in 0..world_size {
+                    if ranks[rank].is_none() {
+                        let free = eligible().filter(|s| fits(rank, s) && !ranks.contains(&Some(s.shard)));
+                        // Who could take several ranks leaves this one to who can take only this.
+                        ranks[rank] = free.min_by_key(|s| s.prepared.len()).map(|s| s.shard);
+                    }
+                }
+            }
+        }
+        ranks.into_iter().map(|r| r.cloned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(name: &str) -> ShardId {
+        ShardId(name.to_owned())
+    }
+
+    /// Seats shards that are written as their name, `?` if doubtful, and the ranks of the world size they have loaded.
+    fn seat(owners: &[&str], world_size: usize, sitters: &[&str]) -> String {
+        let parsed: Vec<(ShardId, bool, BTreeSet<SliceOf>)> = sitters
+            .iter()
+            .map(|text| {
+                let prepared = text.chars().filter_map(|c| c.to_digit(10)).map(|r| (world_size, r as usize)).collect();
+                (id(&text[..1]), text.contains('?'), prepared)
+            })
+            .collect();
+        let sitters: Vec<Sitter<'_>> = parsed
+            .iter()
+            .map(|(shard, is_doubtful, prepared)| Sitter { shard, is_doubtful: *is_doubtful, prepared })
+            .collect();
+        let owners = Owners::new(owners.iter().map(|o| id(o)).collect());
+        match owners.seat(world_size, &sitters) {
+            Some(ranks) => ranks.into_iter().map(|s| s.0).collect(),
+            None => "nobody".to_owned(),
+        }
+    }
+
+    #[test]
+    fn owners_come_first_then_who_is_prepared_then_anybody() {
+        assert_eq!(seat(&[], 2, &["a"]), "nobody");
+        assert_eq!(seat(&[], 2, &["a", "b", "c"]), "ab");
+        assert_eq!(seat(&["b", "a"], 2, &["a", "b", "c"]), "ba");
+        assert_eq!(seat(&["b", "x"], 2, &["a", "b", "c1"]), "bc");
+        assert_eq!(seat(&["x", "b"], 2, &["a1", "b", "c"]), "cb", "who has loaded another rank is left for that");
+        assert_eq!(seat(&["x", "y"], 2, &["a01", "b0"]), "ba", "nobody is left out");
+    }
+
+    #[test]
+    fn who_is_doubtful_sits_only_where_nobody_else_is() {
+        assert_eq!(seat(&["a", "b"], 2, &["a?", "b", "c"]), "cb");
+        assert_eq!(seat(&["a", "b"], 2, &["a?", "b"]), "ab");
+        assert_eq!(seat(&["a", "b"], 2, &["a?", "b?", "c1"]), "ac");
+    }
+
+    #[test]
+    fn owners_are_known_for_each_world_size() {
+        let mut owners = Owners::new(vec![id("a"), id("b")]);
+        owners.record(&[id("b")]);
+        assert_eq!((owners.of(2), owners.of(1)), (&[id("a"), id("b")][..], &[id("b")][..]));
+        owners.record(&[]);
+        assert!(owners.of(3).is_empty());
+    }
+}

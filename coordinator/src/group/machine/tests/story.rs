@@ -1,0 +1,273 @@
+//! Forming, losing, failing.
+
+use super::*;
+use crate::group::machine::formation::{FIRST_PAUSE, LOAD_LIMIT};
+
+#[test]
+fn a_group_forms_and_serves() {
+    let mut group = Group::new(settings(2));
+    assert_eq!(group.arrive("b", 1), []);
+    assert_eq!(group.machine.waits_for().unwrap(), "1 of 2 shards are attached");
+    assert_eq!(group.arrive("a", 1), []);
+    let form = group.form(1, "ab", None);
+    assert_eq!(group.answer(), [form]);
+    assert_eq!(group.machine.phase(), "loading");
+    assert_eq!(group.loaded("b", 70, None), []);
+    assert_eq!(group.loaded("a", 90, None), [Action::Serve { epoch: epoch(1), kv_blocks: 70 }]);
+    assert_eq!(group.ready("a"), []);
+    assert_eq!(group.ready("b"), [serving(1, 70, None)]);
+    assert!(group.is_asked, "an epoch in reserve");
+    assert_eq!(group.stepped("a", 1), [Action::Deliver]);
+    assert_eq!(group.stepped("b", 1), [], "only rank 0 reports");
+    let late = Event::Stepped { from: origin("a", 1), epoch: epoch(0), step: 1 };
+    assert_eq!(group.on(late), [Action::CountFenced]);
+    assert_eq!((group.machine.rank_of(&shard("a")), group.machine.rank_of(&shard("b"))), (Some(0), Some(1)));
+}
+
+#[test]
+fn a_lost_rank_comes_back_to_its_rank() {
+    let mut group = pair();
+    let gone = lost(1, Cause::Lost, "rank 0 (a) is lost: killed", false);
+    assert_eq!(group.lose("a", 1), [gone, retire(1, "b", true)]);
+    let late = Event::Stepped { from: origin("b", 1), epoch: epoch(1), step: 1 };
+    assert_eq!(group.on(late), [Action::CountFenced]);
+    assert_eq!(group.lose("a", 1), [], "told twice");
+    let form = group.form(2, "ab", Some(1));
+    assert_eq!(group.arrive("a", 2), [form], "the epoch was in reserve");
+    let old = Event::Loaded { from: origin("a", 1), epoch: epoch(2), slice: Slice::default() };
+    assert_eq!(group.on(old), [Action::CountFenced], "from its former life");
+}
+
+#[test]
+fn a_spare_takes_the_free_rank_at_once() {
+    let mut group = pair_and_spare();
+    assert_eq!(group.machine.prepared_ranks(&shard("c")), [0, 1]);
+    assert_eq!(group.machine.successor_of(1, group.now), Some(shard("c")));
+    let form = group.form(2, "cb", Some(1));
+    assert_eq!(group.lose("a", 1).last(), Some(&form), "b keeps rank 1");
+    assert_eq!(group.machine.role_of(&shard("c"), group.now), "rank");
+}
+
+#[test]
+fn a_lost_spare_changes_nothing() {
+    let mut group = pair_and_spare();
+    assert_eq!(group.lose("c", 1), []);
+    assert_eq!(group.machine.phase(), "serving");
+}
+
+#[test]
+fn the_rank_that_nobody_prepared_for_goes_to_whoever_is_there() {
+    let mut group = pair();
+    group.arrive("c", 1);
+    group.arrive("d", 1);
+    group.prepared("d", 2, 0);
+    let form = group.form(2, "db", Some(1));
+    assert_eq!(group.lose("a", 1).last(), Some(&form));
+    group.serve(70, None);
+    group.answer();
+    let form = group.form(3, "dc", Some(2));
+    assert_eq!(group.lose("b", 1).last(), Some(&form));
+}
+
+#[test]
+fn ranks_of_before_a_restart_are_kept() {
+    let now = Instant::now();
+    let mut machine = GroupMachine::new(settings(2), epoch(7), shards("ba"), now);
+    machine.step(now, Event::Arrived(candidate("a", 1)));
+    assert_eq!(machine.step(now, Event::Arrived(candidate("b", 1))), [Action::TakeEpoch(epoch(7))]);
+    let actions = machine.step(now, Event::EpochTaken(epoch(8)));
+    assert!(matches!(&actions[..], [Action::Form { ranks, .. }] if *ranks == shards("ba")), "{actions:?}");
+}
+
+#[test]
+fn shards_that_differ_do_not_mix() {
+    let mut group = Group::new(settings(2));
+    group.arrive("a", 1);
+    let other = Candidate { kind: "cuda".to_owned(), ..candidate("b", 1) };
+    assert_eq!(group.on(Event::Arrived(other)), []);
+    assert!(group.machine.waits_for().unwrap().contains("numerics"));
+    group.arrive("c", 1);
+    let form = group.form(1, "ac", None);
+    assert_eq!(group.answer(), [form]);
+}
+
+#[test]
+fn pages_are_kept_if_every_rank_has_them_and_as_many() {
+    let reform = |blocks: u32, kept: [Option<u64>; 2]| {
+        let mut group = pair();
+        group.lose("a", 1);
+        group.arrive("a", 2);
+        group.loaded("a", blocks, kept[0]);
+        group.loaded("b", 70, kept[1]);
+        group.ready("a");
+        group.ready("b")
+    };
+    assert_eq!(reform(70, [Some(5), Some(7)]), [serving(2, 70, Some((1, 5)))]);
+    assert_eq!(reform(90, [Some(5), Some(7)]), [serving(2, 70, Some((1, 5)))]);
+    assert_eq!(reform(60, [Some(5), Some(7)]), [serving(2, 60, None)]);
+    assert_eq!(reform(70, [None, Some(7)]), [serving(2, 70, None)]);
+}
+
+#[test]
+fn a_formation_that_fails_leaves_the_pages_of_the_last_that_served() {
+    let mut group = pair();
+    group.lose("a", 1);
+    group.arrive("a", 2);
+    group.answer();
+    group.loaded("b", 70, Some(7));
+    assert_eq!(group.lose("a", 2), [retire(2, "b", true)], "it did not serve: nothing is lost");
+    let form = group.form(3, "ab", Some(1));
+    group.arrive("a", 3);
+    assert_eq!(group.answer(), [form]);
+    let actions = group.serve(70, Some(7));
+    assert_eq!(actions, [serving(3, 70, Some((1, 7)))]);
+}
+
+#[test]
+fn failures_pause_and_then_give_up() {
+    let mut group = Group::new(Settings { give_up_after: Some(3), ..settings(1) });
+    group.arrive("a", 1);
+    group.answer();
+    group.failed("a");
+    assert!(group.machine.wakes_at().unwrap() < group.now + FIRST_PAUSE, "the first is tried again soon");
+    group.wait(FIRST_PAUSE);
+    group.tick();
+    group.answer();
+    group.failed("a");
+    assert_eq!(group.machine.wakes_at(), Some(group.now + FIRST_PAUSE));
+    assert_eq!(group.tick(), [], "not yet");
+    group.wait(FIRST_PAUSE);
+    group.tick();
+    group.answer();
+    let cause = "rank 0 (a) has failed: no such file".to_owned();
+    assert_eq!(group.failed("a").last(), Some(&Action::GiveUp(cause)));
+    assert_eq!(group.machine.wakes_at(), None);
+}
+
+#[test]
+fn a_group_that_served_is_never_given_up() {
+    let mut group = pair_of(Settings { give_up_after: Some(3), ..settings(2) });
+    for _ in 1..20 {
+        let actions = group.failed("a");
+        assert!(!actions.iter().any(|a| matches!(a, Action::GiveUp(_))), "{actions:?}");
+        group.now = group.machine.wakes_at().unwrap();
+        group.tick();
+        group.answer();
+        assert_eq!(group.machine.phase(), "loading");
+    }
+}
+
+#[test]
+fn who_always_fails_first_is_replaced() {
+    let mut group = pair_and_spare();
+    let mut seats = Vec::new();
+    for _ in 0..2 {
+        group.failed("a");
+        group.now = group.machine.wakes_at().unwrap();
+        group.tick();
+        group.answer();
+        seats.push(group.machine.ranks()[0].clone());
+    }
+    assert_eq!(seats, shards("ac"), "once more, then the spare");
+    assert_eq!(group.machine.role_of(&shard("a"), group.now), "joining");
+}
+
+#[test]
+fn no_memory_for_a_block_is_a_failure() {
+    let mut group = Group::new(Settings { give_up_after: Some(1), ..settings(1) });
+    group.arrive("a", 1);
+    group.answer();
+    let actions = group.loaded("a", 0, None);
+    assert!(
+        matches!(actions.last(), Some(Action::GiveUp(cause)) if cause.contains("--kv-cache-memory")),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn a_store_that_is_away_is_asked_again() {
+    let mut group = Group::new(settings(1));
+    group.arrive("a", 1);
+    group.is_asked = false;
+    assert_eq!(group.on(Event::EpochRefused), []);
+    group.now = group.machine.wakes_at().unwrap();
+    group.tick();
+    assert!(group.is_asked);
+    group.answer();
+    group.serve(9, None);
+    // While it serves, the store's absence harms nobody, and the reserve is filled when it is back.
+    group.is_asked = false;
+    assert_eq!(group.on(Event::EpochRefused), []);
+    assert_eq!(group.machine.phase(), "serving");
+    group.now = group.machine.wakes_at().unwrap();
+    group.tick();
+    assert!(group.is_asked);
+}
+
+#[test]
+fn who_does_not_load_is_evicted() {
+    let mut group = Group::new(settings(2));
+    for name in ["a", "b", "c"] {
+        group.arrive(name, 1);
+    }
+    group.answer();
+    group.loaded("a", 7, None);
+    group.wait(LOAD_LIMIT - Duration::from_secs(1));
+    group.on(Event::Progress { from: origin("b", 1), epoch: epoch(1) });
+    group.wait(Duration::from_secs(2));
+    assert_eq!(group.tick(), [], "it has moved");
+    group.wait(LOAD_LIMIT);
+    let actions = group.tick();
+    assert!(actions.contains(&Action::Evict { shard: shard("b"), cause: Cause::Deadline }), "{actions:?}");
+    group.answer();
+    assert_eq!(group.machine.ranks(), shards("ac"));
+}
+
+#[test]
+fn a_stuck_rank_is_evicted_and_its_spare_goes_on() {
+    let mut group = pair_and_spare();
+    group.planned(1);
+    group.wait(Duration::from_millis(20));
+    group.stepped("a", 1);
+    group.stepped("b", 1);
+    group.planned(2);
+    for _ in 0..30 {
+        group.wait(Duration::from_millis(50));
+        group.beat("a", Some(1));
+        group.beat("b", None);
+        let actions = group.tick();
+        if !actions.is_empty() {
+            assert!(actions.contains(&Action::Evict { shard: shard("b"), cause: Cause::Deadline }), "{actions:?}");
+            let form = group.form(2, "ac", Some(1));
+            assert_eq!(actions.last(), Some(&form));
+            // It attaches again at once, and has to wait for its trust.
+            group.arrive("b", 1);
+            assert_eq!(group.machine.role_of(&shard("b"), group.now), "joining");
+            return;
+        }
+    }
+    panic!("nobody noticed");
+}
+
+#[test]
+fn if_nobody_is_to_blame_the_same_shards_try_again() {
+    let mut group = pair_and_spare();
+    group.planned(1);
+    group.wait(Duration::from_secs(61));
+    group.beat("a", Some(1));
+    group.beat("b", Some(0));
+    let actions = group.tick();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Evict { .. })), "{actions:?}");
+    group.now = group.machine.wakes_at().unwrap();
+    let form = group.form(2, "ab", Some(1));
+    assert_eq!(group.tick(), [form]);
+}
+
+#[test]
+fn a_silent_loss_is_a_loss_like_any() {
+    let mut group = pair_and_spare();
+    let from = origin("b", 1);
+    let actions = group.on(Event::Left { from, cause: Cause::Silent, reason: "it was silent".to_owned() });
+    assert_eq!(actions[0], lost(1, Cause::Silent, "rank 1 (b) is lost: it was silent", false));
+    assert_eq!(group.machine.ranks(), shards("ac"));
+}

@@ -1,0 +1,429 @@
+//! What the group's actor does: messages to events, the machine's actions to messages.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError},
+    time::Instant,
+};
+
+use phalanx_cluster::id::{Epoch, ShardId};
+use phalanx_proto::v1::{
+    DrainResponse, Form, Heartbeat, Loaded, Prepare, Ready, Retire, RolloutEvent, Serve, Shutdown, StepResult,
+    coordinator_message::Message, shard_message::Message as FromShard,
+};
+use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
+use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::sync::mpsc;
+
+use super::{
+    actor::{GroupConfig, GroupMsg, Notice},
+    alarm::Alarm,
+    change::ChangeError,
+    epochs,
+    machine::{Action, Beat, Cause, Changed, Event, GroupMachine, Origin, Slice, Ticket, Turned},
+    plans::GroupPlans,
+    progress::LoadProgress,
+    seats::Seats,
+};
+use crate::{
+    metrics as names,
+    scheduler::handle::{GroupEvent, Kept},
+};
+
+/// Bytes that name a formation's shared memory and authenticate its connections.
+const SECRET_BYTES: usize = 32;
+
+type DrainReply = RpcReplyPort<Result<DrainResponse, ChangeError>>;
+type UndrainReply = RpcReplyPort<Result<(), ChangeError>>;
+type RolloutEvents = mpsc::UnboundedSender<Result<RolloutEvent, ChangeError>>;
+
+/// Somebody who waits for a change.
+enum Asker {
+    Drain(DrainReply),
+    Undrain(UndrainReply),
+}
+
+/// What the actor knows.
+pub struct State {
+    pub(super) config: Arc<GroupConfig>,
+    pub(super) machine: GroupMachine,
+    pub(super) seats: Seats,
+    pub(super) alarm: Alarm,
+    pub(super) is_ending: bool,
+    plans: Option<Arc<GroupPlans>>,
+    progress: Option<LoadProgress>,
+    told_to_wait: Option<String>,
+    askers: BTreeMap<Ticket, Asker>,
+    next_ticket: Ticket,
+    rollout: Option<RolloutEvents>,
+    /// The greatest epoch that was taken.
+    latest: Epoch,
+}
+
+impl State {
+    pub(super) fn new(config: Arc<GroupConfig>, machine: GroupMachine, alarm: Alarm) -> Self {
+        let latest = machine.epoch();
+        Self {
+            config,
+            machine,
+            seats: Seats::default(),
+            alarm,
+            is_ending: false,
+            plans: None,
+            progress: None,
+            told_to_wait: None,
+            askers: BTreeMap::new(),
+            next_ticket: 1,
+            rollout: None,
+            latest,
+        }
+    }
+
+    pub(super) fn on_message(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        from: &Origin,
+        message: FromShard,
+    ) -> Result<(), ActorProcessingErr> {
+        let epoch = Epoch::from_raw;
+        let from = || from.clone();
+        let event = match message {
+            FromShard::StepResult(result) => {
+                let event = Event::Stepped { from: from(), epoch: epoch(result.epoch), step: result.step };
+                return self.step(myself, event, Some(result));
+            }
+            FromShard::Heartbeat(beat) => {
+                self.note(&from(), |memory| memory.resident = beat.resident_bytes);
+                Event::Beat { from: from(), beat: what_it_does(&beat) }
+            }
+            FromShard::LoadProgress(progress) => {
+                let rank = self.machine.rank_of(&from().shard);
+                if let (Some(rank), true) = (rank, progress.epoch == self.machine.epoch().raw())
+                    && let Some(shown) = &mut self.progress
+                {
+                    shown.update(rank, progress.done_bytes, progress.total_bytes);
+                }
+                Event::Progress { from: from(), epoch: epoch(progress.epoch) }
+            }
+            FromShard::Loaded(loaded) => {
+                self.on_loaded(&from(), &loaded);
+                let slice = Slice {
+                    kv_blocks: loaded.kv_blocks,
+                    weight_bytes: loaded.weight_bytes,
+                    kept_through: loaded.kv_kept_through_step,
+                };
+                Event::Loaded { from: from(), epoch: epoch(loaded.epoch), slice }
+            }
+            FromShard::Ready(ready) => {
+                self.on_ready(&from(), &ready);
+                Event::Ready { from: from(), epoch: epoch(ready.epoch) }
+            }
+            FromShard::Failed(failed) => {
+                let error = match failed.step {
+                    0 => failed.error,
+                    step => format!("step {step}: {}", failed.error),
+                };
+                tracing::error!(shard = %from().shard, epoch = failed.epoch, error, "a shard has failed");
+                Event::Failed { from: from(), epoch: epoch(failed.epoch), error }
+            }
+            FromShard::Prepared(prepared) => {
+                tracing::info!(
+                    shard = %from().shard,
+                    rank = prepared.rank,
+                    world_size = prepared.world_size,
+                    weight_bytes = prepared.weight_bytes,
+                    "a spare has loaded a slice"
+                );
+                self.note(&from(), |memory| memory.weights = memory.weights.max(prepared.weight_bytes));
+                let (world_size, rank) = (prepared.world_size as usize, prepared.rank as usize);
+                Event::Prepared { from: from(), world_size, rank }
+            }
+            FromShard::Leaving(leaving) => {
+                tracing::info!(shard = %from().shard, reason = leaving.reason, "a shard was asked to end");
+                Event::Leaving(from())
+            }
+            FromShard::Hello(_) => return Ok(()),
+        };
+        self.step(myself, event, None)
+    }
+
+    fn on_loaded(&mut self, from: &Origin, loaded: &Loaded) {
+        self.note(from, |memory| memory.weights = loaded.weight_bytes);
+        if let Some(rank) = self.machine.rank_of(&from.shard) {
+            tracing::info!(
+                rank,
+                shard = %from.shard,
+                epoch = loaded.epoch,
+                weight_bytes = loaded.weight_bytes,
+                kv_blocks = loaded.kv_blocks,
+                kv_bytes_per_block = loaded.kv_bytes_per_block,
+                kv_kept_through_step = loaded.kv_kept_through_step,
+                "loaded"
+            );
+        }
+    }
+
+    fn on_ready(&mut self, from: &Origin, ready: &Ready) {
+        self.note(from, |memory| {
+            memory.kv = ready.kv_bytes;
+            memory.resident = ready.resident_bytes;
+        });
+        if let Some(rank) = self.machine.rank_of(&from.shard) {
+            let (kv_bytes, resident_bytes) = (ready.kv_bytes, ready.resident_bytes);
+            tracing::info!(rank, shard = %from.shard, epoch = ready.epoch, kv_bytes, resident_bytes, "ready");
+        }
+    }
+
+    fn note(&mut self, from: &Origin, change: impl FnOnce(&mut super::seats::Memory)) {
+        let rank = self.machine.rank_of(&from.shard);
+        self.seats.note_memory(from, rank, change);
+    }
+
+    pub(super) fn drain(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        shard: ShardId,
+        reply: DrainReply,
+    ) -> Result<(), ActorProcessingErr> {
+        let ticket = self.ticket(Asker::Drain(reply));
+        self.step(myself, Event::Drain { ticket, shard }, None)
+    }
+
+    pub(super) fn undrain(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        shard: ShardId,
+        reply: UndrainReply,
+    ) -> Result<(), ActorProcessingErr> {
+        let ticket = self.ticket(Asker::Undrain(reply));
+        self.step(myself, Event::Undrain { ticket, shard }, None)
+    }
+
+    pub(super) fn roll_out(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        but: Vec<ShardId>,
+        events: RolloutEvents,
+    ) -> Result<(), ActorProcessingErr> {
+        if self.machine.is_rolling() {
+            let why = "a rolling restart is under way: wait for its end".to_owned();
+            // Who asked may have given up.
+            drop(events.send(Err(ChangeError::Impossible(why))));
+            return Ok(());
+        }
+        self.rollout = Some(events);
+        self.step(myself, Event::Rollout { but }, None)
+    }
+
+    fn ticket(&mut self, asker: Asker) -> Ticket {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.askers.insert(ticket, asker);
+        ticket
+    }
+
+    pub(super) fn step(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        event: Event,
+        mut result: Option<StepResult>,
+    ) -> Result<(), ActorProcessingErr> {
+        if let Event::EpochTaken(epoch) = &event {
+            self.latest = self.latest.max(*epoch);
+        }
+        for action in self.machine.step(Instant::now(), event) {
+            match action {
+                Action::TakeEpoch(after) => self.take_epoch(myself, after.max(self.latest)),
+                Action::Form { epoch, ranks, keep_kv_of, mirrors } => self.form(epoch, ranks, keep_kv_of, &mirrors)?,
+                Action::Serve { epoch, kv_blocks } => {
+                    tracing::info!(%epoch, kv_blocks, "all ranks are loaded");
+                    for shard in self.machine.ranks() {
+                        self.seats.tell(shard, Message::Serve(Serve { epoch: epoch.raw(), kv_blocks }));
+                    }
+                }
+                Action::Serving { epoch, kv_blocks, kept } => self.serving(myself, epoch, kv_blocks, kept),
+                Action::Hold(epoch) => (self.config.scheduler)(GroupEvent::Hold { epoch: epoch.raw() }),
+                Action::Resume(epoch) => (self.config.scheduler)(GroupEvent::Resume { epoch: epoch.raw() }),
+                Action::Lost { epoch, cause, reason, is_planned } => self.lost(epoch, cause, &reason, is_planned),
+                Action::Retire { epoch, shard, keep_kv } => {
+                    self.seats.tell(&shard, Message::Retire(Retire { epoch: epoch.raw(), keep_kv }));
+                }
+                Action::Prepare { shard, world_size, ranks } => self.prepare(&shard, world_size, &ranks),
+                Action::Evict { shard, cause } => self.evict(&shard, cause),
+                Action::Shutdown { shard, reason } => {
+                    tracing::info!(%shard, reason, "telling a shard to end");
+                    self.seats.tell(&shard, Message::Shutdown(Shutdown { reason }));
+                }
+                Action::Deliver => {
+                    if let Some(result) = result.take() {
+                        (self.config.scheduler)(GroupEvent::Stepped(result));
+                    }
+                }
+                Action::CountFenced => metrics::counter!(names::FENCED).increment(1),
+                Action::WarnSlow(shard) => {
+                    tracing::warn!(%shard, "a rank keeps the others waiting: its machine is slow or busy");
+                }
+                Action::Answer(ticket, answer) => self.answer(ticket, answer),
+                Action::Turned(turned) => self.turned(turned),
+                Action::GiveUp(cause) => self.notice(Notice::GiveUp(cause)),
+            }
+        }
+        Ok(())
+    }
+
+    fn take_epoch(&self, myself: &ActorRef<GroupMsg>, after: Epoch) {
+        let (store, myself) = (Arc::clone(&self.config.store), myself.clone());
+        tokio::spawn(async move {
+            let taken = epochs::take(&*store, after).await.map_err(|e| e.to_string());
+            // The actor may have ended: its successor asks again.
+            let _ = myself.cast(GroupMsg::EpochTaken(taken));
+        });
+    }
+
+    fn form(
+        &mut self,
+        epoch: Epoch,
+        ranks: Vec<ShardId>,
+        keep_kv_of: Option<Epoch>,
+        mirrors: &[ShardId],
+    ) -> Result<(), ActorProcessingErr> {
+        let shards: Vec<&str> = ranks.iter().map(|s| s.0.as_str()).collect();
+        let keep_kv_of_epoch = keep_kv_of.map_or(0, Epoch::raw);
+        tracing::info!(%epoch, ?shards, keep_kv_of_epoch, "forming");
+        metrics::gauge!(names::EPOCH).set(epoch.raw() as f64);
+        let mut collective_secret = vec![0; SECRET_BYTES];
+        let filled = getrandom(&mut collective_secret, GetRandomFlags::empty())?;
+        if filled != SECRET_BYTES {
+            return Err("the system gave too few random bytes".into());
+        }
+        let form = Form {
+            epoch: epoch.raw(),
+            world_size: u32::try_from(ranks.len()).unwrap_or(u32::MAX),
+            peers: self.seats.peers(&ranks),
+            collective_secret,
+            keep_kv_of_epoch,
+            mirrors: self.seats.mirror_targets(mirrors),
+            ..self.config.form.clone()
+        };
+        for (rank, shard) in (0u32..).zip(&ranks) {
+            self.seats.tell(shard, Message::Form(Form { rank, ..form.clone() }));
+        }
+        self.progress = Some(LoadProgress::new(ranks.len()));
+        let (store, latest) = (Arc::clone(&self.config.store), self.latest);
+        tokio::spawn(async move {
+            if let Err(error) = epochs::remember_ranks(&*store, latest, ranks).await {
+                tracing::warn!(%error, "the ranks can't be kept in the store");
+            }
+        });
+        Ok(())
+    }
+
+    fn prepare(&self, shard: &ShardId, world_size: usize, ranks: &[usize]) {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let form =
+            Form { epoch: self.machine.epoch().raw(), world_size: count(world_size), ..self.config.form.clone() };
+        tracing::info!(%shard, world_size, ?ranks, "a spare is to load slices ahead");
+        let ranks = ranks.iter().map(|r| count(*r)).collect();
+        self.seats.tell(shard, Message::Prepare(Prepare { form: Some(form), ranks }));
+    }
+
+    fn serving(&mut self, myself: &ActorRef<GroupMsg>, epoch: Epoch, kv_blocks: u32, kept: Option<(Epoch, u64)>) {
+        self.progress = None;
+        let shards = self.machine.ranks().to_vec();
+        let links = shards.iter().filter_map(|s| self.seats.get(s)).map(|seat| seat.link.clone()).collect();
+        let plans = GroupPlans::new(epoch, links, myself.clone());
+        let kept_through_step = kept.map(|(_, step)| step);
+        tracing::info!(%epoch, kv_blocks, kept_through_step, "serving");
+        self.plans = Some(Arc::clone(&plans));
+        *self.config.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(epoch);
+        let n_blocks = kv_blocks as usize;
+        let kept = kept.map(|(epoch, through_step)| Kept { epoch: epoch.raw(), through_step });
+        (self.config.scheduler)(GroupEvent::Serving { epoch: epoch.raw(), n_blocks, plans, kept });
+        self.notice(Notice::Serving { epoch, shards });
+    }
+
+    fn lost(&mut self, epoch: Epoch, cause: Cause, reason: &str, is_planned: bool) {
+        if self.is_ending {
+            tracing::debug!(%epoch, reason, "the group ends");
+        } else if is_planned {
+            tracing::info!(%epoch, cause = cause.name(), "the group is switched");
+        } else {
+            tracing::warn!(%epoch, reason, "the group is lost; running requests wait for the next");
+        }
+        if let Some(plans) = self.plans.take() {
+            plans.end();
+        }
+        metrics::counter!(names::FAILOVERS, "cause" => cause.name()).increment(u64::from(!self.is_ending));
+        self.config.lost(reason, is_planned);
+    }
+
+    fn evict(&mut self, shard: &ShardId, cause: Cause) {
+        let Some(seat) = self.seats.get(shard) else { return };
+        tracing::warn!(%shard, cause = cause.name(), "closing the stream of a shard that is stuck");
+        let (from, pid) = (seat.link.origin().clone(), seat.hello.pid);
+        seat.link.close();
+        self.seats.remove(&from);
+        self.notice(Notice::Stuck { shard: shard.clone(), pid });
+    }
+
+    pub(super) fn notice(&self, notice: Notice) {
+        // The process is about to end: nobody listens any more if it already does.
+        let _ = self.config.notices.send(notice);
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Result<Changed, ChangeError>) {
+        // Who asked may have given up.
+        match self.askers.remove(&ticket) {
+            Some(Asker::Drain(reply)) => drop(reply.send(answer.map(|changed| DrainResponse {
+                successor: changed.successor.map(|s| s.0).unwrap_or_default(),
+                stall_ms: u32::try_from(changed.stall.as_millis()).unwrap_or(u32::MAX),
+                epoch: self.machine.epoch().raw(),
+            }))),
+            Some(Asker::Undrain(reply)) => drop(reply.send(answer.map(|_| ()))),
+            None => {}
+        }
+    }
+
+    fn turned(&mut self, turned: Result<Turned, ChangeError>) {
+        let is_last = !matches!(&turned, Ok(turned) if turned.shard.is_some());
+        let event = turned.map(|turned| RolloutEvent {
+            shard_id: turned.shard.map(|s| s.0).unwrap_or_default(),
+            phase: turned.phase.to_owned(),
+            done: u32::try_from(turned.done).unwrap_or(u32::MAX),
+            total: u32::try_from(turned.total).unwrap_or(u32::MAX),
+            stall_ms: u32::try_from(turned.stall.as_millis()).unwrap_or(u32::MAX),
+        });
+        match &event {
+            Ok(event) => tracing::info!(
+                shard = event.shard_id,
+                phase = event.phase,
+                done = event.done,
+                total = event.total,
+                "rolling restart"
+            ),
+            Err(error) => tracing::warn!(%error, "the rolling restart has ended early"),
+        }
+        if let Some(events) = &self.rollout {
+            // It goes on even if nobody listens any more.
+            let _ = events.send(event);
+        }
+        if is_last {
+            self.rollout = None;
+        }
+    }
+
+    pub(super) fn say_what_is_missing(&mut self) {
+        let missing = self.machine.waits_for();
+        if missing != self.told_to_wait {
+            if let Some(missing) = missing.as_ref().filter(|_| !self.is_ending) {
+                tracing::info!("waiting: {missing}");
+            }
+            self.told_to_wait = missing;
+        }
+    }
+}
+
+fn what_it_does(beat: &Heartbeat) -> Beat {
+    let busy = (beat.busy_epoch != 0).then(|| (Epoch::from_raw(beat.busy_epoch), beat.busy_step));
+    Beat { busy, waits_for: beat.waits_for_rank.map(|r| r as usize) }
+}
