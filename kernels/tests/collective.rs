@@ -203,6 +203,15 @@ fn operations_in_any_order_do_not_mix() {
     });
 }
 
+/// Returns when the flag's collective waits for that rank.
+fn wait_until_waiting_for(flag: &AbortFlag, peer: u32) {
+    let start = Instant::now();
+    while flag.waits_for() != Some(peer) {
+        assert!(start.elapsed() < AMPLE, "it does not wait for rank {peer}");
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn an_abort_ends_a_waiting_rank() {
     for kind in ["shm", "tcp"] {
@@ -219,11 +228,13 @@ fn an_abort_ends_a_waiting_rank() {
             let result = thread::scope(|scope| {
                 scope.spawn(|| {
                     begin.wait();
+                    wait_until_waiting_for(&abort, 0);
                     abort.abort();
                 });
                 collective.all_reduce(&mut [1, 2, 3])
             });
             begin.wait();
+            assert_eq!(collective.abort_flag().waits_for(), None);
             assert!(start.elapsed() < SOON, "{kind}: {:?}", start.elapsed());
             assert!(matches!(collective.broadcast(&mut [0]), Err(CollectiveError::Aborted { .. })));
             Some(result)
@@ -240,6 +251,27 @@ fn an_abort_ends_connecting() {
             let abort = AbortFlag::default();
             abort.abort();
             let connected = connect_abortable(&members[rank].config, Some(&members[rank].listener), Some(kind), abort);
+            assert!(matches!(connected.err(), Some(CollectiveError::Aborted { .. })), "{kind}");
+        }
+    }
+}
+
+#[test]
+fn an_abort_ends_connecting_that_waits() {
+    for kind in ["shm", "tcp"] {
+        for rank in 0..2 {
+            let members = members(2, AMPLE);
+            let abort = AbortFlag::default();
+            let start = Instant::now();
+            let connected = thread::scope(|scope| {
+                scope.spawn(|| {
+                    wait_until_waiting_for(&abort, 1 - rank as u32);
+                    abort.abort();
+                });
+                let (config, listener) = (&members[rank].config, &members[rank].listener);
+                connect_abortable(config, Some(listener), Some(kind), abort.clone())
+            });
+            assert!(start.elapsed() < SOON, "{kind}: {:?}", start.elapsed());
             assert!(matches!(connected.err(), Some(CollectiveError::Aborted { .. })), "{kind}");
         }
     }

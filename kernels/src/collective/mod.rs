@@ -13,7 +13,7 @@ use std::{
     net::TcpListener,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -69,19 +69,46 @@ pub enum CollectiveError {
     },
 }
 
-/// Lets another thread end a collective that is waiting. Cloning shares the flag.
+/// Lets another thread end a collective that is waiting, and see whom it waits for. Cloning shares the flag.
 #[derive(Debug, Clone, Default)]
-pub struct AbortFlag(Arc<AtomicBool>);
+pub struct AbortFlag(Arc<FlagState>);
+
+#[derive(Debug, Default)]
+struct FlagState {
+    aborted: AtomicBool,
+    /// The rank that is waited for, plus 1; 0 for none.
+    waits_for: AtomicU32,
+}
 
 impl AbortFlag {
     /// Every waiting and later operation returns [`CollectiveError::Aborted`].
     pub fn abort(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.aborted.store(true, Ordering::Release);
     }
 
     /// Whether [`AbortFlag::abort`] was called.
     pub fn is_aborted(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.aborted.load(Ordering::Acquire)
+    }
+
+    /// The rank that the collective waits for at this moment, if it waits longer than it takes to notice.
+    pub fn waits_for(&self) -> Option<u32> {
+        self.0.waits_for.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// Says that a rank is waited for; until the answer is dropped.
+    fn waiting_for(&self, peer: usize) -> Waiting<'_> {
+        self.0.waits_for.store(peer as u32 + 1, Ordering::Relaxed);
+        Waiting(self)
+    }
+}
+
+/// A wait for a rank; see [`AbortFlag::waits_for`].
+struct Waiting<'a>(&'a AbortFlag);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.0.waits_for.store(0, Ordering::Relaxed);
     }
 }
 

@@ -278,6 +278,7 @@ impl Exchange {
             }
             self.spin.learn(came);
         }
+        let _waiting = (!came).then(|| self.abort.waiting_for(peer));
         while !came {
             self.check_abort()?;
             // Order matters: a peer that published and then left has done its part.

@@ -235,6 +235,7 @@ impl Setup<'_> {
         peer: usize,
         mut look: impl FnMut() -> Result<Option<T>, CollectiveError>,
     ) -> Result<T, CollectiveError> {
+        let _waiting = self.abort.waiting_for(peer);
         loop {
             if let Some(found) = look()? {
                 return Ok(found);

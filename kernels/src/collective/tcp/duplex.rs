@@ -157,6 +157,7 @@ impl Transfer<'_> {
                 return Err(CollectiveError::Timeout { epoch: self.epoch, rank: missing, after: self.time_limit });
             }
             if moved == 0 {
+                let _waiting = self.abort.waiting_for(missing);
                 self.sleep(outgoing, incoming, left.min(WAKE_INTERVAL));
             }
         }

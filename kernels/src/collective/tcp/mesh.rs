@@ -139,6 +139,7 @@ fn gather_links(
         let Some(missing) = (0..config.world_size).find(|rank| *rank != config.rank && links[*rank].is_none()) else {
             return Ok(links);
         };
+        let _waiting = abort.waiting_for(missing);
         if abort.is_aborted() {
             return Err(CollectiveError::Aborted { epoch: config.epoch });
         }
