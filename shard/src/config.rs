@@ -2,7 +2,13 @@
 //!
 //! Precedence: flags, then environment, then file, then defaults.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{
+    ffi::OsString,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{Parser, error::ErrorKind};
 use figment::{
@@ -14,6 +20,8 @@ use serde::{Deserialize, Serialize};
 use tonic::transport::Uri;
 
 use crate::device::{self, DeviceConfig};
+#[cfg(debug_assertions)]
+use crate::failpoint::Failpoint;
 
 /// Holds a slice of a model on a device, joins a coordinator, and computes the steps that it plans.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -25,7 +33,8 @@ use crate::device::{self, DeviceConfig};
                   (error, warn, info, debug, trace, or per target) [default: info]."
 )]
 pub struct Flags {
-    /// Coordinators to join, as http://HOST:PORT separated by commas; the first that answers is taken
+    /// Coordinators, as http://HOST:PORT, separated by commas or repeated; the one that leads is joined. The others that
+    /// it knows are learned from it
     #[arg(long, env = "PHALANX_COORDINATOR", value_name = "URL[,URL]", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     coordinator: Option<Vec<String>>,
@@ -40,10 +49,33 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     threads: Option<usize>,
 
-    /// Address on which ranks of other hosts reach this shard; port 0 takes a free one [default: 127.0.0.1:0]
+    /// Address on which this shard listens for ranks of other hosts; port 0 takes a free one [default: 127.0.0.1:0, or all
+    /// addresses if --advertise is given]
     #[arg(long, env = "PHALANX_LISTEN", value_name = "ADDR:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     listen: Option<String>,
+
+    /// Address at which ranks of other hosts reach this shard; without a port that of --listen [default: that of --listen,
+    /// or if it listens on all addresses the one from which it reaches the coordinator]
+    #[arg(long, env = "PHALANX_ADVERTISE", value_name = "HOST[:PORT]")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advertise: Option<String>,
+
+    /// Proof that this shard may join, where coordinators ask for one
+    #[arg(long, env = "PHALANX_JOIN_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    join_token: Option<String>,
+
+    /// File that holds the join token
+    #[arg(long, env = "PHALANX_JOIN_TOKEN_FILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    join_token_file: Option<PathBuf>,
+
+    /// Longest wait for the coordinator to let this shard go after the first Ctrl-C or SIGTERM, in seconds; a second one
+    /// ends at once [default: 30]
+    #[arg(long, env = "PHALANX_LEAVE_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leave_timeout: Option<u32>,
 
     /// Stable name of this shard [default: host name and a random number]
     #[arg(long, env = "PHALANX_SHARD_ID", value_name = "NAME")]
@@ -69,6 +101,12 @@ pub struct Flags {
     #[arg(long, hide = true)]
     #[serde(skip)]
     exit_with_parent: bool,
+
+    /// Faults at chosen places, for tests
+    #[cfg(debug_assertions)]
+    #[arg(long, env = "PHALANX_FAILPOINT", value_name = "SPEC", value_delimiter = ',', hide = true)]
+    #[serde(skip)]
+    failpoint: Vec<Failpoint>,
 }
 
 /// The options of all sources together, as text.
@@ -79,7 +117,11 @@ struct Merged {
     coordinator: Addresses,
     device: String,
     threads: Option<usize>,
-    listen: String,
+    listen: Option<String>,
+    advertise: Option<String>,
+    join_token: Option<String>,
+    join_token_file: Option<PathBuf>,
+    leave_timeout: u32,
     shard_id: Option<String>,
     isa: String,
     collective: String,
@@ -102,12 +144,12 @@ impl Default for Addresses {
 #[derive(Serialize)]
 struct Defaults {
     device: &'static str,
-    listen: &'static str,
+    leave_timeout: u32,
     isa: &'static str,
     collective: &'static str,
 }
 
-const DEFAULTS: Defaults = Defaults { device: "cpu", listen: "127.0.0.1:0", isa: "auto", collective: "auto" };
+const DEFAULTS: Defaults = Defaults { device: "cpu", leave_timeout: 30, isa: "auto", collective: "auto" };
 
 /// What a shard runs with; checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,14 +158,40 @@ pub struct Config {
     pub coordinators: Vec<Uri>,
     /// Device.
     pub device: DeviceConfig,
-    /// Where ranks of other hosts connect.
+    /// Where this shard listens for ranks of other hosts.
     pub listen: SocketAddr,
+    /// Where they reach it; `None` for where it listens.
+    pub advertise: Option<Advertised>,
+    /// Proof that it may join; empty for none.
+    pub join_token: String,
+    /// Longest wait for leave.
+    pub leave_timeout: Duration,
     /// Stable name.
     pub shard_id: String,
     /// Collective; `None` for the fastest that fits.
     pub collective: Option<String>,
     /// Whether to end with the parent process.
     pub exit_with_parent: bool,
+    /// Faults, for tests.
+    #[cfg(debug_assertions)]
+    pub failpoints: Vec<Failpoint>,
+}
+
+/// Where others reach this shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advertised {
+    /// A name or an address.
+    pub host: String,
+    /// `None` for the one that is listened on.
+    pub port: Option<u16>,
+}
+
+impl Advertised {
+    /// `HOST:PORT` of a listener on this port.
+    pub fn address(&self, listening: u16) -> String {
+        let port = self.port.unwrap_or(listening);
+        if self.host.contains(':') { format!("[{}]:{port}", self.host) } else { format!("{}:{port}", self.host) }
+    }
 }
 
 /// An option that can't be used.
@@ -177,12 +245,12 @@ impl Config {
             .merge(Serialized::defaults(flags))
             .extract()
             .map_err(|error| ConfigError::Merge(Box::new(error)))?;
-        merged.check(flags.exit_with_parent)
+        merged.check(flags)
     }
 }
 
 impl Merged {
-    fn check(self, exit_with_parent: bool) -> Result<Config, ConfigError> {
+    fn check(self, flags: &Flags) -> Result<Config, ConfigError> {
         let texts = match self.coordinator {
             Addresses::List(texts) => texts,
             Addresses::Text(text) => text.split(',').map(str::to_owned).collect(),
@@ -201,12 +269,9 @@ impl Merged {
         let device = DeviceConfig { name: self.device, threads, isa };
         // A device that is not here should be known before the coordinator counts on it.
         device.open(Precision::Auto).map_err(|error| value("device", device.name.clone(), error.to_string()))?;
-        let listen = SocketAddr::from_str(&self.listen)
-            .map_err(|_| value("listen", self.listen.clone(), "want ADDRESS:PORT, such as 10.0.0.5:7000"))?;
-        if listen.ip().is_unspecified() {
-            let want = "want the address at which the other machines reach this one, such as 10.0.0.5:7000";
-            return Err(value("listen", self.listen.clone(), want));
-        }
+        let advertise = self.advertise.as_deref().map(advertised).transpose()?;
+        let listen = listen(self.listen.as_deref(), advertise.as_ref())?;
+        let join_token = join_token(self.join_token, self.join_token_file)?;
         let kinds: Vec<&str> = collective::KINDS.iter().map(|kind| kind.name).collect();
         let collective = match self.collective.as_str() {
             "auto" => None,
@@ -218,7 +283,77 @@ impl Merged {
             let reason = "want 1 to 128 characters without slashes and control characters";
             return Err(value("shard-id", shard_id, reason));
         }
-        Ok(Config { coordinators, device, listen, shard_id, collective, exit_with_parent })
+        Ok(Config {
+            coordinators,
+            device,
+            listen,
+            advertise,
+            join_token,
+            leave_timeout: Duration::from_secs(u64::from(self.leave_timeout)),
+            shard_id,
+            collective,
+            exit_with_parent: flags.exit_with_parent,
+            #[cfg(debug_assertions)]
+            failpoints: flags.failpoint.clone(),
+        })
+    }
+}
+
+fn listen(text: Option<&str>, advertise: Option<&Advertised>) -> Result<SocketAddr, ConfigError> {
+    if let Some(text) = text {
+        return SocketAddr::from_str(text)
+            .map_err(|_| value("listen", text, "want ADDRESS:PORT, such as 10.0.0.5:7000"));
+    }
+    Ok(match advertise {
+        // The address may be another's that leads here, so all own ones listen.
+        Some(advertise) => {
+            let port = advertise.port.unwrap_or(0);
+            match IpAddr::from_str(&advertise.host) {
+                Ok(ip) if ip.is_loopback() => (ip, port).into(),
+                Ok(IpAddr::V6(_)) => (Ipv6Addr::UNSPECIFIED, port).into(),
+                _ => (Ipv4Addr::UNSPECIFIED, port).into(),
+            }
+        }
+        None => (Ipv4Addr::LOCALHOST, 0).into(),
+    })
+}
+
+fn advertised(text: &str) -> Result<Advertised, ConfigError> {
+    let wrong = || value("advertise", text, "want HOST or HOST:PORT, such as 10.0.0.5, gpu1:7000 or [fd00::5]:7000");
+    let (host, port) = if let Ok(ip) = IpAddr::from_str(text.trim_matches(['[', ']'])) {
+        (ip.to_string(), None)
+    } else {
+        match text.rsplit_once(':') {
+            Some((host, port)) => {
+                (host.trim_matches(['[', ']']).to_owned(), Some(port.parse::<u16>().map_err(|_| wrong())?))
+            }
+            None => (text.to_owned(), None),
+        }
+    };
+    let is_address = IpAddr::from_str(&host).is_ok_and(|ip| !ip.is_unspecified());
+    let is_name = !host.is_empty()
+        && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
+        && IpAddr::from_str(&host).is_err();
+    if !(is_address || is_name) || port == Some(0) {
+        return Err(wrong());
+    }
+    Ok(Advertised { host, port })
+}
+
+fn join_token(token: Option<String>, file: Option<PathBuf>) -> Result<String, ConfigError> {
+    match (token, file) {
+        (Some(_), Some(file)) => {
+            Err(value("join-token-file", file.display().to_string(), "give it or --join-token, not both"))
+        }
+        (Some(token), None) => Ok(token),
+        (None, Some(file)) => match std::fs::read_to_string(&file) {
+            Ok(text) if text.trim().is_empty() => {
+                Err(value("join-token-file", file.display().to_string(), "the file is empty"))
+            }
+            Ok(text) => Ok(text.trim().to_owned()),
+            Err(error) => Err(value("join-token-file", file.display().to_string(), error.to_string())),
+        },
+        (None, None) => Ok(String::new()),
     }
 }
 
@@ -298,6 +433,43 @@ mod tests {
     }
 
     #[test]
+    fn coordinators_are_separated_or_repeated() {
+        let both = config(&[JOIN, "--coordinator", "http://a:1,http://b:2"]).expect("good options");
+        assert_eq!(both.coordinators, ["http://127.0.0.1:50051", "http://a:1", "http://b:2"]);
+    }
+
+    #[test]
+    fn what_is_advertised_is_listened_for() {
+        let with = |args: &[&str]| {
+            let config = config(&[&[JOIN], args].concat()).expect("good options");
+            (config.listen.to_string(), config.advertise.map(|advertised| advertised.address(9)))
+        };
+        assert_eq!(with(&[]), ("127.0.0.1:0".into(), None));
+        assert_eq!(with(&["--advertise", "gpu-1.lan"]), ("0.0.0.0:0".into(), Some("gpu-1.lan:9".into())));
+        assert_eq!(with(&["--advertise", "10.0.0.5:7000"]), ("0.0.0.0:7000".into(), Some("10.0.0.5:7000".into())));
+        assert_eq!(with(&["--advertise", "127.0.0.1"]), ("127.0.0.1:0".into(), Some("127.0.0.1:9".into())));
+        assert_eq!(with(&["--advertise", "[fd00::5]:7000"]), ("[::]:7000".into(), Some("[fd00::5]:7000".into())));
+        assert_eq!(with(&["--advertise", "fd00::5"]), ("[::]:0".into(), Some("[fd00::5]:9".into())));
+        let both = ["--advertise", "nat:80", "--listen", "10.0.0.5:7000"];
+        assert_eq!(with(&both), ("10.0.0.5:7000".into(), Some("nat:80".into())));
+        assert_eq!(with(&["--listen", "0.0.0.0:7000"]), ("0.0.0.0:7000".into(), None));
+    }
+
+    #[test]
+    fn a_join_token_comes_from_one_place() {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        writeln!(file, " s3cret ").expect("written");
+        let path = file.path().to_str().expect("a path");
+        assert_eq!(config(&[JOIN, "--join-token-file", path]).expect("good options").join_token, "s3cret");
+        assert_eq!(config(&[JOIN, "--join-token", "x"]).expect("good options").join_token, "x");
+        assert_eq!(config(&[JOIN]).expect("good options").join_token, "");
+        assert!(refused(&[JOIN, "--join-token", "x", "--join-token-file", path]).contains("not both"));
+        assert!(refused(&[JOIN, "--join-token-file", "/does/not/exist"]).contains("/does/not/exist"));
+        let empty = tempfile::NamedTempFile::new().expect("a file");
+        assert!(refused(&[JOIN, "--join-token-file", empty.path().to_str().expect("a path")]).contains("empty"));
+    }
+
+    #[test]
     fn bad_values_say_what_would_do() {
         assert!(refused(&[]).contains("--coordinator is missing"));
         assert!(refused(&["--coordinator", "127.0.0.1:1"]).contains("want http://HOST:PORT"));
@@ -308,5 +480,10 @@ mod tests {
         assert!(refused(&[JOIN, "--collective", "pigeon"]).contains("shm"));
         assert!(refused(&[JOIN, "--listen", "here"]).contains("ADDRESS:PORT"));
         assert!(refused(&[JOIN, "--shard-id", "a/b"]).contains("slashes"));
+        for address in ["0.0.0.0", "a:b:c", "host:", "host:0", "http://host", "[::]:7000"] {
+            assert!(refused(&[JOIN, "--advertise", address]).contains("HOST:PORT"), "{address}");
+        }
+        #[cfg(debug_assertions)]
+        assert!(refused(&[JOIN, "--failpoint", "step:1:explode"]).contains("no failpoint"));
     }
 }

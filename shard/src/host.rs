@@ -25,6 +25,11 @@ pub fn incarnation() -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().0
 }
 
+/// A random number from 0 to 1.
+pub fn luck() -> f64 {
+    (uuid::Uuid::new_v4().as_u64_pair().1 >> 11 & 0xFFFF_FFFF) as f64 / f64::from(u32::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,5 +40,6 @@ mod tests {
         assert!(!host_id().contains('\n'));
         assert_ne!(default_shard_id(), default_shard_id());
         assert_ne!(incarnation(), incarnation());
+        assert!((0..100).all(|_| (0.0..=1.0).contains(&luck())));
     }
 }

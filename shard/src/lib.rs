@@ -6,9 +6,11 @@
 //! - [`offline`]: a group in one process, for tests and for [`mod@bench`].
 
 pub mod bench;
+mod canary;
 pub mod config;
 pub mod device;
 pub mod engine;
+mod failpoint;
 mod heartbeat;
 mod host;
 pub mod layer;

@@ -1,6 +1,12 @@
 //! The process: configuration, log, engine, link, and how it ends.
 
-use std::{ffi::OsString, io, net::TcpListener, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString,
+    io,
+    net::TcpListener,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use phalanx_kernels::ops::Precision;
@@ -10,7 +16,10 @@ use rustix::{
     io::Errno,
     process::{PidfdFlags, pidfd_open},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -19,7 +28,9 @@ use crate::{
         RankConfig,
         actor::{self, EngineHandle},
     },
-    host, link, memory,
+    host,
+    link::{End, Link},
+    memory,
 };
 
 /// Longest wait for the engine to end its step and release its shared memory.
@@ -69,8 +80,12 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let parent_gone = parent_gone(config.exit_with_parent)?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM can't be watched")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT can't be watched")?;
+    #[cfg(debug_assertions)]
+    crate::failpoint::arm(&config.failpoints);
     let listener = TcpListener::bind(config.listen).with_context(|| format!("--listen {}", config.listen))?;
-    let collective_address = listener.local_addr().context("--listen: no local address")?.to_string();
+    let bound = listener.local_addr().context("--listen: no local address")?;
+    let collective_address =
+        config.advertise.as_ref().map_or_else(|| bound.to_string(), |advertised| advertised.address(bound.port()));
     let hello = hello(&config, collective_address)?;
     tracing::info!(
         shard = %hello.shard_id,
@@ -87,13 +102,27 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     })
     .await?;
 
-    let ended = tokio::select! {
-        end = link::run(&config.coordinators, &hello, &engine.actor) => {
-            let link::End::Shutdown(reason) = end;
-            format!("told to shut down: {reason}")
+    let (leave, told_to_leave) = watch::channel(None);
+    let link = Link::new(&config.coordinators, hello, &engine, told_to_leave, config.leave_timeout)
+        .context("no thread for heartbeats")?;
+    let signals = async {
+        // The first asks for leave; the second does not wait for it.
+        loop {
+            let signal = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if leave.send_replace(Some(signal.to_owned())).is_some() {
+                return signal;
+            }
         }
-        _ = terminate.recv() => "SIGTERM".to_owned(),
-        _ = interrupt.recv() => "SIGINT".to_owned(),
+    };
+    let ended = tokio::select! {
+        end = link.run() => match end {
+            End::Shutdown(reason) => format!("told to shut down: {reason}"),
+            End::Left(reason) => reason,
+        },
+        signal = signals => format!("{signal} again"),
         () = parent_gone => "the parent process has ended".to_owned(),
         () = thread_ended(&engine) => "the engine has ended".to_owned(),
     };
@@ -115,6 +144,7 @@ fn hello(config: &Config, collective_address: String) -> anyhow::Result<Hello> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fingerprint,
         collective_address,
+        join_token: config.join_token.clone(),
         ..Hello::default()
     })
 }
@@ -125,7 +155,7 @@ async fn end(engine: EngineHandle) -> ExitCode {
     if engine.thread.is_finished() {
         tokio::time::sleep(FLUSH).await;
     }
-    engine.interrupt.advance();
+    engine.interrupt.advance(Instant::now());
     // The thread ends when the actor drops its sender.
     engine.actor.stop(None);
     let begun = tokio::time::Instant::now();

@@ -1,6 +1,6 @@
 //! The engine as an actor: a mailbox in front of its thread. Knows what interrupts what.
 
-use std::sync::mpsc;
+use std::{sync::mpsc, time::Instant};
 
 use phalanx_proto::v1::{ShardMessage, coordinator_message::Message};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{
     interrupt::Interrupt,
     rank::RankConfig,
+    vitals::Vitals,
     worker::{self, Command, EngineThread, Envelope},
 };
 
@@ -39,6 +40,8 @@ pub struct EngineHandle {
     pub actor: ActorRef<EngineMsg>,
     /// Ends what it does.
     pub interrupt: Interrupt,
+    /// What it does.
+    pub vitals: Vitals,
     /// Its thread.
     pub thread: EngineThread,
 }
@@ -48,10 +51,10 @@ pub struct EngineHandle {
 /// # Errors
 /// If the system has no thread left.
 pub async fn start(config: RankConfig) -> anyhow::Result<EngineHandle> {
-    let interrupt = Interrupt::default();
-    let (sender, thread) = worker::spawn(config, interrupt.clone())?;
+    let (interrupt, vitals) = (Interrupt::default(), Vitals::default());
+    let (sender, thread) = worker::spawn(config, interrupt.clone(), vitals.clone())?;
     let (actor, _ends_with_the_process) = Actor::spawn(None, Engine, (sender, interrupt.clone())).await?;
-    Ok(EngineHandle { actor, interrupt, thread })
+    Ok(EngineHandle { actor, interrupt, vitals, thread })
 }
 
 impl Actor for Engine {
@@ -77,7 +80,7 @@ impl Actor for Engine {
             EngineMsg::Attached(answers) => Command::Attached(answers),
             EngineMsg::Detached => {
                 state.epoch = 0;
-                state.interrupt.advance();
+                state.interrupt.advance(Instant::now());
                 Command::Detached
             }
             EngineMsg::Coordinator(message) => match *message {
@@ -87,21 +90,20 @@ impl Actor for Engine {
                         return Ok(());
                     }
                     state.epoch = form.epoch;
-                    state.interrupt.advance();
+                    state.interrupt.advance(Instant::now());
                     Command::Form(form)
                 }
                 Message::Retire(retire) => {
                     if retire.epoch == state.epoch {
-                        state.interrupt.advance();
+                        state.interrupt.advance(Instant::now());
                     }
                     Command::Retire(retire)
                 }
                 Message::Serve(serve) => Command::Serve(serve),
                 Message::StepPlan(plan) => Command::Plan(plan),
-                // The link's own; and slices are loaded when they are needed.
-                Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_) | Message::Prepare(_) => {
-                    return Ok(());
-                }
+                Message::Prepare(prepare) => Command::Prepare(prepare),
+                // The link's own.
+                Message::Welcome(_) | Message::Heartbeat(_) | Message::Shutdown(_) => return Ok(()),
             },
         };
         let generation = state.interrupt.generation();
@@ -109,6 +111,13 @@ impl Actor for Engine {
             // The thread has ended: the process is about to.
             myself.stop(Some("the engine thread has ended".to_owned()));
         }
+        Ok(())
+    }
+
+    async fn post_stop(&self, _myself: ActorRef<Self::Msg>, state: &mut Self::State) -> Result<(), ActorProcessingErr> {
+        let end = Envelope { generation: state.interrupt.generation(), command: Command::End };
+        // It may have ended before.
+        let _ended = state.thread.send(end);
         Ok(())
     }
 }

@@ -49,7 +49,7 @@ pub enum Action {
     Allocate,
     /// Execute the plan.
     Run,
-    /// Drop sequences and collective; keep the weights.
+    /// Drop sequences and collective; keep the weights, and the KV pages until it is known that nobody wants them.
     Leave,
     /// Say that this can't be done.
     Refuse(String),

@@ -1,29 +1,27 @@
 //! Taking a rank: checkpoint, partition plan, collective, weights, pages.
 
-use std::{
-    net::TcpListener,
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{net::TcpListener, ops::ControlFlow, path::PathBuf, time::Duration};
 
 use phalanx_cluster::{
-    checkpoint::{self, Checkpoint, CheckpointError},
-    partition::{PartitionPlan, RankSlice},
-    source,
+    checkpoint::{Checkpoint, CheckpointError},
+    partition::PartitionPlan,
 };
 use phalanx_kernels::{
     collective::{self, AbortFlag, Collective, CollectiveConfig, CollectiveError, PeerAddress},
     error::KernelError,
-    ops::{KvShape, Ops, Precision},
+    ops::KvShape,
 };
-use phalanx_proto::v1::{Form, Loaded, Ready, Serve};
+use phalanx_proto::v1::{Form, Loaded, Ready, Serve, StepPlan, StepResult};
 
+use super::{
+    checkpoints::Checkpoints,
+    kept::{KeptPages, KeptState},
+    slice::{self, Key, Slices, Weights},
+};
 use crate::{
-    device::{self, DeviceConfig},
-    layer::scratch::Scratch,
+    device::DeviceConfig,
     memory::{self, KvDemand},
-    model::{LoadError, LoadedModel, RankShape, loader::Progress},
+    model::{LoadError, RankShape, loader::Progress},
     step::{Executor, Limits, StepError},
 };
 
@@ -90,31 +88,25 @@ impl From<CheckpointError> for EngineError {
     }
 }
 
-/// What loaded weights depend on: equal keys, equal weights and scratch memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Key {
-    identity: String,
-    precision: Precision,
-    slice: RankSlice,
-    ffn_slice_width: usize,
-    max_step_rows: usize,
-}
-
-/// Weights on the device, kept over re-forming.
-pub(super) struct Weights {
-    key: Key,
-    weight_bytes: u64,
-    ops: Box<dyn Ops>,
-    model: LoadedModel,
-    scratch: Scratch,
+/// What a shard has, whatever rank it takes.
+pub(super) struct Resources<'a> {
+    pub config: &'a RankConfig,
+    pub checkpoints: &'a mut Checkpoints,
+    pub slices: &'a mut Slices,
 }
 
 /// A place in a group.
 pub(super) struct Rank {
+    term: u64,
+    epoch: u64,
     collective: Box<dyn Collective>,
     weights: WeightsOrExecutor,
     limits: Limits,
     kv: KvShape,
+    /// What the pages held when this group took them over; until its first step.
+    before: Option<KeptPages>,
+    /// The last step that ran completely.
+    last_step: u64,
 }
 
 enum WeightsOrExecutor {
@@ -124,52 +116,22 @@ enum WeightsOrExecutor {
 }
 
 impl Rank {
-    /// Connects to the other ranks and loads, or keeps, the weights.
+    /// Connects to the other ranks and loads the weights, or finds them among the slices. KV pages stay where the form
+    /// wants them and these weights have them; all others are dropped.
     ///
     /// # Errors
-    /// If `form` makes no sense, the model can't be loaded, or a rank does not come. `kept` is lost then, unless it was
-    /// the connection that failed.
+    /// If `form` makes no sense, the model can't be loaded, or a rank does not come.
     pub(super) fn form(
         form: &Form,
-        config: &RankConfig,
-        kept: &mut Option<Weights>,
+        resources: Resources<'_>,
         abort: &AbortFlag,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(Self, Loaded), EngineError> {
-        let precision = device::precision_of(&form.dtype)
-            .ok_or_else(|| EngineError::BadForm(format!("dtype {:?}: want \"auto\" or \"float32\"", form.dtype)))?;
-        let checkpoint = open(form)?;
+        let Resources { config, checkpoints, slices } = resources;
+        let checkpoint = checkpoints.open(form, abort)?;
         let plan = partition(form, checkpoint.as_ref())?;
-        let collective = collective::connect_abortable(
-            &collective_config(form),
-            Some(&config.listener),
-            config.collective.as_deref(),
-            abort.clone(),
-        )?;
         let rank = form.rank as usize;
-        let key = Key {
-            identity: checkpoint.identity().to_owned(),
-            precision,
-            slice: plan.ranks[rank].clone(),
-            ffn_slice_width: plan.ffn_slice_width,
-            max_step_rows: form.max_step_rows as usize,
-        };
-        let weights = match kept.take() {
-            Some(mut weights) if weights.key == key => {
-                weights.model.shape = RankShape::new(checkpoint.config(), &plan, rank);
-                tracing::info!(bytes = weights.weight_bytes, "kept the weights of the group before");
-                weights
-            }
-            other => {
-                // Its memory is needed.
-                drop(other);
-                let mut on_progress = |p| {
-                    progress(p);
-                    if abort.is_aborted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                };
-                Weights::load(key, &config.device, checkpoint.as_ref(), &plan, rank, &mut on_progress)?
-            }
-        };
+        let key = Key::new(form, checkpoint.as_ref(), &plan, rank)?;
         let model = checkpoint.config();
         let kv = KvShape {
             n_layers: model.n_layers,
@@ -178,21 +140,60 @@ impl Rank {
             n_kv_heads: plan.ranks[rank].kv_heads.len(),
             head_dim: model.head_dim,
         };
+        for other in slices.values_mut() {
+            let stays = |kept: &KeptPages| other.key == key && kept.through_step(form, kv).is_some();
+            if !other.kept.as_ref().is_some_and(stays) {
+                other.drop_pages();
+            }
+        }
+        let collective = collective::connect_abortable(
+            &collective_config(form),
+            Some(&config.listener),
+            config.collective.as_deref(),
+            abort.clone(),
+        )?;
+        let weights = match slices.take(&key) {
+            Some(mut weights) => {
+                weights.model.shape = RankShape::new(model, &plan, rank);
+                tracing::info!(bytes = weights.weight_bytes, "this slice is loaded already");
+                weights
+            }
+            None => {
+                let need = slice::estimate(checkpoint.as_ref(), &plan, rank, key.precision())?;
+                make_room(slices, &key, need.saturating_add(form.kv_cache_bytes));
+                let ops = slice::open_device(&key, &config.device)?;
+                let mut on_progress = |p| {
+                    progress(p);
+                    if abort.is_aborted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
+                Weights::load(key, ops, checkpoint.as_ref(), &plan, rank, &mut on_progress)?
+            }
+        };
+        let kv_kept_through_step = weights.kept.as_ref().and_then(|kept| kept.through_step(form, kv));
         let kv_bytes_per_block = if kv.n_kv_heads > 0 { weights.ops.kv_bytes_per_block(kv) } else { 0 };
-        let blocks_per_sequence = u64::from(form.max_model_len.div_ceil(form.block_size));
-        let demand = KvDemand {
-            asked_bytes: form.kv_cache_bytes,
-            bytes_per_block: kv_bytes_per_block,
-            free_bytes: memory::free_bytes(),
-            sharers: form.peers.iter().filter(|peer| peer.host_id == config.host_id).count() as u64,
-            useful_blocks: u64::from(form.max_sequences).saturating_mul(blocks_per_sequence),
+        let kv_blocks = match &weights.kept {
+            // They are there already.
+            Some(kept) => kept.n_blocks,
+            None => {
+                make_room(slices, &weights.key, form.kv_cache_bytes);
+                let blocks_per_sequence = u64::from(form.max_model_len.div_ceil(form.block_size));
+                let demand = KvDemand {
+                    asked_bytes: form.kv_cache_bytes,
+                    wanted_blocks: form.kv_blocks,
+                    bytes_per_block: kv_bytes_per_block,
+                    free_bytes: memory::free_bytes(),
+                    sharers: form.peers.iter().filter(|peer| peer.host_id == config.host_id).count() as u64,
+                    useful_blocks: u64::from(form.max_sequences).saturating_mul(blocks_per_sequence),
+                };
+                demand.n_blocks()
+            }
         };
         let loaded = Loaded {
             epoch: form.epoch,
             weight_bytes: weights.weight_bytes,
-            kv_blocks: demand.n_blocks(),
+            kv_blocks,
             kv_bytes_per_block,
-            kv_kept_through_step: None,
+            kv_kept_through_step,
         };
         let limits = Limits {
             block_size: kv.block_size,
@@ -202,10 +203,20 @@ impl Rank {
             max_model_len: form.max_model_len as usize,
             vocab: model.vocab,
         };
-        Ok((Self { collective, weights: WeightsOrExecutor::Weights(Box::new(weights)), limits, kv }, loaded))
+        let rank = Self {
+            term: form.term,
+            epoch: form.epoch,
+            collective,
+            weights: WeightsOrExecutor::Weights(Box::new(weights)),
+            limits,
+            kv,
+            before: None,
+            last_step: 0,
+        };
+        Ok((rank, loaded))
     }
 
-    /// Allocates the pages; plans can be run afterwards.
+    /// Allocates the pages, unless they are there; plans can be run afterwards.
     ///
     /// # Errors
     /// If the device has no memory for them.
@@ -213,47 +224,61 @@ impl Rank {
         let WeightsOrExecutor::Weights(mut weights) = self.weights else {
             return Err(EngineError::OutOfOrder("the pages are allocated already".to_owned()));
         };
-        let kv = KvShape { n_blocks: serve.kv_blocks as usize, ..self.kv };
+        let n_blocks = serve.kv_blocks as usize;
+        let before = weights.kept.take().filter(|kept| n_blocks <= kept.shape.n_blocks);
+        let kv = match &before {
+            Some(kept) => kept.shape,
+            None => KvShape { n_blocks, ..self.kv },
+        };
         let mut kv_bytes = 0;
         if kv.n_kv_heads > 0 {
-            weights.ops.alloc_kv(kv)?;
-            kv_bytes = weights.ops.kv_bytes_per_block(kv) * u64::from(serve.kv_blocks);
+            if before.is_none() {
+                weights.ops.alloc_kv(kv)?;
+            }
+            kv_bytes = weights.ops.kv_bytes_per_block(kv) * kv.n_blocks as u64;
         }
-        let limits = Limits { n_blocks: kv.n_blocks, ..self.limits };
-        let Weights { key, weight_bytes, ops, model, scratch } = *weights;
+        let limits = Limits { n_blocks, ..self.limits };
+        let Weights { key, weight_bytes, ops, model, scratch, kept: _ } = *weights;
         let executor = Box::new(Executor::new(ops, model, scratch, limits));
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
-        Ok((Self { weights: WeightsOrExecutor::Executor(executor, key, weight_bytes), limits, kv, ..self }, ready))
+        let weights = WeightsOrExecutor::Executor(executor, key, weight_bytes);
+        Ok((Self { weights, limits, kv, before, ..self }, ready))
     }
 
     /// Runs a plan.
     ///
     /// # Errors
     /// As [`Executor::run`].
-    pub(super) fn run(
-        &mut self,
-        plan: phalanx_proto::v1::StepPlan,
-    ) -> Result<phalanx_proto::v1::StepResult, EngineError> {
-        match &mut self.weights {
-            WeightsOrExecutor::Executor(executor, ..) => Ok(executor.run(plan, self.collective.as_mut())?),
-            WeightsOrExecutor::Weights(_) => Err(EngineError::OutOfOrder("there are no pages yet".to_owned())),
-        }
+    pub(super) fn run(&mut self, plan: StepPlan) -> Result<StepResult, EngineError> {
+        let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights else {
+            return Err(EngineError::OutOfOrder("there are no pages yet".to_owned()));
+        };
+        let step = plan.step;
+        self.before = None;
+        let result = executor.run(plan, self.collective.as_mut())?;
+        self.last_step = step;
+        Ok(result)
     }
 
-    /// Leaves the group.
+    /// Leaves the group. The pages stay with the weights: the next form says whether it wants them.
     pub(super) fn into_weights(self) -> Weights {
         match self.weights {
             WeightsOrExecutor::Weights(weights) => *weights,
             WeightsOrExecutor::Executor(executor, key, weight_bytes) => {
-                let (mut ops, model, scratch) = executor.into_parts();
-                // The next group measures free memory before it allocates its own pages.
-                if self.kv.n_kv_heads > 0
-                    && let Err(error) = ops.alloc_kv(KvShape { n_blocks: 0, ..self.kv })
-                {
-                    tracing::warn!(%error, "the KV pages of the last group are not freed");
-                }
-                Weights { key, weight_bytes, ops, model, scratch }
+                let (ops, model, scratch) = executor.into_parts();
+                let last = KeptState { epoch: self.epoch, through_step: self.last_step };
+                let n_blocks = u32::try_from(self.limits.n_blocks).unwrap_or(u32::MAX);
+                let kept = Some(KeptPages::of_group(self.term, self.kv, n_blocks, last, self.before));
+                Weights { key, weight_bytes, ops, model, scratch, kept }
             }
+        }
+    }
+
+    /// What its weights depend on, and their bytes.
+    pub(super) fn slice(&self) -> (&Key, u64) {
+        match &self.weights {
+            WeightsOrExecutor::Weights(weights) => (&weights.key, weights.weight_bytes),
+            WeightsOrExecutor::Executor(_, key, weight_bytes) => (key, *weight_bytes),
         }
     }
 
@@ -263,49 +288,22 @@ impl Rank {
     }
 }
 
-impl Weights {
-    fn load(
-        key: Key,
-        device: &DeviceConfig,
-        checkpoint: &dyn Checkpoint,
-        plan: &PartitionPlan,
-        rank: usize,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<Self, EngineError> {
-        let mut ops = device.open(key.precision)?;
-        let model = crate::model::load(checkpoint, plan, rank, ops.as_mut(), progress)?;
-        let weight_bytes = ops.resident_bytes();
-        let scratch = Scratch::new(ops.as_mut(), &model.shape, key.max_step_rows)?;
-        Ok(Self { key, weight_bytes, ops, model, scratch })
+/// Drops slices until so many bytes are free: first those of other models, of which nothing is wanted any more.
+fn make_room(slices: &mut Slices, key: &Key, need: u64) {
+    slices.retain(|other| other.is_of_the_same_model(key));
+    while memory::free_bytes().is_some_and(|free| free < need.saturating_add(memory::RESERVE_BYTES)) {
+        if !slices.drop_oldest(|_| true) {
+            return;
+        }
+        tracing::info!(need, "dropped a slice that was loaded ahead: its memory is needed");
     }
 }
 
-/// Opens the model and checks that it is the coordinator's.
-fn open(form: &Form) -> Result<Box<dyn Checkpoint>, EngineError> {
-    let path = find(&form.model)?;
-    let checkpoint = checkpoint::open(&path)?;
-    if checkpoint.identity() == form.model_hash {
-        Ok(checkpoint)
-    } else {
-        Err(EngineError::OtherModel {
-            file: path,
-            want: form.model_hash.clone(),
-            got: checkpoint.identity().to_owned(),
-        })
-    }
-}
-
-/// The model's place on this machine; fetched, if it is not here yet.
-fn find(model: &str) -> Result<PathBuf, EngineError> {
-    let path = Path::new(model);
-    if path.exists() {
-        return Ok(path.to_owned());
-    }
-    source::resolve_quietly(model)
-        .map_err(|error| EngineError::Model { model: model.to_owned(), reason: error.to_string() })
-}
-
-fn partition(form: &Form, checkpoint: &dyn Checkpoint) -> Result<PartitionPlan, EngineError> {
+/// How the form deals the model to ranks.
+///
+/// # Errors
+/// If the form makes no sense for this model.
+pub(super) fn partition(form: &Form, checkpoint: &dyn Checkpoint) -> Result<PartitionPlan, EngineError> {
     let bad = |what: &str, got: u64| EngineError::BadForm(format!("{what} is {got}"));
     if form.world_size == 0 || form.peers.len() != form.world_size as usize {
         return Err(EngineError::BadForm(format!("{} peers for {} ranks", form.peers.len(), form.world_size)));

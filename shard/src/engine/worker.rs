@@ -8,15 +8,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::v1::{Failed, Form, LoadProgress, Retire, Serve, ShardMessage, StepPlan, shard_message::Message};
+use phalanx_proto::v1::{
+    Failed, Form, LoadProgress, Prepare, Prepared, Retire, Serve, ShardMessage, StepPlan, shard_message::Message,
+};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
+    ahead::{Ahead, LoadedAhead, Stock},
+    checkpoints::Checkpoints,
     interrupt::Interrupt,
     machine::{Action, EngineMachine, Event},
-    rank::{EngineError, Rank, RankConfig, Weights},
+    rank::{EngineError, Rank, RankConfig, Resources},
+    slice::Slices,
+    vitals::Vitals,
 };
-use crate::model::LoadError;
+use crate::{failpoint, model::LoadError};
 
 /// Least time between two reports of loading.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -25,8 +31,12 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 pub enum Command {
     /// There is a coordinator; answers go there. It has as many answers in flight as the coordinator has sent plans.
     Attached(UnboundedSender<ShardMessage>),
-    /// The coordinator is gone: forget the group, keep the weights.
+    /// The coordinator is gone: leave the group, keep weights and pages until another says what it wants.
     Detached,
+    /// Load slices ahead.
+    Prepare(Prepare),
+    /// A thread that loads ahead is done.
+    LoadedAhead(LoadedAhead),
     /// Take a rank.
     Form(Form),
     /// Allocate pages.
@@ -35,6 +45,8 @@ pub enum Command {
     Plan(StepPlan),
     /// Leave the group.
     Retire(Retire),
+    /// End the thread.
+    End,
 }
 
 /// A command, and when it was given.
@@ -48,14 +60,27 @@ pub struct Envelope {
 /// The engine thread.
 pub type EngineThread = thread::JoinHandle<Result<(), EnginePanic>>;
 
-/// Starts the engine thread. It ends when the sender is dropped, or when it panics; its result says which.
+/// Starts the engine thread. It ends when it is told to, or when it panics; its result says which.
 ///
 /// # Errors
 /// If the system has no thread left.
-pub fn spawn(config: RankConfig, interrupt: Interrupt) -> std::io::Result<(mpsc::Sender<Envelope>, EngineThread)> {
+pub fn spawn(
+    config: RankConfig,
+    interrupt: Interrupt,
+    vitals: Vitals,
+) -> std::io::Result<(mpsc::Sender<Envelope>, EngineThread)> {
     let (sender, commands) = mpsc::channel();
-    let mut worker =
-        Worker { config, interrupt, machine: EngineMachine::default(), answers: None, rank: None, weights: None };
+    let mut worker = Worker {
+        config,
+        interrupt,
+        vitals,
+        machine: EngineMachine::default(),
+        answers: None,
+        rank: None,
+        slices: Slices::default(),
+        checkpoints: Checkpoints::default(),
+        ahead: Ahead::new(sender.clone()),
+    };
     let thread = thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run(&commands))?;
     Ok((sender, thread))
 }
@@ -68,17 +93,21 @@ pub struct EnginePanic(String);
 struct Worker {
     config: RankConfig,
     interrupt: Interrupt,
+    vitals: Vitals,
     machine: EngineMachine,
     answers: Option<UnboundedSender<ShardMessage>>,
     rank: Option<Rank>,
-    /// While there is no rank.
-    weights: Option<Weights>,
+    /// That no rank uses: of the last group, or loaded ahead.
+    slices: Slices,
+    checkpoints: Checkpoints,
+    ahead: Ahead,
 }
 
 impl Worker {
     fn run(&mut self, commands: &mpsc::Receiver<Envelope>) -> Result<(), EnginePanic> {
         while let Ok(envelope) = commands.recv() {
             let step = match &envelope.command {
+                Command::End => break,
                 Command::Plan(plan) => plan.step,
                 _ => 0,
             };
@@ -89,16 +118,23 @@ impl Worker {
                 return Err(panic);
             }
         }
+        self.ahead.stop();
         self.leave();
         Ok(())
     }
 
     fn take(&mut self, Envelope { generation, command }: Envelope) {
+        if !matches!(command, Command::LoadedAhead(_)) {
+            self.interrupt.heed(generation, Instant::now());
+        }
+        let keeps_pages = !matches!(&command, Command::Retire(retire) if !retire.keep_kv);
         let event = match &command {
             Command::Attached(answers) => {
                 self.answers = Some(answers.clone());
                 return;
             }
+            Command::Prepare(_) | Command::LoadedAhead(_) => return self.load_ahead(command),
+            Command::End => return,
             Command::Detached => {
                 self.answers = None;
                 Event::Detached
@@ -119,6 +155,9 @@ impl Worker {
             (Action::Refuse(reason), _) => Err(EngineError::OutOfOrder(reason)),
             (Action::Leave, _) => {
                 self.leave();
+                if !keeps_pages {
+                    self.slices.values_mut().for_each(|weights| weights.drop_pages());
+                }
                 return;
             }
             _ => return,
@@ -142,7 +181,24 @@ impl Worker {
         }
     }
 
+    fn load_ahead(&mut self, command: Command) {
+        let stock = Stock {
+            config: &self.config,
+            checkpoints: &mut self.checkpoints,
+            slices: &mut self.slices,
+            in_use: self.rank.as_ref().map(Rank::slice),
+        };
+        let prepared: Vec<Prepared> = match command {
+            Command::Prepare(prepare) => self.ahead.prepare(prepare, stock),
+            Command::LoadedAhead(loaded) => self.ahead.take(loaded, stock),
+            _ => return,
+        };
+        prepared.into_iter().for_each(|prepared| self.answer(Message::Prepared(prepared)));
+    }
+
     fn form(&mut self, form: &Form, generation: u64) -> Result<Message, EngineError> {
+        failpoint::form();
+        self.ahead.stop();
         self.leave();
         let begun = Instant::now();
         let abort = self.interrupt.abort_flag(generation);
@@ -155,7 +211,9 @@ impl Worker {
                 send(answers.as_ref(), Message::LoadProgress(message));
             }
         };
-        let (rank, loaded) = Rank::form(form, &self.config, &mut self.weights, &abort, &mut progress)?;
+        let resources =
+            Resources { config: &self.config, checkpoints: &mut self.checkpoints, slices: &mut self.slices };
+        let (rank, loaded) = Rank::form(form, resources, &abort, &mut progress)?;
         tracing::info!(
             epoch,
             rank = form.rank,
@@ -163,6 +221,7 @@ impl Worker {
             collective = rank.collective_name(),
             weight_bytes = loaded.weight_bytes,
             kv_blocks = loaded.kv_blocks,
+            kv_kept_through_step = loaded.kv_kept_through_step,
             elapsed_ms = begun.elapsed().as_millis() as u64,
             "loaded"
         );
@@ -186,13 +245,16 @@ impl Worker {
 
     fn plan(&mut self, plan: StepPlan) -> Result<Message, EngineError> {
         let rank = self.rank.as_mut().ok_or_else(|| EngineError::OutOfOrder("step without a rank".to_owned()))?;
+        let _underway = self.vitals.begin(plan.epoch, plan.step, Instant::now());
+        failpoint::step();
         rank.run(plan).map(Message::StepResult)
     }
 
-    /// Gives up the rank; keeps the weights.
+    /// Gives up the rank; keeps weights and pages.
     fn leave(&mut self) {
         if let Some(rank) = self.rank.take() {
-            self.weights = Some(rank.into_weights());
+            let weights = rank.into_weights();
+            self.slices.put(weights.key.clone(), weights);
         }
     }
 

@@ -15,6 +15,7 @@ use super::{
     ARCHITECTURES, Architecture, Bias, DecoderLayer, LayerPlace, LoadError, Part, RankShape, TensorSpec, find,
 };
 use crate::{
+    failpoint,
     layer::{
         norm::RmsNorm,
         rope,
@@ -63,13 +64,9 @@ pub fn load(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<LoadedModel, LoadError> {
     let config = checkpoint.config();
-    let architecture = find(&config.architecture).ok_or_else(|| LoadError::UnknownArchitecture {
-        file: checkpoint.path().clone(),
-        name: config.architecture.clone(),
-        supported: ARCHITECTURES.iter().map(|a| a.name()).collect::<Vec<_>>().join(", "),
-    })?;
+    let architecture = architecture_of(checkpoint)?;
     let shape = RankShape::new(config, plan, rank);
-    let total_bytes = survey(checkpoint, architecture, &shape)?;
+    let total_bytes = survey(checkpoint, architecture, &shape)?.stored_bytes;
     let rope = ops.load_rope(&rope::spec(&config.rope)).map_err(|source| device("rotary embedding", source))?;
     let mut loader =
         Loader { checkpoint, shape: &shape, ops, progress, state: Progress { done_bytes: 0, total_bytes } };
@@ -82,21 +79,52 @@ pub fn load(
     Ok(LoadedModel { layers, embedding, output, output_norm, shape })
 }
 
-/// Checks that all tensors are there in the right shape, before anything is read. Returns the bytes that the rank reads.
-fn survey(checkpoint: &dyn Checkpoint, architecture: &dyn Architecture, shape: &RankShape) -> Result<u64, LoadError> {
+/// How much a rank's slice is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SliceSize {
+    /// In the checkpoint.
+    pub stored_bytes: u64,
+    /// Numbers.
+    pub elements: u64,
+}
+
+/// How much the slice is that `plan` gives to `rank`; reads no tensor.
+///
+/// # Errors
+/// If a tensor is missing or has another shape, or if the family is unknown.
+pub fn size(checkpoint: &dyn Checkpoint, plan: &PartitionPlan, rank: usize) -> Result<SliceSize, LoadError> {
+    survey(checkpoint, architecture_of(checkpoint)?, &RankShape::new(checkpoint.config(), plan, rank))
+}
+
+fn architecture_of(checkpoint: &dyn Checkpoint) -> Result<&'static dyn Architecture, LoadError> {
+    let name = &checkpoint.config().architecture;
+    find(name).ok_or_else(|| LoadError::UnknownArchitecture {
+        file: checkpoint.path().clone(),
+        name: name.clone(),
+        supported: ARCHITECTURES.iter().map(|a| a.name()).collect::<Vec<_>>().join(", "),
+    })
+}
+
+/// Checks that all tensors are there in the right shape, before anything is read.
+fn survey(
+    checkpoint: &dyn Checkpoint,
+    architecture: &dyn Architecture,
+    shape: &RankShape,
+) -> Result<SliceSize, LoadError> {
     let config = checkpoint.config();
-    let mut bytes = 0;
+    let mut size = SliceSize::default();
     let mut read = BTreeSet::new();
     let mut visit = |stem: String, spec: &TensorSpec| -> Result<(), LoadError> {
         let (rows, cols) = shape.whole(spec.part);
         let (my_rows, my_cols) = shape.mine(spec.part);
         let weight = format!("{stem}.weight");
-        bytes += stored_bytes(checkpoint.require(&weight, rows, cols)?, my_rows.len(), my_cols.len());
+        size.stored_bytes += stored_bytes(checkpoint.require(&weight, rows, cols)?, my_rows.len(), my_cols.len());
+        size.elements += (my_rows.len() * my_cols.len()) as u64;
         read.insert(weight);
         let bias = format!("{stem}.bias");
         if has_bias(checkpoint, spec, &bias) {
             let info = checkpoint.require(&bias, 1, rows)?;
-            bytes += if my_cols.start == 0 { stored_bytes(info, 1, my_rows.len()) } else { 0 };
+            size.stored_bytes += if my_cols.start == 0 { stored_bytes(info, 1, my_rows.len()) } else { 0 };
             read.insert(bias);
         }
         Ok(())
@@ -123,7 +151,7 @@ fn survey(checkpoint: &dyn Checkpoint, architecture: &dyn Architecture, shape: &
             architecture: config.architecture.clone(),
         });
     }
-    Ok(bytes)
+    Ok(size)
 }
 
 fn stem_of(layer: usize, spec: &TensorSpec) -> String {
@@ -211,6 +239,7 @@ impl Loader<'_> {
     }
 
     fn report(&mut self) -> Result<(), LoadError> {
+        failpoint::loading(self.state.done_bytes, self.state.total_bytes);
         match (self.progress)(self.state) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(LoadError::Interrupted),

@@ -21,6 +21,7 @@ use super::{
     timed::Timed,
 };
 use crate::{
+    failpoint,
     layer::{
         Pass,
         scratch::{LOGIT_ROWS, Scratch},
@@ -181,6 +182,7 @@ impl Executor {
                 host.wanted.push(wanted(end - 1, purpose));
             }
         }
+        failpoint::rows(&host.ids, plan.chunks.len());
         let vocab = self.model.shape.slice.vocab.clone();
         let local = |id: &u32| if vocab.contains(&(*id as usize)) { *id - vocab.start as u32 } else { u32::MAX };
         host.local_ids.clear();
@@ -194,7 +196,8 @@ impl Executor {
         let mut pass = Pass { ops, collective, scratch: &self.scratch, n_rows, hidden };
         pass.all_reduce_delta()?;
         pass.ops.bits_to_f32(self.scratch.delta, self.scratch.residual, n_rows * hidden)?;
-        for layer in &self.model.layers {
+        for (idx, layer) in self.model.layers.iter().enumerate() {
+            failpoint::layer(idx, self.model.layers.len());
             layer.run(&mut pass)?;
         }
         Ok(())

@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_kernels::collective::{AbortFlag, Collective, CollectiveError};
 
+use crate::failpoint;
+
 /// A collective that adds up the time spent in it.
 pub(super) struct Timed<'a> {
     inner: &'a mut dyn Collective,
@@ -42,6 +44,7 @@ impl Collective for Timed<'_> {
     }
 
     fn all_reduce(&mut self, values: &mut [i64]) -> Result<(), CollectiveError> {
+        failpoint::all_reduce();
         self.time(|inner| inner.all_reduce(values))
     }
 

@@ -1,0 +1,187 @@
+//! The link to the coordinator that leads: finds it, says hello, passes messages to the engine, finds the next.
+//!
+//! - [`directory`]: which coordinators there are, and which leadership is the latest (pure).
+//! - [`leaders`]: asks coordinators who leads. [`dial`]: reaches them.
+//! - [`session`]: one stream, from hello to its end.
+//!
+//! **Invariant.** The shard follows one leader at a time, and none whose term is lower than one that it has followed.
+
+mod dial;
+mod directory;
+mod leaders;
+mod session;
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use phalanx_proto::v1::Hello;
+use ractor::ActorRef;
+use tokio::{sync::watch, time};
+use tonic::transport::Uri;
+
+use self::{
+    directory::{Backoff, Directory},
+    leaders::Newer,
+};
+use crate::{
+    canary::Canary,
+    engine::actor::{EngineHandle, EngineMsg},
+    heartbeat::Pulse,
+    host,
+};
+
+/// While nobody answers, the log says so this often.
+const WAITING_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// A stream that lasted this long was not refused: pauses begin anew.
+const HEALTHY_AFTER: Duration = Duration::from_secs(1);
+
+/// Why the link is over for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The coordinator says so.
+    Shutdown(String),
+    /// The shard was told to leave, and need not wait any longer.
+    Left(String),
+}
+
+/// Why one stream ended, or did not begin.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("{0}")]
+    Connect(String),
+    #[error("refused: {}", status.message())]
+    Refused { leader: Option<String>, status: Box<tonic::Status> },
+    #[error("the stream broke: {0}")]
+    Status(Box<tonic::Status>),
+    #[error("the coordinator closed the stream")]
+    Closed,
+    #[error("the coordinator was silent for {0:?}")]
+    Silent(Duration),
+    #[error("it leads under term {term}, and term {known} is known: it is followed no more")]
+    Older { term: u64, known: u64 },
+    #[error("{} leads now, under term {}", .0.uri, .0.term)]
+    Newer(Newer),
+}
+
+/// Keeps the shard attached to the coordinator that leads.
+pub struct Link {
+    coordinators: Vec<Uri>,
+    hello: Hello,
+    engine: ActorRef<EngineMsg>,
+    pulse: Pulse,
+    canary: Canary,
+    /// Why the shard shall leave, once it shall.
+    leave: watch::Receiver<Option<String>>,
+    leave_limit: Duration,
+}
+
+impl Link {
+    /// Of a shard that introduces itself with `hello`. An address in it that is unspecified (`0.0.0.0`) becomes the one
+    /// from which the coordinator is reached. When `leave` says why, the shard asks the coordinator for leave and goes on
+    /// until it has it, or for `leave_limit`.
+    ///
+    /// # Errors
+    /// If the system has no thread left for heartbeats.
+    pub fn new(
+        coordinators: &[Uri],
+        hello: Hello,
+        engine: &EngineHandle,
+        leave: watch::Receiver<Option<String>>,
+        leave_limit: Duration,
+    ) -> std::io::Result<Self> {
+        let canary = Canary::default();
+        let pulse = Pulse::start(engine.interrupt.clone(), engine.vitals.clone(), canary.clone())?;
+        let (coordinators, engine) = (coordinators.to_vec(), engine.actor.clone());
+        Ok(Self { coordinators, hello, engine, pulse, canary, leave, leave_limit })
+    }
+
+    /// Returns when the shard shall end.
+    pub async fn run(self) -> End {
+        let canary = self.canary.clone();
+        // The canary lives in the same task: what holds the link up silences it.
+        tokio::select! {
+            end = self.follow() => end,
+            never = canary.sing() => never,
+        }
+    }
+
+    async fn follow(mut self) -> End {
+        let mut directory = Directory::new(&self.coordinators);
+        let mut backoff = Backoff::default();
+        let mut logged: Option<Instant> = None;
+        loop {
+            if let Some(reason) = self.leave.borrow().clone() {
+                return End::Left(format!("{reason}, and no coordinator is attached"));
+            }
+            let mut failure = "no coordinator that answers leads".to_owned();
+            for uri in leaders::candidates(&mut directory).await {
+                let attached = match dial::attach(&uri, self.hello_from(&uri).await).await {
+                    Ok(attached) => attached,
+                    Err(broken) => {
+                        if let Broken::Refused { leader: Some(leader), .. } = &broken {
+                            directory.hint(leader);
+                        }
+                        failure = format!("{uri}: {broken}");
+                        continue;
+                    }
+                };
+                tracing::info!(coordinator = %uri, "attached");
+                let begun = Instant::now();
+                let ended = session::run(&mut self, attached, &uri, &mut directory).await;
+                self.pulse.end();
+                if self.engine.cast(EngineMsg::Detached).is_err() {
+                    tracing::debug!("the engine has ended");
+                }
+                let broken = match ended {
+                    Ok(end) => return end,
+                    Err(broken) => broken,
+                };
+                tracing::warn!(coordinator = %uri, "detached: {broken}; dialling again");
+                if let Broken::Newer(newer) = &broken {
+                    directory.hint(&newer.uri.to_string());
+                }
+                if begun.elapsed() >= HEALTHY_AFTER {
+                    (backoff, logged) = (Backoff::default(), None);
+                }
+                failure = format!("{uri}: {broken}");
+                break;
+            }
+            if logged.is_none_or(|at| at.elapsed() >= WAITING_LOG_INTERVAL) {
+                tracing::info!("waiting for a coordinator: {failure}");
+                logged = Some(Instant::now());
+            }
+            tokio::select! {
+                () = time::sleep(backoff.pause(host::luck())) => {}
+                _ = told_to_leave(&mut self.leave) => {}
+            }
+        }
+    }
+
+    /// The introduction, with addresses at which others reach this machine.
+    async fn hello_from(&self, coordinator: &Uri) -> Hello {
+        let mut hello = self.hello.clone();
+        for address in [&mut hello.collective_address, &mut hello.mirror_address] {
+            let bound = address.parse::<SocketAddr>().ok().filter(|bound| bound.ip().is_unspecified());
+            if let Some(bound) = bound
+                && let Some(ip) = dial::local_address(coordinator).await
+            {
+                *address = SocketAddr::new(ip, bound.port()).to_string();
+            }
+        }
+        hello
+    }
+}
+
+/// Returns when the shard shall leave, and why; never if nobody can tell it any more.
+async fn told_to_leave(leave: &mut watch::Receiver<Option<String>>) -> String {
+    loop {
+        if let Some(reason) = leave.borrow_and_update().clone() {
+            return reason;
+        }
+        if leave.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
