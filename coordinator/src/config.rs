@@ -17,7 +17,10 @@ use std::{
 };
 
 use clap::error::ErrorKind;
-use phalanx_cluster::{source::DEFAULT_MODEL, store};
+use phalanx_cluster::{
+    source::DEFAULT_MODEL,
+    store::{self, TlsFiles},
+};
 
 pub use self::{
     flags::{CollectiveChoice, Dtype, Flags, KvMirror},
@@ -56,6 +59,8 @@ pub struct Config {
     pub store: String,
     /// User and password of the store.
     pub store_credentials: Option<(String, String)>,
+    /// Files for TLS with the store; `None`: plain text.
+    pub store_tls: Option<TlsFiles>,
     /// Folder of the embedded store; `None` keeps nothing.
     pub state_dir: Option<PathBuf>,
     /// Threads of each local shard.
@@ -220,6 +225,20 @@ impl Config {
         if !embedded && let Some(dir) = &flags.state_dir {
             return Err(wrong("state-dir", dir.display(), "is for --store embedded only"));
         }
+        // Not all of them come from the command line, which has checked this for itself.
+        let store_tls = match (flags.store_cacert, flags.store_cert, flags.store_key) {
+            (None, None, None) => None,
+            (Some(ca), _, _) if embedded => return Err(wrong("store-cacert", ca.display(), "is for --store etcd://…")),
+            (Some(ca), None, None) => Some(TlsFiles { ca, identity: None }),
+            (Some(ca), Some(certificate), Some(key)) => Some(TlsFiles { ca, identity: Some((certificate, key)) }),
+            (None, Some(file), _) | (None, None, Some(file)) => {
+                return Err(wrong("store-cert", file.display(), "needs --store-cacert"));
+            }
+            (Some(_), file, other) => {
+                let file = file.or(other).unwrap_or_default();
+                return Err(wrong("store-cert", file.display(), "give both --store-cert and --store-key"));
+            }
+        };
         let default_dir = || Some(machine.state_home.as_ref()?.join("phalanx").join(grpc_port.to_string()));
         // A process on a free port is not the same one again at its next start: it has nothing to remember.
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
@@ -264,6 +283,7 @@ impl Config {
             dtype: flags.dtype.unwrap_or_default(),
             store,
             store_credentials: machine.store_credentials.clone(),
+            store_tls,
             state_dir: flags.state_dir.or(default_dir),
             threads_per_shard: within("threads-per-shard", threads, 1, 1024)?,
             chat_template: exists("chat-template", flags.chat_template)?,
@@ -302,6 +322,9 @@ impl Config {
             served_model_name: Some(self.served_model_names.clone()).filter(|n| !n.is_empty()),
             dtype: Some(self.dtype),
             store: Some(self.store.clone()),
+            store_cacert: self.store_tls.as_ref().map(|tls| tls.ca.clone()),
+            store_cert: self.store_tls.as_ref().and_then(|tls| Some(tls.identity.as_ref()?.0.clone())),
+            store_key: self.store_tls.as_ref().and_then(|tls| Some(tls.identity.as_ref()?.1.clone())),
             threads_per_shard: Some(self.threads_per_shard),
             chat_template: self.chat_template.clone(),
             tokenizer: self.tokenizer.clone(),

@@ -122,7 +122,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Before a model is fetched for minutes: is there room for us at all?
     let (http_listener, http) = bind("port", config.http_address)?;
     let (grpc_listener, grpc) = bind("grpc-port", config.grpc_address)?;
-    let options = OpenOptions { state_dir: config.state_dir.clone(), credentials: config.store_credentials.clone() };
+    let options = OpenOptions {
+        state_dir: config.state_dir.clone(),
+        credentials: config.store_credentials.clone(),
+        tls: config.store_tls.clone(),
+    };
     let store = store::open(&config.store, &options).await?;
     let opening = tokio::task::spawn_blocking({
         let config = config.clone();

@@ -2,7 +2,7 @@
 
 use std::{
     net::TcpListener,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -11,7 +11,7 @@ use std::{
 use futures::StreamExt;
 
 use super::{
-    Expected, MembershipStore, Revision, StoreError, Swap, Watch, WatchEvent,
+    Expected, MembershipStore, Revision, StoreError, Swap, TlsFiles, Watch, WatchEvent,
     election::{Attempt, Election},
 };
 
@@ -249,14 +249,28 @@ impl EtcdServer {
         };
         let ports = (free(), free());
         let dir = tempfile::tempdir().expect("a temporary folder can be made");
-        let child = launch(ports, dir.path().to_owned());
+        let child = launch(ports, dir.path().to_owned(), None);
         Self { child, ports, dir, endpoint: format!("127.0.0.1:{}", ports.0) }
+    }
+
+    /// As [`EtcdServer::start`], for clients with a certificate only. Returns what such a client needs.
+    ///
+    /// # Panics
+    /// As [`EtcdServer::start`].
+    pub fn start_with_tls() -> (Self, TlsFiles) {
+        let mut server = Self::start();
+        server.stop();
+        let files = certificates(server.dir.path());
+        // A new server: the old one's data say that it speaks plain text.
+        std::fs::remove_dir_all(server.dir.path().join("data")).expect("its data can be removed");
+        server.child = launch(server.ports, server.dir.path().to_owned(), Some(&files));
+        (server, files)
     }
 
     /// Kills it and starts it again on the same files and ports.
     pub fn restart(&mut self) {
         self.stop();
-        self.child = launch(self.ports, self.dir.path().to_owned());
+        self.child = launch(self.ports, self.dir.path().to_owned(), None);
     }
 
     fn stop(&mut self) {
@@ -271,9 +285,36 @@ impl Drop for EtcdServer {
     }
 }
 
-fn launch((client, peer): (u16, u16), dir: PathBuf) -> Child {
-    let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
-    let mut child = Command::new(installed())
+/// An authority and a certificate of 127.0.0.1, good for both ends.
+fn certificates(dir: &Path) -> TlsFiles {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+    let key = || KeyPair::generate().expect("a key can be made");
+    let mut authority = CertificateParams::default();
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, key()).expect("an authority can be made");
+    let own_key = key();
+    let own = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+    let own = own.signed_by(&own_key, &authority).expect("a certificate can be signed");
+    let write = |name: &str, text: String| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).expect("the folder is writable");
+        path
+    };
+    TlsFiles {
+        ca: write("ca.pem", authority.pem()),
+        identity: Some((write("own.pem", own.pem()), write("own-key.pem", own_key.serialize_pem()))),
+    }
+}
+
+fn launch((client, peer): (u16, u16), dir: PathBuf, tls: Option<&TlsFiles>) -> Child {
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let (client, peer) = (format!("{scheme}://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+    let mut command = Command::new(installed());
+    if let Some(TlsFiles { ca, identity: Some((certificate, key)) }) = tls {
+        command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+        command.arg("--cert-file").arg(certificate).arg("--key-file").arg(key);
+    }
+    let mut child = command
         .args(["--name", "test", "--data-dir"])
         .arg(dir.join("data"))
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -288,7 +329,7 @@ fn launch((client, peer): (u16, u16), dir: PathBuf) -> Child {
         .spawn()
         .expect("etcd starts");
     let deadline = std::time::Instant::now() + PATIENCE;
-    let address = client.trim_start_matches("http://").to_owned();
+    let address = client.trim_start_matches(&format!("{scheme}://")).to_owned();
     while std::net::TcpStream::connect(&address).is_err() {
         assert!(std::time::Instant::now() < deadline, "etcd does not listen at {address}");
         let ended = child.try_wait().expect("the child is ours");

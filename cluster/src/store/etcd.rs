@@ -3,17 +3,18 @@
 //! All keys lie under the URL's prefix. A watch that loses its connection opens another one where it stopped; if etcd has
 //! compacted that far, it lists everything and says so.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, path::Path, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp,
-    TxnOpResponse, WatchOptions, WatchStream,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, Error, EventType, GetOptions, Identity, KeyValue,
+    PutOptions, TlsOptions, Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
 };
 use futures::stream;
 
 use super::{
-    Expected, LeaseId, Listing, MembershipStore, OpenOptions, Record, Revision, StoreError, Swap, Watch, WatchEvent,
+    Expected, LeaseId, Listing, MembershipStore, OpenOptions, Record, Revision, StoreError, Swap, TlsFiles, Watch,
+    WatchEvent,
 };
 
 /// Longest that one call may take.
@@ -88,7 +89,12 @@ impl EtcdStore {
         if let Some((user, password)) = location.credentials.or_else(|| options.credentials.clone()) {
             connect = connect.with_user(user, password);
         }
-        let client = tokio::time::timeout(CALL_LIMIT, Client::connect(location.endpoints, Some(connect)))
+        let mut endpoints = location.endpoints;
+        if let Some(files) = &options.tls {
+            connect = connect.with_tls(tls(files)?);
+            endpoints = endpoints.into_iter().map(|endpoint| format!("https://{endpoint}")).collect();
+        }
+        let client = tokio::time::timeout(CALL_LIMIT, Client::connect(endpoints, Some(connect)))
             .await
             .map_err(|_| unanswered(&at))?
             .map_err(|e| classify(&at, &e))?;
@@ -97,6 +103,17 @@ impl EtcdStore {
         store.get("").await?;
         Ok(store)
     }
+}
+
+fn tls(files: &TlsFiles) -> Result<TlsOptions, StoreError> {
+    let read = |path: &Path| {
+        std::fs::read(path).map_err(|e| StoreError::File { path: path.to_owned(), reason: e.to_string() })
+    };
+    let mut tls = TlsOptions::new().ca_certificate(Certificate::from_pem(read(&files.ca)?));
+    if let Some((certificate, key)) = &files.identity {
+        tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
+    }
+    Ok(tls)
 }
 
 fn unanswered(at: &str) -> StoreError {
@@ -377,6 +394,22 @@ mod tests {
         let other = EtcdStore::connect(other, &OpenOptions::default()).await.unwrap();
         store.put("shared", b"1".to_vec(), None).await.unwrap();
         assert_eq!(other.list("").await.unwrap().records, Vec::new());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn speaks_tls_and_shows_who_it_is() {
+        let (server, files) = EtcdServer::start_with_tls();
+        let open = async |tls: Option<TlsFiles>| {
+            EtcdStore::connect(location(&server.endpoint), &OpenOptions { tls, ..OpenOptions::default() }).await
+        };
+        let store = open(Some(files.clone())).await.unwrap();
+        store.put("k", b"1".to_vec(), None).await.unwrap();
+        assert_eq!(store.get("k").await.unwrap().unwrap().value, b"1");
+        // Without a certificate, or in plain text, there is nothing to be had.
+        assert!(open(Some(TlsFiles { identity: None, ..files.clone() })).await.is_err());
+        assert!(open(None).await.is_err());
+        let absent = TlsFiles { ca: "/nonexistent/ca.pem".into(), identity: None };
+        assert!(matches!(open(Some(absent)).await, Err(StoreError::File { .. })));
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -204,6 +204,17 @@ pub struct OpenOptions {
     pub state_dir: Option<PathBuf>,
     /// User name and password, if the URL has none.
     pub credentials: Option<(String, String)>,
+    /// Speak TLS with the store; `None`: plain text.
+    pub tls: Option<TlsFiles>,
+}
+
+/// PEM files for TLS with a store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// Certificates of the authorities that the store's own certificate must come from.
+    pub ca: PathBuf,
+    /// Certificate and key that this process shows, where the store asks for them.
+    pub identity: Option<(PathBuf, PathBuf)>,
 }
 
 /// Opens a store at the URL's part behind `scheme:`.

@@ -116,6 +116,21 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<String>,
 
+    /// PEM file with the authorities of etcd's certificate: speak TLS with it [default: plain text]
+    #[arg(long, env = "PHALANX_STORE_CACERT", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_cacert: Option<PathBuf>,
+
+    /// PEM file with the certificate that etcd is shown
+    #[arg(long, env = "PHALANX_STORE_CERT", value_name = "FILE", requires_all = ["store_cacert", "store_key"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_cert: Option<PathBuf>,
+
+    /// PEM file with that certificate's key
+    #[arg(long, env = "PHALANX_STORE_KEY", value_name = "FILE", requires = "store_cert")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_key: Option<PathBuf>,
+
     /// Threads of each shard that is started here [default: cores / local shards, at least 1]
     #[arg(long, env = "PHALANX_THREADS_PER_SHARD", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
