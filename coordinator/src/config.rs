@@ -243,7 +243,7 @@ impl Config {
         // A process on a free port is not the same one again at its next start: it has nothing to remember.
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
         let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
-        let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(5000), 100, 600_000)?;
+        let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(500), 100, 600_000)?;
         let regroup_after = within("regroup-after", flags.regroup_after.unwrap_or(30), 0, 86_400)?;
         let join_token = JoinToken::from_flags(flags.join_token, flags.join_token_file)?;
         let leader_ttl_ms = within("leader-ttl-ms", flags.leader_ttl_ms.unwrap_or(3000), 500, 600_000)?;

@@ -71,7 +71,7 @@ fn help_explains_every_option() {
         "--isa",
         "--config",
         "[default: 50051]",
-        "in milliseconds [default: 5000]",
+        "in milliseconds [default: 500]",
         "phalanx ready http://",
     ] {
         assert!(help.contains(option), "{option} is not in:\n{help}");

@@ -187,7 +187,7 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isa: Option<String>,
 
-    /// Silence after which a shard counts as lost, in milliseconds [default: 5000]
+    /// Silence after which a shard counts as lost, in milliseconds [default: 500]
     #[arg(long, env = "PHALANX_HEARTBEAT_TIMEOUT_MS", value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heartbeat_timeout_ms: Option<u32>,

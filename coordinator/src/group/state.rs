@@ -302,6 +302,7 @@ impl State {
             peers: self.seats.peers(&ranks),
             collective_secret,
             keep_kv_of_epoch,
+            kv_blocks: self.machine.last_kv_blocks(),
             mirrors: self.seats.mirror_targets(mirrors),
             ..self.config.form.clone()
         };

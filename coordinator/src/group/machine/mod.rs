@@ -215,6 +215,11 @@ impl GroupMachine {
         }
     }
 
+    /// KV blocks of the last formation of this world size that served; 0 if none has.
+    pub fn last_kv_blocks(&self) -> u32 {
+        self.pages.filter(|p| p.world_size == self.ranks.len()).map_or(0, |p| p.kv_blocks)
+    }
+
     /// Shards of the present formation in rank order; empty if there is none.
     pub fn ranks(&self) -> &[ShardId] {
         if self.is_formed() { &self.ranks } else { &[] }
