@@ -1,6 +1,10 @@
 //! The processes of a row.
 
-use std::{net::SocketAddr, time::Duration, time::Instant};
+use std::{
+    net::SocketAddr,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use phalanx_proto::v1::{Member, StatusRequest, StatusResponse, cluster_client::ClusterClient};
@@ -15,6 +19,7 @@ use super::{
     proxy::Proxy,
     resources::Resources,
     setup::{Clients, Setup, StoreKind},
+    state_dir::StateDir,
 };
 use crate::{
     client::{get, metric},
@@ -32,13 +37,18 @@ pub struct Coordinator {
     args: Vec<String>,
     /// Shards that it started, in any life of it.
     seen: Vec<u32>,
-    _state: tempfile::TempDir,
+    state: StateDir,
 }
 
 impl Coordinator {
     /// Whether the process lives.
     pub fn is_alive(&self) -> bool {
         is_alive(self.process.pid())
+    }
+
+    /// Where its embedded store lies.
+    pub fn state_dir(&self) -> &Path {
+        self.state.path()
     }
 
     /// Process ids of the shards that it started and that live.
@@ -101,7 +111,7 @@ impl Deployment {
 
     fn coordinator(&self) -> Result<Coordinator> {
         let setup = &self.setup;
-        let state = tempfile::tempdir()?;
+        let state = StateDir::new(setup.tiny_disk)?;
         let (port, grpc_port) = (free_port(), free_port());
         let mut args = vec![setup.model.path().display().to_string()];
         let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
@@ -120,7 +130,7 @@ impl Deployment {
         args.extend(setup.args.iter().cloned());
         let process = Process::start("coordinator", &args);
         let at = |port: u16| format!("http://127.0.0.1:{port}");
-        Ok(Coordinator { process, http: at(port), grpc: at(grpc_port), args, seen: Vec::new(), _state: state })
+        Ok(Coordinator { process, http: at(port), grpc: at(grpc_port), args, seen: Vec::new(), state })
     }
 
     fn wait_listening(&mut self, index: usize) -> Result<()> {
@@ -238,6 +248,9 @@ impl Deployment {
         ensure!(status.members.len() == wanted, "{} of {wanted} shards are attached", status.members.len());
         let ranks = status.members.iter().filter(|m| m.rank.is_some()).count();
         ensure!(ranks == self.setup.world_size as usize, "{ranks} ranks in the group");
+        ensure!(status.phase == "serving", "the group is {}", status.phase);
+        let unprepared = status.members.iter().find(|m| m.role == "spare" && m.prepared_ranks.is_empty());
+        ensure!(unprepared.is_none(), "{unprepared:?} has loaded nothing ahead");
         ensure!(metric(http, "sequences_running") == 0.0, "sequences run");
         Ok(())
     }

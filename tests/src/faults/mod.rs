@@ -16,6 +16,7 @@ pub mod resources;
 pub mod round;
 pub mod rows;
 pub mod setup;
+pub mod state_dir;
 pub mod stream;
 
 use std::{

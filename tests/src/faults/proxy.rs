@@ -19,6 +19,8 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+use crate::workload::Numbers;
+
 /// What happens to bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Weather {
@@ -30,7 +32,12 @@ pub struct Weather {
     pub cut: bool,
     /// Every byte comes so much later, in each direction.
     pub delay: Duration,
+    /// So many of a hundred pieces are lost and sent again: they, and all behind them, come [`RESEND`] later.
+    pub loss_percent: u8,
 }
+
+/// TCP's least time before a lost packet is sent again (Linux).
+const RESEND: Duration = Duration::from_millis(200);
 
 /// A proxy, gone when dropped.
 pub struct Proxy {
@@ -107,9 +114,12 @@ async fn one_way(
     let arrivals = weather.clone();
     let read = async move {
         let mut buffer = vec![0; 64 << 10];
+        let mut numbers = Numbers(1);
         loop {
             let n = from.read(&mut buffer).await?;
-            let due = Instant::now() + arrivals.borrow().delay;
+            let weather = *arrivals.borrow();
+            let is_lost = numbers.below(100) < u64::from(weather.loss_percent);
+            let due = Instant::now() + weather.delay + if is_lost { RESEND } else { Duration::ZERO };
             if n == 0 || queue.send((due, buffer[..n].to_vec())).await.is_err() {
                 return io::Result::Ok(());
             }

@@ -100,6 +100,11 @@ impl Round<'_> {
         Ok(())
     }
 
+    /// Whether all streams have ended.
+    pub fn is_over(&self) -> bool {
+        self.load.progress.ended.load(Ordering::Relaxed) == self.load.tasks.len() as u64
+    }
+
     /// Waits for a seeded moment while prompts are computed.
     pub fn wait_prefill(&mut self) {
         let span = u64::try_from(self.prefill.as_millis()).unwrap_or(1000);
@@ -130,9 +135,14 @@ impl Round<'_> {
         self.load.vanish[client].store(true, Ordering::Relaxed);
     }
 
-    /// Waits until the group serves another epoch than before, or until all streams ended.
+    /// Waits until the group serves another epoch than before.
     pub fn wait_reformed(&self, before: f64) -> Result<()> {
-        super::eventually("the group serves another epoch", || {
+        self.wait_reformed_within(super::PATIENCE, before)
+    }
+
+    /// The same with a limit of its own.
+    pub fn wait_reformed_within(&self, limit: Duration, before: f64) -> Result<()> {
+        within(limit, "the group serves another epoch", || {
             self.deployment.epoch() > before && self.deployment.status().is_ok_and(|s| s.phase == "serving")
         })
     }

@@ -75,6 +75,8 @@ pub struct Setup {
     pub store: StoreKind,
     /// Whom clients call.
     pub clients: Clients,
+    /// Whether the embedded store has a disk of its own, of 64 KiB (needs root).
+    pub tiny_disk: bool,
     /// More options of the coordinators.
     pub args: Vec<String>,
 }
@@ -90,6 +92,7 @@ impl Setup {
             coordinators: 1,
             store: StoreKind::Embedded,
             clients: Clients::OfLeader,
+            tiny_disk: false,
             args: Vec::new(),
         }
     }

@@ -1,6 +1,8 @@
 //! The faults, one entry each.
 
+mod capacity;
 mod clients;
+mod network;
 mod shards;
 
 use anyhow::Result;
@@ -33,6 +35,8 @@ pub struct Row {
     pub short: bool,
     /// Whether it needs root.
     pub root: bool,
+    /// Whether it needs failpoints, which only dev builds have.
+    pub failpoints: bool,
     /// What runs.
     pub setup: fn() -> Setup,
     /// Every round has a cluster of its own, for faults that a process can have only once.
@@ -55,6 +59,7 @@ const PLAIN: Row = Row {
     fault: "",
     short: true,
     root: false,
+    failpoints: false,
     setup: || Setup::local(Model::Tiny, 1),
     fresh: false,
     arm: None,
@@ -64,9 +69,22 @@ const PLAIN: Row = Row {
     inject: |_| Ok(()),
 };
 
+impl Row {
+    /// Why it can't be run here, if it can't.
+    pub fn obstacle(&self) -> Option<&'static str> {
+        if self.root && !rustix::process::geteuid().is_root() {
+            Some("it needs root")
+        } else if self.failpoints && !cfg!(debug_assertions) {
+            Some("it needs failpoints, which only dev builds have")
+        } else {
+            None
+        }
+    }
+}
+
 /// All rows, in the order of the matrix.
 pub fn all() -> Vec<&'static Row> {
-    [shards::ROWS, clients::ROWS].into_iter().flatten().collect()
+    [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS].into_iter().flatten().collect()
 }
 
 /// A row by its name.

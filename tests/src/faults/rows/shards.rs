@@ -1,15 +1,24 @@
 //! Shards that die, hang or come late.
 
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::{Epochs, PLAIN, Row};
-use crate::faults::{
-    load::Sizes,
-    round::Round,
-    setup::{Model, Setup},
+use crate::{
+    faults::{
+        PATIENCE,
+        deployment::own_id,
+        load::Sizes,
+        round::Round,
+        setup::{Model, Setup},
+        within,
+    },
+    process::is_alive,
 };
 
 pub(super) static ROWS: &[Row] = &[
@@ -77,7 +86,7 @@ pub(super) static ROWS: &[Row] = &[
     Row {
         name: "shard-stop-5s",
         fault: "SIGSTOP of a shard in decode for 5 s, with a spare",
-        setup: || Setup::local(Model::Tiny, 1).with(&["--heartbeat-timeout-ms", "500"]),
+        setup: || Setup::local(Model::Tiny, 1),
         inject: |round| {
             round.wait_decode(10, 60)?;
             let pid = round.rank_pid(None)?;
@@ -92,7 +101,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "shard-stop-for-ever",
         short: false,
         fault: "SIGSTOP of a local shard in decode for ever, with a spare",
-        setup: || Setup::local(Model::Tiny, 1).with(&["--heartbeat-timeout-ms", "500"]),
+        setup: || Setup::local(Model::Tiny, 1),
         inject: |round| {
             round.wait_decode(10, 60)?;
             let pid = round.rank_pid(None)?;
@@ -141,6 +150,47 @@ pub(super) static ROWS: &[Row] = &[
             kill(round)?;
             thread::sleep(Duration::from_millis(round.numbers.below(60)));
             round.signal(spare, Signal::KILL);
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-kill-allreduce",
+        fault: "a shard ends inside an all-reduce, with a spare",
+        setup: || Setup::own(Model::Tiny, 1),
+        failpoints: true,
+        fresh: true,
+        arm: Some(|mut setup, steps, numbers| {
+            // Three layers with two sums each: one of the second half of the steps.
+            let sum = steps * 3 + numbers.below((steps * 2).max(1));
+            setup.own_shards[1].first_life = vec!["--failpoint".to_owned(), format!("allreduce:{sum}:abort")];
+            setup
+        }),
+        inject: |round| {
+            let pid = round.deployment.own.pid(&own_id(1)).context("the shard was started")?;
+            within(PATIENCE, "the shard has ended", || !is_alive(pid) || round.is_over())?;
+            round.inject();
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "shard-slow",
+        short: false,
+        fault: "a shard gets a tenth of its processor's time from a moment in decode on, with a spare",
+        setup: || Setup::local(Model::Smollm2, 1),
+        sizes: Some(|model| Sizes { tokens: 200, ..Sizes::of(model) }),
+        epochs: Epochs::Any,
+        inject: |round| {
+            round.wait_decode(20, 40)?;
+            let pid = round.rank_pid(None)?;
+            let until = Instant::now() + Duration::from_secs(20);
+            while Instant::now() < until && !round.is_over() && is_alive(pid) {
+                round.signal(pid, Signal::STOP);
+                thread::sleep(Duration::from_millis(45));
+                round.signal(pid, Signal::CONT);
+                thread::sleep(Duration::from_millis(5));
+            }
             Ok(())
         },
         ..PLAIN
