@@ -73,6 +73,12 @@ pub struct Config {
     pub max_num_queued_reqs: u32,
     /// How long a client may take nothing of an answer.
     pub client_write_timeout: Duration,
+    /// Most prompt tokens of requests that wait.
+    pub max_num_queued_tokens: u32,
+    /// How often a request is computed again after losses of a group without progress between them.
+    pub max_replays: u32,
+    /// Longest wait of requests for a group.
+    pub no_group_timeout: Duration,
     /// Whether prompts share KV blocks.
     pub enable_prefix_caching: bool,
     /// How ranks exchange sums.
@@ -257,6 +263,7 @@ impl Config {
         };
         let write_timeout = flags.client_write_timeout.unwrap_or(60);
         let write_timeout = within("client-write-timeout", write_timeout, 1, 86_400)?;
+        let no_group = within("no-group-timeout", flags.no_group_timeout.unwrap_or(60), 1, 86_400)?;
         let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
@@ -290,6 +297,14 @@ impl Config {
             tokenizer: exists("tokenizer", flags.tokenizer)?,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
             client_write_timeout: Duration::from_secs(u64::from(write_timeout)),
+            max_num_queued_tokens: within(
+                "max-num-queued-tokens",
+                flags.max_num_queued_tokens.unwrap_or(1 << 20),
+                1,
+                1 << 30,
+            )?,
+            max_replays: within("max-replays", flags.max_replays.unwrap_or(3), 1, 1000)?,
+            no_group_timeout: Duration::from_secs(u64::from(no_group)),
             enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
@@ -330,6 +345,9 @@ impl Config {
             tokenizer: self.tokenizer.clone(),
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
             client_write_timeout: Some(clamp(self.client_write_timeout.as_secs().into())),
+            max_num_queued_tokens: Some(self.max_num_queued_tokens),
+            max_replays: Some(self.max_replays),
+            no_group_timeout: Some(clamp(self.no_group_timeout.as_secs().into())),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             state_dir: self.state_dir.clone(),
             collective: Some(self.collective),

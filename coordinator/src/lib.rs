@@ -1,6 +1,7 @@
 //! Owns requests: frontends, scheduler, groups, journal, policy. No tensor math.
 
 pub mod config;
+pub mod coverage;
 pub mod frontend;
 pub mod group;
 pub mod journal;

@@ -40,6 +40,10 @@ pub const IS_LEADER: &str = "phalanx_is_leader";
 pub const EPOCH: &str = "phalanx_epoch";
 /// Groups formed again after a loss, by `cause`.
 pub const FAILOVERS: &str = "phalanx_failovers_total";
+/// Tokens whose keys and values were computed again after a loss.
+pub const REPLAYED: &str = "phalanx_replayed_tokens_total";
+/// From the last token before a loss to the first after it, of each running sequence.
+pub const STALL: &str = "phalanx_stall_seconds";
 /// Messages of an old epoch that were dropped.
 pub const FENCED: &str = "phalanx_fenced_messages_total";
 
@@ -64,5 +68,11 @@ pub fn describe() {
     describe_gauge!(IS_LEADER, Unit::Count, "1 if this coordinator leads, 0 if it stands by");
     describe_gauge!(EPOCH, Unit::Count, "Epoch of the group");
     describe_counter!(FAILOVERS, Unit::Count, "Groups formed again after a loss, by cause");
+    describe_counter!(REPLAYED, Unit::Count, "Tokens computed again after a loss");
+    describe_histogram!(
+        STALL,
+        Unit::Seconds,
+        "Running sequences: from the last token before a loss to the first after it"
+    );
     describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");
 }

@@ -153,6 +153,12 @@ pub enum RequestError {
         /// Losses without a token between them.
         losses: u32,
     },
+    /// The client does not read its answer.
+    #[error("more than {limit} bytes of the answer were left unread")]
+    Unread {
+        /// Most bytes that may be left unread.
+        limit: usize,
+    },
     /// A fault of ours.
     #[error("internal error: {0}")]
     Internal(String),

@@ -8,7 +8,7 @@ use std::time::Instant;
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::SamplingParams;
 
-use crate::{kv::block_table::BlockTable, text::decode::OutputText};
+use crate::{coverage::Coverage, kv::block_table::BlockTable, text::decode::OutputText};
 
 /// A request, by its place in the order of arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,15 +23,43 @@ pub struct SequenceKey {
     pub choice: u32,
 }
 
+/// A running sequence's place in the order of service. The last ones give their blocks up first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Turn {
+    /// Lower goes first.
+    pub priority: i32,
+    /// Among equals the oldest goes first.
+    pub key: SequenceKey,
+}
+
+/// A waiting sequence's place in the queue.
+///
+/// Those that ran when a group was lost go first: clients are in the middle of reading them. Among equals of these the
+/// shortest goes first. In any order the last one goes on when all rows are computed, so the longest stall is the same;
+/// the sum of all stalls is the least this way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// `false` goes first.
+    pub is_new: bool,
+    /// Lower goes first.
+    pub priority: i32,
+    /// Positions to compute again.
+    pub n_replayed: usize,
+    /// Among equals the oldest goes first.
+    pub key: SequenceKey,
+}
+
 /// What a running sequence has on the shards.
 #[derive(Debug)]
 pub struct Seat {
-    /// Its slot number on the wire.
-    pub slot: u32,
+    /// Its slot number on the wire, from the first plan of the epoch that computes rows of it.
+    pub slot: Option<u32>,
     /// Known tokens: prompt, then output. Restored from the journal at admission.
     pub tokens: Vec<TokenId>,
     /// Positions whose keys and values are computed by plans sent so far.
     pub computed: usize,
+    /// How many of them are after each of those plans.
+    pub coverage: Coverage,
     /// Where they are.
     pub table: BlockTable,
 }
@@ -41,6 +69,8 @@ pub struct Seat {
 pub struct Sequence {
     /// Who it is.
     pub key: SequenceKey,
+    /// Lower goes first.
+    pub priority: i32,
     /// Prompt tokens.
     pub prompt_len: usize,
     /// Most output tokens.
@@ -55,11 +85,27 @@ pub struct Sequence {
     pub text: OutputText,
     /// When its last token came.
     pub last_token_at: Option<Instant>,
+    /// Positions below this were computed before a loss; 0 once they are there again.
+    pub replay_until: usize,
+    /// When the last token before a loss came, until the first one after it.
+    pub stalled_since: Option<Instant>,
+    /// Its place in the queue while it waits there.
+    pub waits_at: Option<Place>,
     /// Present while it runs.
     pub seat: Option<Seat>,
 }
 
 impl Sequence {
+    /// Its place among those that run.
+    pub fn turn(&self) -> Turn {
+        Turn { priority: self.priority, key: self.key }
+    }
+
+    /// Its place among those that wait, now.
+    pub fn place(&self) -> Place {
+        Place { is_new: self.replay_until == 0, priority: self.priority, n_replayed: self.replay_until, key: self.key }
+    }
+
     /// Tokens that are known to the coordinator.
     pub fn n_known(&self) -> usize {
         self.prompt_len + self.n_output

@@ -1,11 +1,12 @@
 //! Scripts in `tests/scheduler_scripts`: what the scheduler is told, a line `----`, and what it answers.
 //!
 //! ```text
-//! limits block=4 rows=8 running=4     first; a new scheduler; cache=off: nothing is shared
-//! serve blocks=6                      a group takes plans, at the next epoch
+//! limits block=4 rows=8 running=4     first; a new scheduler; cache=off: nothing is shared; replays=, patience=MS
+//! serve blocks=6                      a group takes plans, at the next epoch; kept=STEP: with the pages of the last one
 //! submit a prompt=5 max=2             prompt=3@9: 3 tokens from 9 on; prompts from 0 share their beginnings
-//!     options: n=, logprobs, echo, eos, stop=TEXT, min=, deadline=MS
-//! result 1 a=7 b=3                    step 1's tokens; prompt scores come by themselves
+//!     options: n=, logprobs, echo, eos, stop=TEXT, min=, deadline=MS, priority=,
+//!     resume=7+3: tokens of an earlier life
+//! result 1 a=7 b=3                    step 1's tokens, none if no logit is a number; prompt scores come by themselves; took=MS
 //! hold | resume                       no plans until then; idle: no step is in flight
 //! cancel a | lose [planned] | wait MS | status
 //! ```
@@ -23,9 +24,9 @@ use std::{
 
 use fake::{Letters, score};
 use phalanx_coordinator::{
-    request::{Request, RequestEvent, StopConditions},
+    request::{Request, RequestEvent, ResumedChoice, StopConditions},
     scheduler::{
-        event::{Action, Event, Limits, Measure},
+        event::{Action, Event, Kept, Limits, Measure, Recovery},
         machine::Machine,
     },
     sequence::RequestKey,
@@ -65,8 +66,12 @@ impl Script {
             vocab: 26,
             prefix_caching: value(words, "cache") != Some("off"),
         };
+        let recovery = Recovery {
+            max_replays: number(words, "replays", 3),
+            no_group_timeout: Duration::from_millis(number(words, "patience", 60_000)),
+        };
         Self {
-            machine: Machine::new(limits, vec![EOS], Box::new(Letters)),
+            machine: Machine::new(limits, recovery, vec![EOS], Box::new(Letters)),
             names: Vec::new(),
             slots: BTreeMap::new(),
             plans: BTreeMap::new(),
@@ -86,7 +91,9 @@ impl Script {
                 self.epoch += 1;
                 self.slots.clear();
                 self.plans.clear();
-                Event::GroupServing { epoch: self.epoch, n_blocks: number(&words, "blocks", 100), kept: None }
+                let kept = value(&words, "kept")
+                    .map(|step| Kept { epoch: self.epoch - 1, through_step: step.parse().expect("step number") });
+                Event::GroupServing { epoch: self.epoch, n_blocks: number(&words, "blocks", 100), kept }
             }
             "lose" => Event::GroupLost { epoch: self.epoch, is_planned: words.contains(&"planned") },
             "hold" => Event::Hold { epoch: self.epoch },
@@ -144,7 +151,13 @@ impl Script {
             deadline: value(words, "deadline")
                 .map(|ms| self.now + Duration::from_millis(ms.parse().expect("milliseconds"))),
             priority: number(words, "priority", 0),
-            resume: Vec::new(),
+            resume: value(words, "resume")
+                .map(|tokens| ResumedChoice {
+                    tokens: tokens.split('+').map(|t| t.parse().expect("token")).collect(),
+                    scores: Vec::new(),
+                })
+                .into_iter()
+                .collect(),
         }
     }
 
@@ -156,16 +169,18 @@ impl Script {
         for chunk in &plan.chunks {
             let (name, is_scored) = &slots[&chunk.sequence];
             if chunk.sample {
-                let token_id = value(words, name).unwrap_or_else(|| panic!("step {step} samples {name}"));
-                let token_id = token_id.parse().expect("token");
-                samples.push(Sample { sequence: chunk.sequence, token_id, score: None });
+                let token = value(words, name).unwrap_or_else(|| panic!("step {step} samples {name}"));
+                let failed = token == "none";
+                let token_id = if failed { 0 } else { token.parse().expect("token") };
+                samples.push(Sample { sequence: chunk.sequence, token_id, score: None, failed });
             }
             if *is_scored {
                 let scores = (chunk.start + 1..=chunk.start + chunk.len).map(|p| score(0, p)).collect();
                 prompt_scores.push(PromptScores { sequence: chunk.sequence, start: chunk.start + 1, scores });
             }
         }
-        StepResult { epoch: plan.epoch, step, samples, prompt_scores, ..StepResult::default() }
+        let compute_us = number::<u64>(words, "took", 0) * 1000;
+        StepResult { epoch: plan.epoch, step, samples, prompt_scores, compute_us, ..StepResult::default() }
     }
 
     fn describe(&mut self, action: Action) -> String {
@@ -188,6 +203,8 @@ impl Script {
             }
             Action::Measure(Measure::Preempted) => "preempted\n".to_owned(),
             Action::Measure(Measure::Fenced) => "fenced\n".to_owned(),
+            Action::Measure(Measure::Replayed(n)) => format!("{n} replayed\n"),
+            Action::Measure(Measure::Stalled(by)) => format!("stalled for {} ms\n", by.as_millis()),
             Action::Measure(_) | Action::Admitted(_) => String::new(),
             Action::Idle(epoch) => format!("idle in epoch {epoch}\n"),
             Action::Warn(reason) => format!("warning: {reason}\n"),
@@ -242,7 +259,10 @@ fn replay(text: &str) -> String {
         let (commands, _) = case.split_once("\n----").unwrap_or_else(|| panic!("case {idx} has no ----: {case}"));
         let mut answers = String::new();
         for line in commands.lines().filter(|l| !l.starts_with('#')) {
-            answers += &script.command(line);
+            let answer = script.command(line);
+            // Shown if a later command can't be done.
+            print!("{line}\n{answer}");
+            answers += &answer;
         }
         let _ = write!(got, "{commands}\n----\n{answers}\n");
     }

@@ -8,109 +8,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fake::{FakeShard, Letters, letter, mix, next_token, prefix_hash, score};
+use fake::{
+    FakeShard, Letters,
+    oracle::{Choice, EOS, Luck, MAX_MODEL_LEN, VOCAB, expected, request, tokens},
+    prefix_hash, score,
+};
 use phalanx_coordinator::{
-    request::{Finish, Request, RequestError, RequestEvent, StopConditions, Usage},
+    request::{Finish, Request, RequestError, RequestEvent, Usage},
     scheduler::{
-        event::{Action, Event, Limits},
+        event::{Action, Event, Limits, Recovery},
         machine::Machine,
     },
     sequence::RequestKey,
 };
-use phalanx_proto::v1::{SamplingParams, StepResult, TokenScore};
-
-const VOCAB: usize = 11;
-const EOS: u32 = 10;
-const MAX_MODEL_LEN: usize = 64;
-
-struct Luck(u64);
-
-impl Luck {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = mix(self.0, 1);
-        (self.0 % n as u64) as usize
-    }
-
-    fn within(&mut self, low: usize, high: usize) -> usize {
-        low + self.below(high - low + 1)
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
-
-#[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    tokens: Vec<u32>,
-    text: String,
-    scores: Vec<TokenScore>,
-    finish: Option<Finish>,
-}
-
-/// What a request must get, straight from the definitions.
-fn expected(request: &Request, index: u32) -> Choice {
-    let stop = &request.stop;
-    let mut sampling = SamplingParams { seed: request.seed_of(index), ..request.sampling.clone() };
-    sampling.suppressed_token_ids = stop.token_ids.clone();
-    if !stop.ignore_eos {
-        sampling.suppressed_token_ids.push(EOS);
-    }
-    let mut known = request.prompt.clone();
-    let mut choice = Choice::default();
-    // Text before this is not searched: the detokenizer gave it out before min_tokens was reached.
-    let (mut searched_from, mut pending) = (0, 0);
-    let max_tokens = (request.max_tokens as usize).min(MAX_MODEL_LEN - request.prompt.len());
-    while choice.tokens.len() < max_tokens {
-        let hash = prefix_hash(&known);
-        let token = next_token(hash, choice.tokens.len(), &sampling, VOCAB);
-        known.push(token);
-        choice.tokens.push(token);
-        if request.sampling.logprobs.is_some() {
-            choice.scores.push(score(hash, token));
-        }
-        if token == EOS && !stop.ignore_eos {
-            choice.finish = Some(Finish::EndOfSequence);
-        } else if stop.token_ids.contains(&token) {
-            choice.finish = Some(Finish::StopToken(token));
-        }
-        if choice.finish.is_some() {
-            if stop.include_in_output {
-                choice.text.push(letter(token));
-            }
-            cut(&mut choice.text, stop, searched_from);
-            return choice;
-        }
-        choice.text.push(letter(token));
-        pending = if token % 3 == 2 { pending + 1 } else { 0 };
-        if choice.tokens.len() < request.sampling.min_tokens as usize {
-            searched_from = choice.text.len() - pending;
-            continue;
-        }
-        // Letters that the detokenizer holds are seen later, but are cut at the same place.
-        let visible = if choice.tokens.len() == max_tokens { 0 } else { pending };
-        let mut seen = choice.text[..choice.text.len() - visible].to_owned();
-        if let Some(matched) = cut(&mut seen, stop, searched_from) {
-            choice.text = seen;
-            choice.finish = Some(Finish::StopString(matched));
-            return choice;
-        }
-    }
-    choice.finish = Some(Finish::Length);
-    choice
-}
-
-/// Cuts text at the stop string that ends first.
-fn cut(text: &mut String, stop: &StopConditions, from: usize) -> Option<String> {
-    for end in from + 1..=text.len() {
-        let ending = stop.strings.iter().filter(|s| text[from..end].ends_with(s.as_str()));
-        if let Some(longest) = ending.max_by_key(|s| s.len()).cloned() {
-            text.truncate(if stop.include_in_output { end } else { end - longest.len() });
-            return Some(longest);
-        }
-    }
-    None
-}
+use phalanx_proto::v1::{StepResult, TokenScore};
 
 #[derive(Default)]
 struct Client {
@@ -161,7 +72,7 @@ impl World {
         let now = Instant::now();
         let heads: Vec<Vec<u32>> = (0..3).map(|_| tokens(luck, 20)).collect();
         Self {
-            machine: Machine::new(limits, vec![EOS], Box::new(Letters)),
+            machine: Machine::new(limits, Recovery::default(), vec![EOS], Box::new(Letters)),
             limits,
             n_blocks: luck.within(4, 40),
             epoch: 0,
@@ -242,7 +153,7 @@ impl World {
         if let Some(mut shard) = self.shard.take() {
             self.stale.extend(shard.run_next());
             self.totals.n_lost += 1;
-            self.event(Event::GroupLost { epoch: self.epoch, is_planned: false });
+            self.event(Event::GroupLost { epoch: self.epoch, is_planned: true });
         }
     }
 
@@ -350,50 +261,6 @@ fn verify_usage(request: &Request, client: &Client) {
     assert_eq!(client.prompt_scores, want, "{}: prompt scores", request.id);
 }
 
-fn tokens(luck: &mut Luck, n: usize) -> Vec<u32> {
-    (0..n).map(|_| luck.below(VOCAB) as u32).collect()
-}
-
-fn request(luck: &mut Luck, idx: usize, heads: &[Vec<u32>], now: Instant) -> Request {
-    let head = &heads[luck.below(heads.len())];
-    let mut prompt = head[..luck.within(0, head.len())].to_vec();
-    let tail = luck.within(1, 8);
-    prompt.extend(tokens(luck, tail));
-    let prompt_logprobs = luck.one_in(5).then_some(0);
-    let max_tokens = if prompt_logprobs.is_some() && luck.one_in(2) { 0 } else { luck.within(1, 14) };
-    let n_stops = luck.below(3);
-    let strings = (0..n_stops).map(|_| {
-        let len = luck.within(1, 3);
-        tokens(luck, len).into_iter().map(letter).collect()
-    });
-    let strings: Vec<String> = strings.collect();
-    let sampling = SamplingParams {
-        seed: luck.below(4) as u64,
-        min_tokens: if luck.one_in(3) { luck.within(0, max_tokens) as u32 } else { 0 },
-        logprobs: luck.one_in(3).then_some(0),
-        prompt_logprobs,
-        ..SamplingParams::default()
-    };
-    Request {
-        id: format!("request-{idx}"),
-        prompt,
-        n: if luck.one_in(4) { luck.within(2, 3) as u32 } else { 1 },
-        sampling,
-        max_tokens: max_tokens as u32,
-        is_open_ended: false,
-        stop: StopConditions {
-            strings,
-            token_ids: if luck.one_in(4) { tokens(luck, 1) } else { Vec::new() },
-            ignore_eos: luck.one_in(3),
-            include_in_output: luck.one_in(3),
-            skip_special_tokens: true,
-        },
-        deadline: luck.one_in(10).then(|| now + Duration::from_millis(luck.below(80) as u64)),
-        priority: 0,
-        resume: Vec::new(),
-    }
-}
-
 fn simulate(seeds: std::ops::Range<u64>, trouble: usize) -> Totals {
     let mut totals = Totals::default();
     for seed in seeds {
@@ -450,7 +317,7 @@ fn many_sequences_share_few_blocks() {
         let mut world = World::new(&mut luck, 32);
         world.n_blocks = 16;
         world.limits = Limits { block_size: 4, max_step_rows: 16, max_running: 32, ..world.limits };
-        world.machine = Machine::new(world.limits, vec![EOS], Box::new(Letters));
+        world.machine = Machine::new(world.limits, Recovery::default(), vec![EOS], Box::new(Letters));
         world.serve();
         (0..32).for_each(|_| world.submit());
         world.drain();

@@ -156,6 +156,22 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_write_timeout: Option<u32>,
 
+    /// Prompt tokens of all waiting requests together; more are refused with status 429 [default: 1048576]
+    #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_TOKENS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_num_queued_tokens: Option<u32>,
+
+    /// How often a request is computed again that shards were lost with, without a token between the losses; one more loss
+    /// and it fails with status 500 [default: 3]
+    #[arg(long, env = "PHALANX_MAX_REPLAYS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_replays: Option<u32>,
+
+    /// Seconds that requests wait while no group of shards serves; then they fail with status 503 [default: 60]
+    #[arg(long, env = "PHALANX_NO_GROUP_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_group_timeout: Option<u32>,
+
     /// Share the KV cache of equal prompt beginnings [default: true]
     #[arg(
         long, env = "PHALANX_ENABLE_PREFIX_CACHING", value_name = "BOOL",

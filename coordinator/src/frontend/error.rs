@@ -196,6 +196,7 @@ impl From<RequestError> for ApiError {
             RequestError::TooLarge { .. } => (StatusCode::BAD_REQUEST, Some("context_length_exceeded")),
             RequestError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Some("unavailable")),
             RequestError::Poison { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("request_poison")),
+            RequestError::Unread { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("answer_unread")),
             RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
         let retry_after = match &error {

@@ -24,6 +24,9 @@ const TTFT_BUCKETS: &[f64] = &[
 const STEP_BUCKETS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0,
 ];
+/// Seconds that a loss takes from a stream.
+const STALL_BUCKETS: &[f64] =
+    &[0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 /// Samples wait in memory until they are put into buckets, even if nobody scrapes.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -34,6 +37,7 @@ pub fn recorder() -> Result<PrometheusBuilder, BuildError> {
         (names::TTFT, TTFT_BUCKETS),
         (names::ITL, STEP_BUCKETS),
         (names::STEP_SECONDS, STEP_BUCKETS),
+        (names::STALL, STALL_BUCKETS),
     ];
     histograms.into_iter().try_fold(PrometheusBuilder::new(), |builder, (name, buckets)| {
         builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
@@ -80,7 +84,7 @@ mod tests {
         let text = handle.render();
         assert!(text.contains("time_to_first_token_seconds_bucket{le=\"0.04\"} 1"), "{text}");
         assert!(text.contains("inference_latency_seconds_bucket{endpoint=\"x\",le=\"5\"} 1"), "{text}");
-        for buckets in [LATENCY_BUCKETS, TTFT_BUCKETS, STEP_BUCKETS] {
+        for buckets in [LATENCY_BUCKETS, TTFT_BUCKETS, STEP_BUCKETS, STALL_BUCKETS] {
             assert!(buckets.is_sorted());
         }
     }

@@ -91,6 +91,15 @@ impl BlockPool {
         self.blocks[block.idx()].keep = true;
     }
 
+    /// The block's content is worth nothing any more: it is free as soon as nobody references it.
+    pub fn unkeep(&mut self, block: BlockId) {
+        self.blocks[block.idx()].keep = false;
+        if self.is_cached(block) {
+            self.unlink(block);
+            self.free.push(block);
+        }
+    }
+
     /// Gives one reference back.
     pub fn release(&mut self, block: BlockId) {
         let state = &mut self.blocks[block.idx()];
@@ -226,7 +235,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn blocks_are_never_lost(script in prop::collection::vec((0_u8..4, 0_usize..8), 0..200)) {
+        fn blocks_are_never_lost(script in prop::collection::vec((0_u8..6, 0_usize..8), 0..200)) {
             let mut pool = BlockPool::new(6);
             let mut held: Vec<BlockId> = Vec::new();
             for (op, pick) in script {
@@ -239,6 +248,8 @@ mod tests {
                         pool.share(block);
                         held.push(block);
                     }
+                    4 if !held.is_empty() => pool.unkeep(held[pick % held.len()]),
+                    5 => pool.oldest.into_iter().for_each(|block| pool.unkeep(block)),
                     _ => {}
                 }
                 pool.check();

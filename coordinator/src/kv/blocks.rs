@@ -85,8 +85,8 @@ impl Blocks {
     }
 
     /// Tells that the first `n_computed` positions are computed by plans sent so far, and that `tokens` are what they
-    /// hold: full blocks become findable. Costs nothing unless a block has become full.
-    pub fn publish(&mut self, table: &mut BlockTable, tokens: &[TokenId], n_computed: usize) {
+    /// hold: full blocks become findable. `step` is the latest of those plans. Costs nothing unless a block has become full.
+    pub fn publish(&mut self, table: &mut BlockTable, tokens: &[TokenId], n_computed: usize, step: u64) {
         let n_full = n_computed.min(tokens.len()) / self.block_size;
         while table.n_published < n_full {
             let Some(parent) = table.published else {
@@ -96,7 +96,7 @@ impl Blocks {
             let idx = table.n_published;
             let block = table.blocks[idx];
             let range = idx * self.block_size..(idx + 1) * self.block_size;
-            table.published = match self.cache.insert(block, parent, &tokens[range]) {
+            table.published = match self.cache.insert(block, parent, &tokens[range], step) {
                 Inserted::New(prefix) => {
                     self.pool.keep(block);
                     Some(prefix)
@@ -106,6 +106,50 @@ impl Blocks {
             };
             table.n_published += 1;
         }
+    }
+
+    /// Forgets what steps after this one were to compute: they may never have run. Steps are counted anew from here.
+    pub fn forget_after(&mut self, step: u64) {
+        for block in self.cache.after(step) {
+            self.forget(block);
+        }
+    }
+
+    fn forget(&mut self, block: BlockId) {
+        self.cache.remove(block);
+        self.pool.unkeep(block);
+    }
+
+    /// Lets a sequence of `tokens` compute its positions from `n_computed` on once more: nobody else may read them
+    /// meanwhile. Blocks that others share are replaced. Returns how many positions stay computed, or `None` if there
+    /// are too few blocks; then the table is only good for [`Blocks::release`].
+    pub fn reopen(&mut self, table: &mut BlockTable, tokens: &[TokenId], n_computed: usize) -> Option<usize> {
+        let mut n_computed = n_computed;
+        for idx in n_computed / self.block_size..table.blocks.len() {
+            let block = table.blocks[idx];
+            if self.pool.n_refs(block) == 1 {
+                self.forget(block);
+                continue;
+            }
+            table.blocks[idx] = self.allocate()?;
+            self.pool.release(block);
+            n_computed = n_computed.min(idx * self.block_size);
+        }
+        // What was published may have been forgotten since.
+        let mut prefix = PrefixId::EMPTY;
+        table.n_published = 0;
+        for block_tokens in tokens[..n_computed].chunks_exact(self.block_size) {
+            let Some((_, found)) = self.cache.find(prefix, block_tokens) else { break };
+            prefix = found;
+            table.n_published += 1;
+        }
+        table.published = Some(prefix);
+        Some(n_computed)
+    }
+
+    /// Positions for which a table has blocks.
+    pub fn n_positions(&self, table: &BlockTable) -> usize {
+        table.blocks.len() * self.block_size
     }
 
     /// Gives a sequence's blocks back: the last first, so that a prefix's tail is evicted before its head.
@@ -178,7 +222,7 @@ mod tests {
         assert_eq!(a.n_cached, 0);
         let unplanned = admit(&mut blocks, &[1, 2, 3, 4]);
         assert_eq!(unplanned.n_cached, 0, "nothing is computed yet");
-        blocks.publish(&mut a.table, &[1, 2, 3, 4], 4);
+        blocks.publish(&mut a.table, &[1, 2, 3, 4], 4, 1);
         let b = admit(&mut blocks, &[1, 2, 3, 4]);
         assert_eq!((b.n_cached, b.table.raw()), (2, vec![0, 4]));
         let c = admit(&mut blocks, &[1, 2, 3, 4, 5]);
@@ -188,10 +232,49 @@ mod tests {
     }
 
     #[test]
+    fn what_a_lost_step_was_to_compute_is_not_shared() {
+        let mut blocks = Blocks::new(6, 2);
+        let mut a = admit(&mut blocks, &[1, 2, 3, 4, 5]);
+        blocks.publish(&mut a.table, &[1, 2, 3, 4, 5], 2, 7);
+        blocks.publish(&mut a.table, &[1, 2, 3, 4, 5], 4, 8);
+        blocks.forget_after(7);
+        assert_eq!(blocks.reopen(&mut a.table, &[1, 2, 3, 4, 5], 2), Some(2));
+        assert_eq!(a.table.n_published(), 1);
+        let b = admit(&mut blocks, &[1, 2, 3, 4, 5]);
+        assert_eq!(b.n_cached, 2);
+        blocks.publish(&mut a.table, &[1, 2, 3, 4, 5], 4, 1);
+        assert_eq!(admit(&mut blocks, &[1, 2, 3, 4, 9]).n_cached, 4, "it is shared again once it is computed");
+        assert_eq!(b.table.raw()[0], a.table.raw()[0]);
+    }
+
+    #[test]
+    fn a_block_that_is_computed_again_is_nobody_elses() {
+        let mut blocks = Blocks::new(5, 2);
+        let mut a = admit(&mut blocks, &[1, 2, 3, 4]);
+        blocks.publish(&mut a.table, &[1, 2, 3, 4], 4, 1);
+        let b = admit(&mut blocks, &[1, 2, 3, 4, 5]);
+        let before = a.table.raw();
+        assert_eq!(
+            blocks.reopen(&mut a.table, &[1, 2, 3, 4], 3),
+            Some(2),
+            "the shared block is computed from its start"
+        );
+        assert_eq!((a.table.raw()[0], b.table.raw()[..2] == before), (before[0], true));
+        assert_ne!(a.table.raw()[1], before[1]);
+        blocks.check([&a, &b].into_iter().map(|s| &s.table));
+        let c = admit(&mut blocks, &[8, 9]);
+        assert_eq!(blocks.reopen(&mut a.table, &[1, 2, 3, 4], 1), None, "no block is left");
+        for admitted in [a, b, c] {
+            blocks.release(admitted.table);
+        }
+        blocks.check([].into_iter());
+    }
+
+    #[test]
     fn tails_are_evicted_before_heads() {
         let mut blocks = Blocks::new(3, 1);
         let mut a = admit(&mut blocks, &[1, 2, 3]);
-        blocks.publish(&mut a.table, &[1, 2, 3], 3);
+        blocks.publish(&mut a.table, &[1, 2, 3], 3, 1);
         blocks.release(a.table);
         assert_eq!(blocks.n_cached(), 3);
         let b = admit(&mut blocks, &[9]);
@@ -207,7 +290,7 @@ mod tests {
     fn a_refused_admission_changes_nothing() {
         let mut blocks = Blocks::new(3, 1);
         let mut a = admit(&mut blocks, &[1, 2]);
-        blocks.publish(&mut a.table, &[1, 2], 2);
+        blocks.publish(&mut a.table, &[1, 2], 2, 1);
         blocks.release(a.table);
         assert!(blocks.admit(&[1, 2, 3, 4], true, 0).is_none());
         assert!(blocks.admit(&[1, 2, 3], true, 1).is_none());
@@ -221,8 +304,8 @@ mod tests {
         let mut blocks = Blocks::new(6, 1);
         let mut a = admit(&mut blocks, &[1, 2]);
         let mut b = admit(&mut blocks, &[1, 2]);
-        blocks.publish(&mut a.table, &[1], 1);
-        blocks.publish(&mut b.table, &[1, 2], 2);
+        blocks.publish(&mut a.table, &[1], 1, 1);
+        blocks.publish(&mut b.table, &[1, 2], 2, 1);
         assert_eq!(b.table.n_published(), 2);
         let c = admit(&mut blocks, &[1, 2, 3]);
         assert_eq!(c.table.raw()[..2], [a.table.raw()[0], b.table.raw()[1]]);

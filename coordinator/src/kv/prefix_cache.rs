@@ -29,6 +29,8 @@ struct Entry {
     parent: PrefixId,
     prefix: PrefixId,
     tokens: Box<[TokenId]>,
+    /// The latest step that may have computed the block.
+    step: u64,
 }
 
 /// Hash of a parent and the tokens that follow it.
@@ -79,8 +81,8 @@ impl PrefixCache {
         (entry.parent == parent && *entry.tokens == *tokens).then_some((block, entry.prefix))
     }
 
-    /// Makes a block findable: it continues `parent` with these tokens. O(tokens).
-    pub fn insert(&mut self, block: BlockId, parent: PrefixId, tokens: &[TokenId]) -> Inserted {
+    /// Makes a block findable: it continues `parent` with these tokens and is computed when `step` is done. O(tokens).
+    pub fn insert(&mut self, block: BlockId, parent: PrefixId, tokens: &[TokenId], step: u64) -> Inserted {
         if let Some((_, prefix)) = self.find(parent, tokens) {
             return Inserted::Known(prefix);
         }
@@ -88,11 +90,24 @@ impl PrefixCache {
         if self.by_hash.contains_key(&hash) {
             return Inserted::Collision;
         }
+        // If it was offered before, its predecessor has been forgotten since: nothing leads to the older entry.
+        self.remove(block);
         self.last += 1;
         let prefix = PrefixId(self.last);
         self.by_hash.insert(hash, block);
-        self.by_block[block.idx()] = Some(Entry { hash, parent, prefix, tokens: tokens.into() });
+        self.by_block[block.idx()] = Some(Entry { hash, parent, prefix, tokens: tokens.into(), step });
         Inserted::New(prefix)
+    }
+
+    /// Blocks that later steps than this one were to compute. The others count as computed before step 1 from now on:
+    /// steps are counted anew. O(blocks).
+    pub fn after(&mut self, step: u64) -> Vec<BlockId> {
+        let is_late = |b: &BlockId| self.by_block[b.idx()].as_ref().is_some_and(|e| e.step > step);
+        let mut late: Vec<_> = self.by_hash.values().copied().filter(is_late).collect();
+        // The order of a hash map is not the same twice.
+        late.sort_unstable();
+        self.by_block.iter_mut().flatten().for_each(|entry| entry.step = 0);
+        late
     }
 
     /// Forgets a block's content. O(1).
@@ -142,13 +157,13 @@ mod tests {
     fn a_block_is_found_behind_its_own_prefix_only() {
         let b = blocks(4);
         let mut cache = PrefixCache::new(4);
-        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2]));
-        let other = new_prefix(cache.insert(b[1], PrefixId::EMPTY, &[3, 4]));
-        let second = new_prefix(cache.insert(b[2], first, &[5, 6]));
+        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2], 1));
+        let other = new_prefix(cache.insert(b[1], PrefixId::EMPTY, &[3, 4], 1));
+        let second = new_prefix(cache.insert(b[2], first, &[5, 6], 1));
         assert_eq!(cache.find(first, &[5, 6]), Some((b[2], second)));
         assert_eq!(cache.find(other, &[5, 6]), None);
         assert_eq!(cache.find(PrefixId::EMPTY, &[5, 6]), None);
-        assert_eq!(cache.insert(b[3], first, &[5, 6]), Inserted::Known(second));
+        assert_eq!(cache.insert(b[3], first, &[5, 6], 1), Inserted::Known(second));
         cache.check();
     }
 
@@ -156,12 +171,25 @@ mod tests {
     fn a_prefix_that_comes_back_does_not_revive_old_children() {
         let b = blocks(3);
         let mut cache = PrefixCache::new(3);
-        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1]));
-        new_prefix(cache.insert(b[1], first, &[2]));
+        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1], 1));
+        new_prefix(cache.insert(b[1], first, &[2], 1));
         cache.remove(b[0]);
-        let again = new_prefix(cache.insert(b[2], PrefixId::EMPTY, &[1]));
+        let again = new_prefix(cache.insert(b[2], PrefixId::EMPTY, &[1], 1));
         assert_ne!(again, first);
         assert_eq!(cache.find(again, &[2]), None);
+        cache.check();
+    }
+
+    #[test]
+    fn a_block_has_one_entry() {
+        let b = blocks(2);
+        let mut cache = PrefixCache::new(2);
+        let first = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1], 1));
+        new_prefix(cache.insert(b[1], first, &[2], 1));
+        cache.remove(b[0]);
+        let again = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1], 2));
+        let second = new_prefix(cache.insert(b[1], again, &[2], 2));
+        assert_eq!((cache.find(first, &[2]), cache.find(again, &[2])), (None, Some((b[1], second))));
         cache.check();
     }
 
@@ -169,10 +197,10 @@ mod tests {
     fn equal_hashes_lose_hits_but_never_lie() {
         let b = blocks(2);
         let mut cache = PrefixCache::with_hash(2, |_, _| 7);
-        let prefix = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2]));
+        let prefix = new_prefix(cache.insert(b[0], PrefixId::EMPTY, &[1, 2], 1));
         assert_eq!(cache.find(PrefixId::EMPTY, &[1, 3]), None);
         assert_eq!(cache.find(prefix, &[1, 2]), None);
-        assert_eq!(cache.insert(b[1], PrefixId::EMPTY, &[1, 3]), Inserted::Collision);
+        assert_eq!(cache.insert(b[1], PrefixId::EMPTY, &[1, 3], 1), Inserted::Collision);
         assert_eq!(cache.find(PrefixId::EMPTY, &[1, 2]), Some((b[0], prefix)));
         cache.remove(b[1]);
         cache.check();

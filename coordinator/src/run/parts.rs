@@ -30,7 +30,7 @@ use crate::{
     model::OpenedModel,
     scheduler::{
         actor::{SchedulerConfig, SchedulerHandle},
-        event::Limits,
+        event::{Limits, Recovery},
     },
     shard_link,
 };
@@ -104,9 +104,11 @@ impl Parts {
                     vocab: served.vocab,
                     prefix_caching: config.enable_prefix_caching,
                 },
+                recovery: Recovery { max_replays: config.max_replays, no_group_timeout: config.no_group_timeout },
                 eos: served.eos.clone(),
                 detokenizers: Box::new(served.tokenizer.as_ref().clone()),
                 max_queued_requests: config.max_num_queued_reqs as usize,
+                max_queued_tokens: config.max_num_queued_tokens as usize,
             },
             None,
         )

@@ -11,16 +11,18 @@ use std::{
 
 use phalanx_cluster::id::TokenId;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, concurrency::JoinHandle};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::watch;
 
 use super::{
-    event::{Action, Event, Limits, Measure, Status},
+    event::{Action, Event, Limits, Measure, Recovery, Status},
     handle::{CancelOnDrop, GroupEvent, PlanSink, Readiness, RequestStream, Submit},
     machine::Machine,
+    outbox::{self, MOST_UNREAD_BYTES, Outbox},
+    overload::{Gate, Place},
 };
 use crate::{
     metrics as names,
-    request::{Queued, Request, RequestError, RequestEvent},
+    request::{Request, RequestError, RequestEvent},
     sequence::RequestKey,
     text::decode::Detokenizers,
 };
@@ -34,12 +36,16 @@ pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 1024;
 pub struct SchedulerConfig {
     /// Limits of steps and of the model.
     pub limits: Limits,
+    /// What requests may go through.
+    pub recovery: Recovery,
     /// Ids that end a sequence.
     pub eos: Vec<TokenId>,
     /// Tokens to text; a `Tokenizer` is one.
     pub detokenizers: Box<dyn Detokenizers>,
     /// Requests that may wait for their first step; one more is refused as overload.
     pub max_queued_requests: usize,
+    /// Prompt tokens that those may have together.
+    pub max_queued_tokens: usize,
 }
 
 /// What the actor is told. [`SchedulerHandle`] says it.
@@ -51,9 +57,9 @@ pub enum SchedulerMsg {
         /// What to do.
         request: Box<Request>,
         /// Where its events go.
-        events: mpsc::UnboundedSender<RequestEvent>,
+        events: Outbox,
         /// Its place in the queue, free again when it runs.
-        place: OwnedSemaphorePermit,
+        place: Option<Place>,
     },
     /// A client went away.
     Cancel(RequestKey),
@@ -70,8 +76,7 @@ pub enum SchedulerMsg {
 pub struct SchedulerHandle {
     actor: ActorRef<SchedulerMsg>,
     next_key: Arc<AtomicU64>,
-    queue: Arc<Semaphore>,
-    max_queued_requests: usize,
+    gate: Arc<Gate>,
     readiness: watch::Receiver<Readiness>,
 }
 
@@ -86,19 +91,13 @@ impl SchedulerHandle {
     ) -> Result<(Self, JoinHandle<()>), SpawnErr> {
         let waiting = Readiness::NotReady("no group of shards has formed yet".to_owned());
         let (ready, readiness) = watch::channel(waiting);
-        let max_queued_requests = config.max_queued_requests.min(Semaphore::MAX_PERMITS);
-        let start = (config, ready);
+        let gate = Arc::new(Gate::new(config.max_queued_requests, config.max_queued_tokens));
+        let start = (config, ready, Arc::clone(&gate));
         let (actor, join) = match supervisor {
             Some(supervisor) => Actor::spawn_linked(None, Scheduler, start, supervisor).await?,
             None => Actor::spawn(None, Scheduler, start).await?,
         };
-        let handle = Self {
-            actor,
-            next_key: Arc::new(AtomicU64::new(0)),
-            queue: Arc::new(Semaphore::new(max_queued_requests)),
-            max_queued_requests,
-            readiness,
-        };
+        let handle = Self { actor, next_key: Arc::new(AtomicU64::new(0)), gate, readiness };
         Ok((handle, join))
     }
 
@@ -128,17 +127,11 @@ impl SchedulerHandle {
 
 impl Submit for SchedulerHandle {
     fn submit(&self, request: Request) -> Result<RequestStream, RequestError> {
-        let place = Arc::clone(&self.queue).try_acquire_owned().map_err(|_| {
-            let limit = self.max_queued_requests;
-            RequestError::Overloaded {
-                waiting: limit - self.queue.available_permits().min(limit),
-                limit,
-                of: Queued::Requests,
-                retry_after: Duration::from_secs(1),
-            }
-        })?;
+        // Who was let in by an earlier coordinator is not refused by this one.
+        let is_resumed = request.resume.iter().any(|choice| !choice.tokens.is_empty());
+        let place = if is_resumed { None } else { Some(self.gate.enter(request.prompt.len(), Instant::now())?) };
         let key = RequestKey(self.next_key.fetch_add(1, Ordering::Relaxed));
-        let (sender, events) = mpsc::unbounded_channel();
+        let (sender, events) = outbox::channel();
         let message = SchedulerMsg::Submit { key, request: Box::new(request), events: sender, place };
         if self.actor.cast(message).is_err() {
             return Err(RequestError::Unavailable("the scheduler has stopped".to_owned()));
@@ -157,9 +150,9 @@ impl Submit for SchedulerHandle {
 }
 
 struct Client {
-    events: mpsc::UnboundedSender<RequestEvent>,
+    events: Outbox,
     /// Held while the request waits for its first step.
-    place: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
 }
 
 struct State {
@@ -167,6 +160,9 @@ struct State {
     clients: BTreeMap<RequestKey, Client>,
     plans: Option<Arc<dyn PlanSink>>,
     readiness: watch::Sender<Readiness>,
+    gate: Arc<Gate>,
+    /// Requests whose clients leave too much unread.
+    unread: Vec<RequestKey>,
     is_tick_armed: bool,
 }
 
@@ -175,15 +171,23 @@ struct Scheduler;
 impl Actor for Scheduler {
     type Msg = SchedulerMsg;
     type State = State;
-    type Arguments = (SchedulerConfig, watch::Sender<Readiness>);
+    type Arguments = (SchedulerConfig, watch::Sender<Readiness>, Arc<Gate>);
 
     async fn pre_start(
         &self,
         _myself: ActorRef<SchedulerMsg>,
-        (config, readiness): Self::Arguments,
+        (config, readiness, gate): Self::Arguments,
     ) -> Result<State, ActorProcessingErr> {
-        let machine = Machine::new(config.limits, config.eos, config.detokenizers);
-        let state = State { machine, clients: BTreeMap::new(), plans: None, readiness, is_tick_armed: false };
+        let machine = Machine::new(config.limits, config.recovery, config.eos, config.detokenizers);
+        let state = State {
+            machine,
+            clients: BTreeMap::new(),
+            plans: None,
+            readiness,
+            gate,
+            unread: Vec::new(),
+            is_tick_armed: false,
+        };
         state.record_status();
         Ok(state)
     }
@@ -196,7 +200,7 @@ impl Actor for Scheduler {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             SchedulerMsg::Submit { key, request, events, place } => {
-                state.clients.insert(key, Client { events, place: Some(place) });
+                state.clients.insert(key, Client { events, place });
                 state.step(Event::Submit(key, *request));
             }
             SchedulerMsg::Cancel(key) => {
@@ -233,6 +237,13 @@ impl State {
     fn step(&mut self, event: Event) {
         let actions = self.machine.step(Instant::now(), event);
         self.perform(actions);
+        while let Some(key) = self.unread.pop() {
+            let Some(client) = self.clients.remove(&key) else { continue };
+            tracing::warn!(key = key.0, "a client leaves too much of its answer unread: its request is cancelled");
+            client.events.send(RequestEvent::Failed(RequestError::Unread { limit: MOST_UNREAD_BYTES }));
+            let actions = self.machine.step(Instant::now(), Event::Cancel(key));
+            self.perform(actions);
+        }
         self.record_status();
     }
 
@@ -274,8 +285,8 @@ impl State {
                 }
                 Action::Emit(key, event) => self.emit(key, event),
                 Action::Admitted(key) => {
-                    if let Some(client) = self.clients.get_mut(&key) {
-                        client.place = None;
+                    if self.clients.get_mut(&key).and_then(|client| client.place.take()).is_some() {
+                        self.gate.admitted(Instant::now());
                     }
                 }
                 Action::Measure(measure) => record(&measure),
@@ -286,12 +297,11 @@ impl State {
 
     fn emit(&mut self, key: RequestKey, event: RequestEvent) {
         let is_last = matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_));
-        if let Some(client) = self.clients.get(&key) {
-            // A client that has gone says so by dropping its stream, which cancels the request.
-            let _ = client.events.send(event);
-        }
+        let has_room = self.clients.get(&key).is_none_or(|client| client.events.send(event));
         if is_last {
             self.clients.remove(&key);
+        } else if !has_room {
+            self.unread.push(key);
         }
     }
 
@@ -318,6 +328,8 @@ fn record(measure: &Measure) {
         Measure::FirstToken(after) => metrics::histogram!(names::TTFT).record(after.as_secs_f64()),
         Measure::InterToken(after) => metrics::histogram!(names::ITL).record(after.as_secs_f64()),
         Measure::Token => metrics::counter!(names::TOKENS).increment(1),
+        Measure::Replayed(n) => metrics::counter!(names::REPLAYED).increment(*n as u64),
+        Measure::Stalled(by) => metrics::histogram!(names::STALL).record(by.as_secs_f64()),
         Measure::Step { n_sequences, took } => {
             metrics::gauge!(names::BATCH_SIZE).set(*n_sequences as f64);
             metrics::histogram!(names::STEP_SECONDS).record(took.as_secs_f64());

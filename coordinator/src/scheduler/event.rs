@@ -26,19 +26,35 @@ pub struct Limits {
     pub prefix_caching: bool,
 }
 
+/// How much trouble a request may meet before it is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recovery {
+    /// How often a request is computed again without progress (`--max-replays`), at least once: at one more loss it fails.
+    pub max_replays: u32,
+    /// How long requests wait while no group serves (`--no-group-timeout`).
+    pub no_group_timeout: Duration,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Self { max_replays: 3, no_group_timeout: Duration::from_secs(60) }
+    }
+}
+
 /// What the KV pages of a new group hold of an earlier epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kept {
     /// Epoch whose plans wrote the rows.
     pub epoch: u64,
-    /// All rows that steps up to this one wrote are there, on every rank; 0: none.
+    /// All rows that steps up to this one wrote are there, on every rank, and so are the rows that were there when the
+    /// epoch began; 0: only those.
     pub through_step: u64,
 }
 
 /// Something that happened.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// A request came. Keys are distinct; requests are served in order of their keys.
+    /// A request came. Keys are distinct; requests of equal priority are served in order of their keys.
     Submit(RequestKey, Request),
     /// Nobody waits for the request any more.
     Cancel(RequestKey),
@@ -111,6 +127,10 @@ pub enum Measure {
     InterToken(Duration),
     /// A token was generated.
     Token,
+    /// Positions are computed again that had been computed before a loss.
+    Replayed(usize),
+    /// The first token of a running sequence after a loss, so long after its last one before.
+    Stalled(Duration),
     /// A step came back.
     Step {
         /// Sequences in it.

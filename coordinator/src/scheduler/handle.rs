@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use phalanx_proto::v1::{StepPlan, StepResult};
-use tokio::sync::mpsc;
 
 pub use super::event::Kept;
-use crate::request::{Request, RequestError, RequestEvent};
+use super::outbox::RequestEvents;
+use crate::request::{Request, RequestError};
 
 /// Sends a step plan to every rank of the group. Must not block.
 pub trait PlanSink: Send + Sync {
@@ -56,7 +56,7 @@ pub enum GroupEvent {
 /// A request's events. Dropping it cancels the request: its blocks are free within one step.
 pub struct RequestStream {
     /// In order; ends after `Finished` or `Failed`.
-    pub events: mpsc::UnboundedReceiver<RequestEvent>,
+    pub events: RequestEvents,
     pub(crate) _cancel: CancelOnDrop,
 }
 

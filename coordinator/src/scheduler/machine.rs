@@ -1,8 +1,8 @@
 //! The scheduler: events in, actions out. No clock, no socket, no randomness.
 //!
-//! What is known of a request lives here and in the journal; what is known of a group (blocks, slots, steps in flight) is
-//! thrown away with the group. So a lost group costs time and nothing else: running sequences wait again, and the next
-//! group gets them with all their tokens.
+//! What is known of a request lives here and in the journal; slots and steps in flight are thrown away with their group.
+//! So a lost group costs time and nothing else: running sequences wait again, and the next group gets them with all their
+//! tokens, and with their pages if it has kept them (`replay`).
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -14,32 +14,42 @@ use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{SamplingParams, TokenScore};
 
 use super::{
-    event::{Action, Event, Limits, Measure, Status},
-    policy::{self, MAX_IN_FLIGHT},
+    event::{Action, Event, Limits, Measure, Recovery, Status},
+    policy::{self, MAX_IN_FLIGHT, RowTime},
+    quarantine::Quarantine,
+    replay::Former,
 };
 use crate::{
     journal::{Entry, Journal},
     kv::blocks::Blocks,
     request::{Request, RequestError, RequestEvent, Usage},
-    sequence::{RequestKey, Sequence, SequenceKey},
+    sequence::{Place, RequestKey, Sequence, SequenceKey, Turn},
     text::decode::{Detokenizers, OutputText},
 };
 
 /// The scheduler of one served model.
 pub struct Machine {
     pub(super) limits: Limits,
+    pub(super) recovery: Recovery,
     pub(super) eos: Vec<TokenId>,
     detokenizers: Box<dyn Detokenizers>,
     pub(super) group: Option<Group>,
+    /// What the last group's pages hold, until the next one serves.
+    pub(super) former: Option<Former>,
     /// Epoch of the latest group, lost or not.
-    last_epoch: u64,
+    pub(super) last_epoch: u64,
+    /// When the last group was lost; `None` while one serves, and before the first.
+    pub(super) without_group_since: Option<Instant>,
+    pub(super) quarantine: Quarantine,
+    /// As the shards of the last groups were.
+    pub(super) row_time: RowTime,
     pub(super) requests: BTreeMap<RequestKey, LiveRequest>,
     pub(super) sequences: BTreeMap<SequenceKey, Sequence>,
-    /// Sequences without a seat that may get one, oldest first. Preempted ones are in front by their keys alone.
-    pub(super) waiting: BTreeSet<SequenceKey>,
+    /// Sequences without a seat that may get one. Preempted ones are in front of their likes by their keys alone.
+    pub(super) waiting: BTreeSet<Place>,
     /// Sequences with a seat.
-    pub(super) running: BTreeSet<SequenceKey>,
-    deadlines: BTreeSet<(Instant, RequestKey)>,
+    pub(super) running: BTreeSet<Turn>,
+    pub(super) deadlines: BTreeSet<(Instant, RequestKey)>,
     pub(super) journal: Journal,
 }
 
@@ -55,6 +65,8 @@ pub(super) struct LiveRequest {
     /// Scores of prompt positions 1, 2, ... so far; `None` if not asked for, or told already.
     pub(super) scores: Option<Vec<TokenScore>>,
     pub(super) usage: Usage,
+    /// Unplanned losses with rows of it in flight since it last made progress.
+    pub(super) losses: u32,
 }
 
 /// What is known of the serving group.
@@ -83,6 +95,7 @@ pub(super) enum Hold {
 /// A plan that was sent and whose result is awaited.
 pub(super) struct StepInFlight {
     pub(super) step: u64,
+    pub(super) n_rows: usize,
     pub(super) chunks: Vec<PlannedChunk>,
 }
 
@@ -125,13 +138,18 @@ impl LiveRequest {
 
 impl Machine {
     /// Without requests and without a group. `eos` ends sequences.
-    pub fn new(limits: Limits, eos: Vec<TokenId>, detokenizers: Box<dyn Detokenizers>) -> Self {
+    pub fn new(limits: Limits, recovery: Recovery, eos: Vec<TokenId>, detokenizers: Box<dyn Detokenizers>) -> Self {
         Self {
             limits,
+            recovery: Recovery { max_replays: recovery.max_replays.max(1), ..recovery },
             eos,
             detokenizers,
             group: None,
+            former: None,
             last_epoch: 0,
+            without_group_since: None,
+            quarantine: Quarantine::default(),
+            row_time: RowTime::default(),
             requests: BTreeMap::new(),
             sequences: BTreeMap::new(),
             waiting: BTreeSet::new(),
@@ -147,8 +165,8 @@ impl Machine {
         match event {
             Event::Submit(key, request) => self.on_submit(now, key, request, &mut out),
             Event::Cancel(key) => self.forget(key),
-            Event::GroupServing { epoch, n_blocks, kept: _ } => self.on_serving(epoch, n_blocks, &mut out),
-            Event::GroupLost { epoch, is_planned: _ } => self.on_lost(epoch, &mut out),
+            Event::GroupServing { epoch, n_blocks, kept } => self.on_serving(now, epoch, n_blocks, kept, &mut out),
+            Event::GroupLost { epoch, is_planned } => self.on_lost(now, epoch, is_planned, &mut out),
             Event::Hold { epoch } => self.on_hold(epoch, Hold::Draining, &mut out),
             Event::Resume { epoch } => self.on_hold(epoch, Hold::Off, &mut out),
             Event::Stepped(result) => self.on_stepped(now, result, &mut out),
@@ -168,9 +186,15 @@ impl Machine {
         out
     }
 
-    /// The earliest deadline of a live request.
+    /// How much trouble requests may meet.
+    pub fn recovery(&self) -> Recovery {
+        self.recovery
+    }
+
+    /// When a live request may have to be given up.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|(at, _)| *at)
+        let deadline = self.deadlines.first().map(|(at, _)| *at);
+        deadline.into_iter().chain(self.oldest_without_group().map(|(at, _)| at)).min()
     }
 
     /// The present state in numbers.
@@ -212,6 +236,7 @@ impl Machine {
             let key = SequenceKey { request: key, choice };
             let sequence = Sequence {
                 key,
+                priority: request.priority,
                 prompt_len,
                 max_tokens,
                 n_output: 0,
@@ -219,10 +244,12 @@ impl Machine {
                 sampling: self.sampling_of(&request, choice),
                 text: OutputText::new(&request.stop, self.detokenizers.as_ref()),
                 last_token_at: None,
+                replay_until: 0,
+                stalled_since: None,
+                waits_at: None,
                 seat: None,
             };
             self.sequences.insert(key, sequence);
-            self.waiting.insert(key);
         }
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, key));
@@ -234,10 +261,15 @@ impl Machine {
             held: Vec::new(),
             scores: request.sampling.prompt_logprobs.map(|_| Vec::new()),
             usage: Usage { prompt_tokens: prompt_len as u32, ..Usage::default() },
+            losses: 0,
             request,
         };
         self.requests.insert(key, live);
         self.tell_scores_if_complete(key, out);
+        self.tell_earlier_life(key, out);
+        for choice in 0..n_sequences {
+            self.wait(SequenceKey { request: key, choice });
+        }
     }
 
     /// Why a request can't be taken at all. Frontends have checked it; but shards refuse a bad plan by giving up the
@@ -256,6 +288,9 @@ impl Machine {
         }
         if let Some(token) = request.prompt.iter().find(|t| **t as usize >= self.limits.vocab) {
             return broken(format!("prompt has token {token}, want less than {}", self.limits.vocab));
+        }
+        if let Some(token) = request.resume.iter().flat_map(|c| &c.tokens).find(|t| **t as usize >= self.limits.vocab) {
+            return broken(format!("earlier output has token {token}, want less than {}", self.limits.vocab));
         }
         let max_tokens = policy::max_output(prompt_len, request.max_tokens, self.limits.max_model_len);
         self.too_large(prompt_len, if request.is_open_ended { max_tokens.min(1) } else { max_tokens })
@@ -286,51 +321,11 @@ impl Machine {
         sampling
     }
 
-    fn on_serving(&mut self, epoch: u64, n_blocks: usize, out: &mut Vec<Action>) {
-        if epoch <= self.last_epoch {
-            out.push(Action::Measure(Measure::Fenced));
-            return;
-        }
-        self.leave_group();
-        self.last_epoch = epoch;
-        self.group = Some(Group {
-            epoch,
-            next_step: 1,
-            blocks: Blocks::new(n_blocks, self.limits.block_size),
-            in_flight: VecDeque::new(),
-            slots: Slots::default(),
-            refused: None,
-            hold: Hold::Off,
-        });
-    }
-
     fn on_hold(&mut self, epoch: u64, hold: Hold, out: &mut Vec<Action>) {
         match self.group.as_mut().filter(|g| g.epoch == epoch) {
             Some(group) => group.hold = hold,
             None => out.push(Action::Measure(Measure::Fenced)),
         }
-    }
-
-    fn on_lost(&mut self, epoch: u64, out: &mut Vec<Action>) {
-        if self.group.as_ref().is_some_and(|g| g.epoch == epoch) {
-            self.leave_group();
-        } else {
-            out.push(Action::Measure(Measure::Fenced));
-        }
-    }
-
-    /// Forgets the group and all that only it knew. Everything that the journal has open waits again.
-    fn leave_group(&mut self) {
-        self.group = None;
-        self.running.clear();
-        for sequence in self.sequences.values_mut() {
-            sequence.seat = None;
-            sequence.n_pending = 0;
-        }
-        for live in self.requests.values_mut() {
-            live.held.clear();
-        }
-        self.waiting = self.journal.unfinished().filter(|key| self.sequences.contains_key(key)).collect();
     }
 
     fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
@@ -339,6 +334,37 @@ impl Machine {
                 break;
             }
             self.fail(key, RequestError::DeadlineExceeded, out);
+        }
+        while let Some((at, key)) = self.oldest_without_group() {
+            if at > now {
+                break;
+            }
+            let waited = self.recovery.no_group_timeout.as_secs();
+            self.fail(key, RequestError::Unavailable(format!("no group was formed within {waited} s")), out);
+        }
+    }
+
+    /// While no group serves: the request that has waited longest for one, and when it is given up. Keys are in order of
+    /// arrival.
+    fn oldest_without_group(&self) -> Option<(Instant, RequestKey)> {
+        let (key, live) = self.requests.first_key_value().filter(|_| self.group.is_none())?;
+        let since = self.without_group_since.map_or(live.arrived_at, |lost_at| lost_at.max(live.arrived_at));
+        Some((since.checked_add(self.recovery.no_group_timeout)?, *key))
+    }
+
+    /// Puts a sequence without a seat into the queue, if it lives.
+    pub(super) fn wait(&mut self, key: SequenceKey) {
+        if let Some(sequence) = self.sequences.get_mut(&key) {
+            let place = sequence.place();
+            sequence.waits_at = Some(place);
+            self.waiting.insert(place);
+        }
+    }
+
+    /// Takes a sequence out of the queue, if it is there.
+    pub(super) fn unwait(&mut self, key: SequenceKey) {
+        if let Some(place) = self.sequences.get_mut(&key).and_then(|s| s.waits_at.take()) {
+            self.waiting.remove(&place);
         }
     }
 
@@ -359,73 +385,43 @@ impl Machine {
         for choice in 0..live.request.n {
             self.remove_sequence(SequenceKey { request: key, choice });
         }
+        self.quarantine.clear(key);
         self.journal.append(Entry::Ended(key));
     }
 
     /// Removes a sequence, wherever it is.
     pub(super) fn remove_sequence(&mut self, key: SequenceKey) {
         self.unseat(key);
-        self.waiting.remove(&key);
+        self.unwait(key);
         self.sequences.remove(&key);
     }
 
     /// Takes a sequence's blocks and slot back, if it has any. Steps in flight may still write the blocks; those come
     /// before any plan that gives the blocks to others.
     pub(super) fn unseat(&mut self, key: SequenceKey) {
-        self.running.remove(&key);
-        let Some(seat) = self.sequences.get_mut(&key).and_then(|s| s.seat.take()) else { return };
-        if let Some(group) = &mut self.group {
-            group.slots.dropped.push(seat.slot);
+        if let Some(former) = &mut self.former
+            && let Some(seat) = former.seats.remove(&key)
+        {
+            former.blocks.release(seat.table);
+        }
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        self.running.remove(&sequence.turn());
+        if let (Some(seat), Some(group)) = (sequence.seat.take(), &mut self.group) {
+            group.slots.dropped.extend(seat.slot);
             group.blocks.release(seat.table);
         }
     }
 
     /// Lets choices that wait for choice 0's prompt be admitted.
     pub(super) fn release_held(&mut self, key: RequestKey) {
-        if let Some(live) = self.requests.get_mut(&key) {
-            self.waiting.extend(live.held.drain(..));
+        let held = self.requests.get_mut(&key).map(|live| std::mem::take(&mut live.held));
+        for key in held.into_iter().flatten() {
+            self.wait(key);
         }
     }
 
     /// How long ago a request came.
     pub(super) fn since_arrival(&self, key: RequestKey, now: Instant) -> Option<std::time::Duration> {
         self.requests.get(&key).map(|live| now.saturating_duration_since(live.arrived_at))
-    }
-
-    /// Asserts the invariants of queues and blocks. O(everything).
-    pub fn check(&self) {
-        let n_held: usize = self.requests.values().map(|r| r.held.len()).sum();
-        assert_eq!(self.waiting.len() + self.running.len() + n_held, self.sequences.len(), "queues and sequences");
-        for (key, sequence) in &self.sequences {
-            assert_eq!(sequence.seat.is_some(), self.running.contains(key), "{key:?} has a seat if it runs");
-            let is_waiting = self.waiting.contains(key);
-            let live = self.requests.get(&key.request).expect("a sequence belongs to a request");
-            assert_eq!(sequence.seat.is_none(), is_waiting || live.held.contains(key), "{key:?} waits or is held");
-            assert!(sequence.n_output + sequence.n_pending <= sequence.max_tokens, "{key:?} is planned beyond its end");
-            let tokens = self.journal.tokens(*key).expect("the journal has every sequence");
-            assert_eq!(tokens.len(), sequence.n_known(), "{key:?} in the journal");
-            if let Some(seat) = &sequence.seat {
-                assert_eq!(seat.tokens, tokens, "{key:?} in the journal");
-                assert!(seat.computed <= sequence.n_planned(), "{key:?} is computed beyond what is known");
-            }
-        }
-        for (key, live) in &self.requests {
-            let range = SequenceKey { request: *key, choice: 0 }..=SequenceKey { request: *key, choice: u32::MAX };
-            assert_eq!(self.sequences.range(range).count(), live.n_open, "{key:?} has open choices");
-            assert!(live.n_open > 0, "{key:?} is finished");
-            let is_armed = live.request.deadline.is_none_or(|at| self.deadlines.contains(&(at, *key)));
-            assert!(is_armed, "{key:?} has its deadline");
-        }
-        assert_eq!(self.journal.len(), self.requests.len(), "requests in the journal");
-        let n_deadlines = self.requests.values().filter(|r| r.request.deadline.is_some()).count();
-        assert_eq!(self.deadlines.len(), n_deadlines, "deadlines");
-        match &self.group {
-            Some(group) => {
-                group.blocks.check(self.sequences.values().filter_map(|s| s.seat.as_ref()).map(|s| &s.table));
-                assert!(group.in_flight.len() <= MAX_IN_FLIGHT, "steps in flight");
-                assert!(self.running.len() <= self.limits.max_running, "sequences that run");
-            }
-            None => assert!(self.running.is_empty(), "something runs without a group"),
-        }
     }
 }

@@ -3,9 +3,15 @@
 //! [`machine::Machine`] is the scheduler itself, without clock, sockets or luck; [`actor`] is the shell around it.
 
 pub mod actor;
+mod check;
 pub mod event;
 pub mod handle;
 pub mod machine;
+pub mod outbox;
 mod outcome;
+mod overload;
 mod planning;
 pub mod policy;
+mod quarantine;
+mod replay;
+mod resumption;

@@ -30,6 +30,7 @@ impl Machine {
         }
         let Some(step) = group.in_flight.pop_front() else { return };
         let took = Duration::from_micros(result.compute_us);
+        self.row_time.record(step.n_rows, took);
         out.push(Action::Measure(Measure::Step { n_sequences: step.chunks.len(), took }));
 
         for scores in result.prompt_scores {
@@ -62,6 +63,7 @@ impl Machine {
         }
         let n_wanted = live.request.prompt.len() - 1 - scores.len();
         scores.extend(new.scores.into_iter().skip(next - new.start as usize).take(n_wanted));
+        self.absolve(key);
         self.tell_scores_if_complete(key, out);
     }
 
@@ -104,6 +106,11 @@ impl Machine {
         let waits_for_scores = live.waits_for_scores();
         let Some(sequence) = self.sequences.get_mut(&key) else { return };
         let vocab = self.limits.vocab;
+        if sample.as_ref().is_some_and(|s| s.failed && s.sequence == chunk.slot) {
+            let reason = "the model's scores of the next token are no numbers".to_owned();
+            self.fail(key.request, RequestError::Internal(reason), out);
+            return;
+        }
         let is_good = |s: &Sample| s.sequence == chunk.slot && (s.token_id as usize) < vocab;
         let Some(Sample { token_id, score, .. }) = sample.filter(is_good) else {
             let reason = format!("the shards gave no token for slot {}", chunk.slot);
@@ -114,32 +121,49 @@ impl Machine {
             self.fail_unscored(key.request, out);
             return;
         }
-        let request = &live.request;
         sequence.n_pending -= 1;
-        sequence.n_output += 1;
-        self.journal.append(Entry::Emitted(key, token_id));
-        let output = extend_output(sequence, request, &self.eos, token_id, score);
         if let (Some(seat), Some(group)) = (&mut sequence.seat, &mut self.group) {
             seat.tokens.push(token_id);
             if self.limits.prefix_caching {
-                group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed);
+                group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed, group.next_step - 1);
             }
+        }
+        if let Some(since) = sequence.stalled_since.take() {
+            out.push(Action::Measure(Measure::Stalled(now.saturating_duration_since(since))));
         }
         let since_last = sequence.last_token_at.replace(now).map(|at| now.saturating_duration_since(at));
         self.measure_token(now, key.request, since_last, out);
-        let is_finished = output.finish.is_some();
+        self.absolve(key.request);
+        self.tell_token(key, token_id, score, out);
+    }
+
+    /// Journals a choice's next token and tells its client. Says whether the choice is complete with it.
+    pub(super) fn tell_token(
+        &mut self,
+        key: SequenceKey,
+        token: TokenId,
+        score: Option<TokenScore>,
+        out: &mut Vec<Action>,
+    ) -> bool {
+        let Some(live) = self.requests.get_mut(&key.request) else { return true };
+        let Some(sequence) = self.sequences.get_mut(&key) else { return true };
+        live.usage.completion_tokens += 1;
+        sequence.n_output += 1;
+        self.journal.append(Entry::Emitted(key, token));
+        let output = extend_output(sequence, &live.request, &self.eos, token, score);
+        let is_complete = output.finish.is_some();
         out.push(Action::Emit(key.request, RequestEvent::Output(output)));
-        if is_finished {
+        if is_complete {
             self.complete(key, out);
         }
+        is_complete
     }
 
     fn measure_token(&mut self, now: Instant, key: RequestKey, since_last: Option<Duration>, out: &mut Vec<Action>) {
         out.push(Action::Measure(Measure::Token));
         let since_arrival = self.since_arrival(key, now);
-        let Some(live) = self.requests.get_mut(&key) else { return };
-        live.usage.completion_tokens += 1;
-        if live.usage.completion_tokens == 1 {
+        let Some(live) = self.requests.get(&key) else { return };
+        if live.usage.completion_tokens == 0 {
             out.extend(since_arrival.map(|d| Action::Measure(Measure::FirstToken(d))));
         }
         out.extend(since_last.map(|d| Action::Measure(Measure::InterToken(d))));

@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod oracle;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use phalanx_coordinator::text::decode::{Detokenize, Detokenizers};
@@ -50,6 +52,9 @@ struct Live {
     computed: Option<usize>,
 }
 
+/// Position and prefix hash that each slot of each page holds.
+pub type Pages = Vec<Vec<Option<(usize, u64)>>>;
+
 /// Of one epoch.
 pub struct FakeShard {
     pub epoch: u64,
@@ -61,8 +66,7 @@ pub struct FakeShard {
     pub queue: VecDeque<StepPlan>,
     last_step: u64,
     live: BTreeMap<u32, Live>,
-    /// Position and prefix hash that each slot of each page holds.
-    pages: Vec<Vec<Option<(usize, u64)>>>,
+    pages: Pages,
 }
 
 impl FakeShard {
@@ -79,6 +83,53 @@ impl FakeShard {
             live: BTreeMap::new(),
             pages: vec![vec![None; limits.block_size]; n_blocks],
         }
+    }
+
+    /// With the pages of an earlier epoch.
+    pub fn with_pages(self, pages: Pages) -> Self {
+        assert_eq!(pages.len(), self.pages.len(), "blocks of kept pages");
+        Self { pages, ..self }
+    }
+
+    /// What the pages hold.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// The last step that was executed.
+    pub fn last_step(&self) -> u64 {
+        self.last_step
+    }
+
+    /// Whether the step that comes next computes rows of a sequence with this seed.
+    pub fn next_computes(&self, seed: u64) -> bool {
+        let Some(plan) = self.queue.front() else { return false };
+        let has_seed = |sampling: Option<&SamplingParams>| sampling.is_some_and(|s| s.seed == seed);
+        plan.chunks.iter().any(|chunk| {
+            let start = plan.started.iter().find(|s| s.sequence == chunk.sequence);
+            match start {
+                Some(start) => has_seed(start.sampling.as_ref()),
+                None => has_seed(self.live.get(&chunk.sequence).map(|l| &l.sampling)),
+            }
+        })
+    }
+
+    /// Ends in the middle of the step that was to come next: some of its rows are written, and worth nothing. Gives the
+    /// pages back.
+    pub fn abort(mut self, mut is_written: impl FnMut() -> bool) -> Pages {
+        if let Some(plan) = self.queue.pop_front() {
+            self.apply_deltas(&plan);
+            for chunk in &plan.chunks {
+                let live = &self.live[&chunk.sequence];
+                for position in chunk.start as usize..(chunk.start + chunk.len) as usize {
+                    if is_written() {
+                        let page = live.blocks[position / self.block_size] as usize;
+                        self.pages[page][position % self.block_size] = Some((position, u64::MAX));
+                    }
+                }
+            }
+        }
+        self.pages
     }
 
     /// Executes the oldest plan that was sent.
@@ -130,7 +181,7 @@ impl FakeShard {
                 let token = next_token(hash, live.tokens.len() - live.prompt_len, &live.sampling, self.vocab);
                 live.tokens.push(token);
                 let score = live.sampling.logprobs.map(|_| score(hash, token));
-                samples.push(Sample { sequence: chunk.sequence, token_id: token, score });
+                samples.push(Sample { sequence: chunk.sequence, token_id: token, score, failed: false });
             }
         }
         StepResult { epoch: plan.epoch, step: plan.step, samples, prompt_scores, compute_us: 100, collective_us: 0 }

@@ -16,7 +16,7 @@ use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult, TokenScore};
 use super::{
     StepError,
     plan::{self, CheckedPlan, Limits},
-    sampling::{self, Candidate},
+    sampling::{self, Candidate, NO_TOKEN},
     sequence::Sequence,
     timed::Timed,
 };
@@ -232,9 +232,12 @@ impl Executor {
             };
             let score = if w.purpose == Purpose::Sample { chosen.next().and_then(|(_, score)| score) } else { None };
             let (Some(token), Some(sequence)) = (token, self.sequences.get_mut(&w.sequence)) else { continue };
-            sequence.push(token);
+            let failed = token == NO_TOKEN;
+            // Any token does for a sequence that is over: the plan for the next step may be on its way already.
+            let token_id = if failed { 0 } else { token };
+            sequence.push(token_id);
             if is_rank_zero {
-                samples.push(Sample { sequence: w.sequence, token_id: token, score });
+                samples.push(Sample { sequence: w.sequence, token_id, score, failed });
             }
         }
         self.host.wanted = wanted;
@@ -356,17 +359,15 @@ impl Executor {
     /// All ranks compare their slices' candidates: every rank knows the winners.
     fn agree_on_greedy(&mut self, collective: &mut dyn Collective) -> Result<Vec<u32>, StepError> {
         let mine = &self.host.candidates;
-        let vocab_size = self.model.shape.config.vocab;
         if mine.is_empty() || collective.world_size() == 1 {
-            return Ok(mine.iter().map(|candidate| candidate.token(vocab_size)).collect::<Result<_, _>>()?);
+            return Ok(mine.iter().map(|candidate| candidate.token()).collect());
         }
         let mut all = vec![Candidate::NONE; mine.len() * collective.world_size()];
         let lens = vec![size_of_val(mine.as_slice()); collective.world_size()];
         collective.all_gather(bytemuck::cast_slice(mine), &lens, bytemuck::cast_slice_mut(&mut all))?;
-        let best = |row: usize| {
-            all.chunks(mine.len()).map(|rank| rank[row]).fold(Candidate::NONE, Candidate::better).token(vocab_size)
-        };
-        Ok((0..mine.len()).map(best).collect::<Result<_, _>>()?)
+        let best =
+            |row: usize| all.chunks(mine.len()).map(|rank| rank[row]).fold(Candidate::NONE, Candidate::better).token();
+        Ok((0..mine.len()).map(best).collect())
     }
 
     /// Tells all ranks what rank 0 chose.

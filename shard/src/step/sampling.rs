@@ -6,6 +6,10 @@ use phalanx_proto::v1::{TokenScore, TopToken};
 use super::sequence::Sequence;
 use crate::sampler::{self, SamplingError, Score, Scratch, penalties};
 
+/// What ranks tell each other where no token can be chosen. Such a row is the end of its own sequence only: the others of
+/// the step are not to blame, and all ranks know of it.
+pub(super) const NO_TOKEN: u32 = u32::MAX;
+
 /// The best token of a rank's slice of the vocabulary, as ranks send it to each other.
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 #[repr(C)]
@@ -17,7 +21,7 @@ pub(super) struct Candidate {
 
 impl Candidate {
     /// Loses to every token that can be chosen.
-    pub(super) const NONE: Self = Self { logit: f32::NEG_INFINITY, token: u32::MAX };
+    pub(super) const NONE: Self = Self { logit: f32::NEG_INFINITY, token: NO_TOKEN };
 
     /// A token; NaN is as bad as minus infinity: neither can be chosen.
     pub(super) fn new(logit: f32, token: u32) -> Self {
@@ -29,9 +33,9 @@ impl Candidate {
         if other.logit > self.logit || (other.logit == self.logit && other.token < self.token) { other } else { self }
     }
 
-    /// The token.
-    pub(super) fn token(self, vocab_size: usize) -> Result<u32, SamplingError> {
-        if self == Self::NONE { Err(SamplingError::NoCandidate { vocab_size }) } else { Ok(self.token) }
+    /// The token, or [`NO_TOKEN`].
+    pub(super) fn token(self) -> u32 {
+        if self == Self::NONE { NO_TOKEN } else { self.token }
     }
 }
 
@@ -42,9 +46,20 @@ pub(super) fn adjust(sequence: &Sequence, vocab_start: usize, logits: &mut [f32]
     }
 }
 
-/// Chooses the next token of a sequence and scores it, if that is asked for. `logits`: raw, over the whole vocabulary;
-/// changed.
+/// Chooses the next token of a sequence and scores it, if that is asked for; [`NO_TOKEN`] if there is none to choose.
+/// `logits`: raw, over the whole vocabulary; changed.
 pub(super) fn choose(
+    sequence: &Sequence,
+    logits: &mut [f32],
+    scratch: &mut Scratch,
+) -> Result<(u32, Option<TokenScore>), SamplingError> {
+    match try_to_choose(sequence, logits, scratch) {
+        Err(SamplingError::NoCandidate { .. }) => Ok((NO_TOKEN, None)),
+        chosen => chosen,
+    }
+}
+
+fn try_to_choose(
     sequence: &Sequence,
     logits: &mut [f32],
     scratch: &mut Scratch,
@@ -98,8 +113,8 @@ mod tests {
     #[test]
     fn what_is_no_number_cant_be_chosen() {
         let nan = Candidate::new(f32::NAN, 0);
-        assert_eq!(nan.better(Candidate::new(-1e30, 5)).token(8), Ok(5));
-        assert_eq!(Candidate::NONE.better(nan).token(8), Err(SamplingError::NoCandidate { vocab_size: 8 }));
-        assert!(Candidate::new(f32::NEG_INFINITY, 1).token(8).is_err());
+        assert_eq!(nan.better(Candidate::new(-1e30, 5)).token(), 5);
+        assert_eq!(Candidate::NONE.better(nan).token(), NO_TOKEN);
+        assert_eq!(Candidate::new(f32::NEG_INFINITY, 1).token(), NO_TOKEN);
     }
 }

@@ -16,13 +16,16 @@ use http::{HeaderMap, Request as HttpRequest, StatusCode};
 use phalanx_cluster::{chat_template::ChatTemplate, id::TokenId, tokenizer::Tokenizer};
 use phalanx_proto::v1::{TokenScore, TopToken};
 use serde_json::Value;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tower::ServiceExt;
 
 use crate::{
     frontend::{FrontendState, Limits, http_router, prometheus},
     request::{Finish, Output, Request, RequestError, RequestEvent, Usage},
-    scheduler::handle::{CancelOnDrop, Readiness, RequestStream, Submit},
+    scheduler::{
+        handle::{CancelOnDrop, Readiness, RequestStream, Submit},
+        outbox::{self, Outbox},
+    },
     served_model::ServedModel,
 };
 
@@ -38,17 +41,17 @@ pub struct Fake {
     pub n_cancelled: Arc<AtomicUsize>,
     pub cancelled: Arc<Notify>,
     pub readiness: Mutex<Readiness>,
-    open: Mutex<Vec<mpsc::UnboundedSender<RequestEvent>>>,
+    open: Mutex<Vec<Outbox>>,
 }
 
 impl Submit for Fake {
     fn submit(&self, request: Request) -> Result<RequestStream, RequestError> {
         let script = (self.script)(&request)?;
         self.seen.lock().unwrap().push(request);
-        let (sender, events) = mpsc::unbounded_channel();
+        let (sender, events) = outbox::channel();
         let is_over = matches!(script.last(), Some(RequestEvent::Finished(_) | RequestEvent::Failed(_)));
         for event in script {
-            sender.send(event).unwrap();
+            sender.send(event);
         }
         if !is_over {
             self.open.lock().unwrap().push(sender);

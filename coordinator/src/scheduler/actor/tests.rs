@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
 use phalanx_proto::v1::{Sample, SamplingParams, StepPlan, StepResult};
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
@@ -57,7 +58,14 @@ impl Fixture {
             prefix_caching: true,
         };
         let detokenizers = Box::new(Crosses);
-        let config = SchedulerConfig { limits, eos: vec![0], detokenizers, max_queued_requests };
+        let config = SchedulerConfig {
+            limits,
+            recovery: Recovery::default(),
+            eos: vec![0],
+            detokenizers,
+            max_queued_requests,
+            max_queued_tokens: 1000,
+        };
         let (handle, _) = SchedulerHandle::spawn(config, None).await.expect("the actor starts");
         let (sender, plans) = mpsc::unbounded_channel();
         Self { handle, plans, sink: Arc::new(Plans(Mutex::new(sender))) }
@@ -76,7 +84,8 @@ impl Fixture {
     /// Every sampling row gives token 7.
     fn finish(&self, plan: &StepPlan) {
         let sampling = plan.chunks.iter().filter(|c| c.sample);
-        let samples = sampling.map(|c| Sample { sequence: c.sequence, token_id: 7, score: None }).collect();
+        let samples =
+            sampling.map(|c| Sample { sequence: c.sequence, token_id: 7, score: None, failed: false }).collect();
         let result = StepResult { epoch: plan.epoch, step: plan.step, samples, ..StepResult::default() };
         self.handle.group_event(GroupEvent::Stepped(result));
     }
