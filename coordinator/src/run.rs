@@ -14,6 +14,7 @@ use phalanx_proto::v1::{LeaderRequest, leadership_client::LeadershipClient};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
+    time::timeout,
 };
 use tonic::transport::Endpoint;
 use tracing_subscriber::EnvFilter;
@@ -269,8 +270,10 @@ impl Process {
         self.servers.stop_accepting();
         if in_peace {
             let finish = async {
-                if let Some(parts) = &self.parts {
-                    parts.finish_requests(limit).await;
+                match &self.parts {
+                    Some(parts) => parts.finish_requests(limit).await,
+                    // Answers of the leader that pass through here.
+                    None => drop(timeout(limit, self.servers.idle()).await),
                 }
             };
             tokio::select! {

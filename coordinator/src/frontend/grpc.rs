@@ -48,6 +48,15 @@ const LONGEST_REQUEST_ID: usize = 128;
 
 /// Services for clients: inference, health, reflection (v1 and v1alpha). Further services can be added to them.
 pub fn grpc_routes(state: FrontendState) -> Result<Routes, tonic_reflection::server::Error> {
+    let inference = InferenceService::new(state.clone());
+    grpc_routes_with(state, inference)
+}
+
+/// The same with another inference service in front.
+pub fn grpc_routes_with(
+    state: FrontendState,
+    inference: impl Inference,
+) -> Result<Routes, tonic_reflection::server::Error> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -57,7 +66,7 @@ pub fn grpc_routes(state: FrontendState) -> Result<Routes, tonic_reflection::ser
     Ok(Routes::new(HealthServer::new(health::HealthService::new(Arc::clone(&state.submit))))
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
-        .add_service(InferenceServer::new(InferenceService::new(state)).max_decoding_message_size(limit)))
+        .add_service(InferenceServer::new(inference).max_decoding_message_size(limit)))
 }
 
 /// The inference service.

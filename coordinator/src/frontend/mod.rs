@@ -9,6 +9,7 @@ pub mod completions;
 pub mod connections;
 pub mod error;
 pub mod fields;
+pub mod forward;
 pub mod generation;
 pub mod grpc;
 pub mod health;

@@ -187,10 +187,6 @@ impl Params {
         }
         let priorities = Integer::from(i32::MIN)..=Integer::from(i32::MAX);
         let priority = in_integer_range("priority", raw.priority, priorities)?;
-        if priority.is_some_and(|priority| priority != 0) {
-            // The scheduler takes requests in order of arrival: who relies on another order must hear of it.
-            return Err(ApiError::unsupported("priority"));
-        }
         let top_k = in_integer_range("top_k", raw.top_k, -1..=Integer::from(u32::MAX))?;
         Ok(Self {
             sampling: SamplingParams {

@@ -13,7 +13,11 @@ use tonic::{service::Routes, transport::server::TcpIncoming};
 
 use super::parts::{Foundation, Parts};
 use crate::{
-    frontend::{self, FrontendState, connections},
+    frontend::{
+        self, FrontendState, connections,
+        forward::{Gateway, Local, grpc::InferenceGateway},
+        grpc::InferenceService,
+    },
     leadership::{
         service::LeadershipService,
         standby::{StandbyCluster, StandbySubmit},
@@ -42,9 +46,11 @@ pub struct Servers {
     /// The same.
     pub grpc: JoinHandle<Result<(), tonic::transport::Error>>,
     stopping: watch::Sender<bool>,
-    http_switch: Switch,
+    /// What HTTP requests come to first.
+    gateway: Gateway,
+    /// What generations over gRPC come to first.
+    inference: InferenceGateway,
     grpc_switch: Switch,
-    standby_http: Router,
     standby_grpc: Router,
 }
 
@@ -65,8 +71,11 @@ impl Servers {
         };
         let submit = Arc::new(StandbySubmit::new(base.view()));
         let served = base.model.served.clone();
-        let state = FrontendState::new(submit, served, frontend::Limits::of(&base.config), base.metrics.clone());
-        let standby_grpc = grpc_services(base, state.clone())?
+        let limits = frontend::Limits::of(&base.config);
+        let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone());
+        let is_shared = !base.store.is_exclusive();
+        let inference = InferenceGateway::new(base.view(), is_shared);
+        let standby_grpc = grpc_services(base, state.clone(), &inference)?
             .add_service(StandbyCluster::server(base.view()))
             .prepare()
             .into_axum_router();
@@ -77,12 +86,11 @@ impl Servers {
             .add_routes(Routes::from(Router::new().fallback_service(grpc_switch.clone())))
             .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
 
-        let standby_http = frontend::http_router(state);
-        let http_switch = Switch::new(standby_http.clone());
-        let router = Router::new().fallback_service(http_switch.clone());
+        let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits);
+        let router = Router::new().fallback_service(gateway.clone());
         let patience = connections::progress::Patience::new(base.config.client_write_timeout);
         let http = tokio::spawn(connections::serve(http, router, patience, stopped()));
-        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, http_switch, grpc_switch, standby_http, standby_grpc })
+        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc })
     }
 
     /// From now on these parts answer.
@@ -91,16 +99,27 @@ impl Servers {
         let join_token = base.config.join_token.clone();
         let (membership, group) = (parts.membership.clone(), parts.group.clone());
         let cluster = ClusterService::server(membership, group, timeout, base.view(), join_token);
-        let services = grpc_services(base, parts.state.clone())?.add_service(cluster);
+        let services = grpc_services(base, parts.state.clone(), &self.inference)?.add_service(cluster);
         self.grpc_switch.set(services.prepare().into_axum_router());
-        self.http_switch.set(frontend::http_router(parts.state.clone()));
+        let router = frontend::http_router(parts.state.clone());
+        let session = parts.session.number;
+        self.gateway.set(Some(Local { session, endpoints: router }));
+        let inference = Arc::new(InferenceService::new(parts.state.clone()));
+        self.inference.set(Some(Local { session, endpoints: inference }));
         Ok(())
     }
 
     /// From now on a standby answers.
     pub fn stand_by(&self) {
         self.grpc_switch.set(self.standby_grpc.clone());
-        self.http_switch.set(self.standby_http.clone());
+        self.gateway.set(None);
+        self.inference.set(None);
+    }
+
+    /// Waits until no answer of another coordinator passes through here.
+    pub async fn idle(&self) {
+        self.gateway.idle().await;
+        self.inference.idle().await;
     }
 
     /// Takes no new connections; requests that run go on.
@@ -124,7 +143,7 @@ impl Servers {
 }
 
 /// What leaders and standbys have in common.
-fn grpc_services(base: &Foundation, state: FrontendState) -> anyhow::Result<Routes> {
-    let routes = frontend::grpc::grpc_routes(state).context("gRPC reflection")?;
+fn grpc_services(base: &Foundation, state: FrontendState, inference: &InferenceGateway) -> anyhow::Result<Routes> {
+    let routes = frontend::grpc::grpc_routes_with(state, inference.clone()).context("gRPC reflection")?;
     Ok(routes.add_service(LeadershipService::server(base.leadership.clone(), base.feed.clone())))
 }

@@ -120,9 +120,9 @@ impl Deployment {
         option("--threads-per-shard", "1".to_owned());
         option("--tensor-parallel-size", setup.world_size.to_string());
         option("--local-shards", setup.local_shards.to_string());
-        option("--state-dir", state.path().display().to_string());
-        if let Some(etcd) = &self.etcd {
-            option("--store", etcd.url());
+        match &self.etcd {
+            Some(etcd) => option("--store", etcd.url()),
+            None => option("--state-dir", state.path().display().to_string()),
         }
         if !setup.args.iter().any(|a| a == "--kv-cache-memory") {
             option("--kv-cache-memory", "128MiB".to_owned());
@@ -161,9 +161,15 @@ impl Deployment {
         Ok(())
     }
 
-    /// Starts a coordinator that has ended again, with the same ports and files.
+    /// Waits until a coordinator leads.
+    pub fn wait_leads(&self, index: usize) -> Result<()> {
+        eventually("the standby leads", || self.leads(index))
+    }
+
+    /// Starts a coordinator that is ending again, with the same ports and files.
     pub fn restart_coordinator(&mut self, index: usize) -> Result<()> {
         let coordinator = &mut self.coordinators[index];
+        eventually("the coordinator ends", || coordinator.process.ended().is_some())?;
         coordinator.process = Process::start("coordinator", &coordinator.args);
         self.wait_listening(index)
     }
@@ -188,14 +194,14 @@ impl Deployment {
     }
 
     /// Where clients call: first, and where they go if that breaks.
-    pub fn addresses(&self) -> Result<(Vec<String>, String)> {
+    pub fn addresses(&self) -> Result<(Vec<String>, Vec<String>)> {
         let first = match self.setup.clients {
             Clients::OfLeader => self.leader()?,
             Clients::OfStandby => self.standby()?,
         };
         let n = self.coordinators.len();
-        let http = (0..n).map(|i| self.coordinators[(first + i) % n].http.clone()).collect();
-        Ok((http, self.coordinators[first].grpc.clone()))
+        let order = || (0..n).map(|i| &self.coordinators[(first + i) % n]);
+        Ok((order().map(|c| c.http.clone()).collect(), order().map(|c| c.grpc.clone()).collect()))
     }
 
     /// What the leader says about its cluster.
@@ -239,10 +245,11 @@ impl Deployment {
     }
 
     fn whole(&self) -> Result<()> {
-        let leader = self.leader()?;
-        let http = &self.coordinators[leader].http;
-        let ready = get(&format!("{http}/ready"))?;
-        ensure!(ready.status == 200, "not ready: {}", ready.body);
+        for (index, coordinator) in self.coordinators.iter().enumerate() {
+            let ready = get(&format!("{}/ready", coordinator.http))?;
+            ensure!(ready.status == 200, "coordinator {index} is not ready: {}", ready.body);
+        }
+        let http = &self.coordinators[self.leader()?].http;
         let status = self.status()?;
         let wanted = self.setup.shards();
         ensure!(status.members.len() == wanted, "{} of {wanted} shards are attached", status.members.len());

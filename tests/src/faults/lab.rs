@@ -46,6 +46,8 @@ pub struct Outcome {
     pub difference: Difference,
     /// From the fault to the first sign that the cluster knows.
     pub detection: Option<Duration>,
+    /// From the fault to the first token of any stream after the longest silence of all.
+    pub resumed: Duration,
     /// Largest gap between two tokens of a stream, after the fault.
     pub stall: Duration,
     /// Latest first token of a stream.
@@ -207,6 +209,7 @@ fn round(
         lost: 0,
         difference: Difference::default(),
         detection,
+        resumed: resumed(&records, injected),
         stall: records.iter().map(|r| r.longest_gap(injected)).max().unwrap_or_default(),
         first_token: records.iter().filter_map(Record::first_token).max().unwrap_or_default(),
         replayed: 0.0,
@@ -239,6 +242,16 @@ fn round(
     Ok(outcome)
 }
 
+/// From the fault to the end of the longest silence of all streams together.
+fn resumed(records: &[Record], injected: Instant) -> Duration {
+    let mut arrivals: Vec<_> =
+        records.iter().flat_map(|r| &r.arrivals).filter(|at| **at >= injected).copied().collect();
+    arrivals.push(injected);
+    arrivals.sort_unstable();
+    let longest = arrivals.windows(2).max_by_key(|pair| pair[1] - pair[0]);
+    longest.map_or(Duration::ZERO, |pair| pair[1] - injected)
+}
+
 fn judge(outcome: &mut Outcome, records: &[Record], reference: &Reference, jobs: &[Job]) {
     for (index, ((record, expected), job)) in records.iter().zip(&reference.records).zip(jobs).enumerate() {
         if let Some(error) = &record.error {
@@ -261,7 +274,8 @@ fn detection(deployment: &Deployment, injected: Instant, failovers: f64, row: &R
         return None;
     }
     let lines = deployment.log_since(injected);
-    let sign = lines.iter().find(|(_, l)| l.contains(" WARN ") || l.contains(" ERROR ") || l.contains(" detached "));
+    let signs = [" WARN ", " ERROR ", " detached ", ": taking over", "handing leadership over"];
+    let sign = lines.iter().find(|(_, line)| signs.iter().any(|sign| line.contains(sign)));
     sign.map(|(at, _)| *at - injected)
 }
 

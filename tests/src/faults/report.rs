@@ -8,11 +8,12 @@ use super::lab::{Outcome, Report};
 pub fn line(row: &str, index: usize, outcome: &Outcome) -> String {
     let detection = outcome.detection.map_or("-".to_owned(), |d| format!("{} ms", d.as_millis()));
     let mut text = format!(
-        "{row} round {index}: {} requests, {} lost, {:?}, detected after {detection}, longest stall {} ms, \
+        "{row} round {index}: {} requests, {} lost, {:?}, detected after {detection}, first token again after {} ms, longest stall {} ms, \
          last first token {} ms, {} replayed tokens, {} descriptors, {} KiB",
         outcome.requests,
         outcome.lost,
         outcome.difference,
+        outcome.resumed.as_millis(),
         outcome.stall.as_millis(),
         outcome.first_token.as_millis(),
         outcome.replayed,

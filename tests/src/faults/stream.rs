@@ -37,8 +37,8 @@ pub struct Progress {
 pub struct Client {
     /// `http://HOST:PORT` of the HTTP APIs; a client whose connection breaks goes round.
     pub http: Vec<String>,
-    /// `http://HOST:PORT` of gRPC.
-    pub grpc: String,
+    /// `http://HOST:PORT` of gRPC, in the same order.
+    pub grpc: Vec<String>,
     /// Idempotency key; without one, a broken connection is a lost request.
     pub key: Option<String>,
     /// Set: the client vanishes.
@@ -135,7 +135,7 @@ pub async fn run(client: Client, job: Job) -> Record {
 
 async fn grpc(client: &Client, request: GenerateRequest, n: usize) -> Record {
     let mut record = Record::new(n);
-    let outcome = tokio::time::timeout(STREAM_LIMIT, grpc_stream(client, request, &mut record)).await;
+    let outcome = tokio::time::timeout(STREAM_LIMIT, grpc_calls(client, request, &mut record)).await;
     match outcome {
         Ok(Ok(())) => {}
         Ok(Err(error)) => record.error = Some(format!("{error:#}")),
@@ -144,16 +144,46 @@ async fn grpc(client: &Client, request: GenerateRequest, n: usize) -> Record {
     record
 }
 
-async fn grpc_stream(client: &Client, request: GenerateRequest, record: &mut Record) -> Result<()> {
-    let mut inference = InferenceClient::connect(client.grpc.clone()).await.context("connect")?;
-    let mut stream = inference.generate(request).await?.into_inner();
-    while let Some(part) = stream.message().await? {
+/// Calls until the stream has ended.
+async fn grpc_calls(client: &Client, mut request: GenerateRequest, record: &mut Record) -> Result<()> {
+    request.resume_key = client.key.clone().unwrap_or_default();
+    for address in client.grpc.iter().cycle() {
+        match grpc_stream(client, address, request.clone(), record).await {
+            Err(Broken::Refused(_)) if client.key.is_some() => {
+                record.returns += 1;
+                request.resume_from = record.choices.iter().map(|c| c.tokens.len() as u32).collect();
+                tokio::time::sleep(RETURN_PAUSE).await;
+            }
+            Err(Broken::Refused(error) | Broken::Failed(error)) => return Err(error),
+            Ok(()) => return Ok(()),
+        }
+    }
+    bail!("there is no coordinator to call")
+}
+
+/// What a call's end means: a connection that breaks has a cause, what a server says has none.
+fn broken(status: tonic::Status) -> Broken {
+    let is_connection = std::error::Error::source(&status).is_some() || status.code() == tonic::Code::Unavailable;
+    if is_connection { Broken::Refused(status.into()) } else { Broken::Failed(status.into()) }
+}
+
+async fn grpc_stream(
+    client: &Client,
+    address: &str,
+    request: GenerateRequest,
+    record: &mut Record,
+) -> Result<(), Broken> {
+    let connected = InferenceClient::connect(address.to_owned()).await.context("connect");
+    let mut inference = connected.map_err(Broken::Refused)?;
+    let mut stream = inference.generate(request).await.map_err(broken)?.into_inner();
+    while let Some(part) = stream.message().await.map_err(broken)? {
         if client.vanish.load(Ordering::Relaxed) {
             record.vanished = true;
             return Ok(());
         }
         let finish = part.finish_reason();
-        let choice = record.choices.get_mut(part.index as usize).context("choice index out of range")?;
+        let choice = record.choices.get_mut(part.index as usize).context("choice index out of range");
+        let choice = choice.map_err(Broken::Failed)?;
         choice.text.push_str(&part.text);
         choice.tokens.extend(&part.token_ids);
         choice.scores.extend(part.scores.iter().map(|s| u64::from(s.logprob.to_bits())));
@@ -165,10 +195,10 @@ async fn grpc_stream(client: &Client, request: GenerateRequest, record: &mut Rec
         }
         record.arrived(&client.progress, part.token_ids.len());
     }
-    if record.usage.is_none() {
-        bail!("the stream ended without usage");
+    match record.usage {
+        Some(_) => Ok(()),
+        None => Err(Broken::Refused(anyhow!("the stream ended without usage"))),
     }
-    Ok(())
 }
 
 fn http(client: &Client, path: &str, body: &Value, n: usize) -> Record {

@@ -38,6 +38,8 @@ use crate::{
     scheduler::handle::Submit,
 };
 
+/// How long an answer is kept for a coordinator that forwards it: as long as that looks for a leader.
+const FORWARDERS_RETURN: Duration = Duration::from_secs(60);
 /// Changes that a standby may be behind before it has to begin again.
 const FEED_CAPACITY: usize = 8192;
 
@@ -174,7 +176,9 @@ impl Streams {
         let id = run.id();
         // Its memory is the registry's: it may have to make room before the time is over.
         drop(run);
-        tokio::time::sleep(self.after_end).await;
+        // Who does not wait for its client does not come back late either.
+        let kept_for = if patience.is_zero() { FORWARDERS_RETURN } else { self.after_end };
+        tokio::time::sleep(kept_for.min(self.after_end)).await;
         self.lock().registry.forget(&key, id);
     }
 

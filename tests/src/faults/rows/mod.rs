@@ -2,8 +2,10 @@
 
 mod capacity;
 mod clients;
+mod coordinators;
 mod network;
 mod shards;
+mod stores;
 
 use anyhow::Result;
 
@@ -84,7 +86,8 @@ impl Row {
 
 /// All rows, in the order of the matrix.
 pub fn all() -> Vec<&'static Row> {
-    [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS].into_iter().flatten().collect()
+    let rows = [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS, coordinators::ROWS, stores::ROWS];
+    rows.into_iter().flatten().collect()
 }
 
 /// A row by its name.

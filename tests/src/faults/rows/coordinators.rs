@@ -1,0 +1,115 @@
+//! Coordinators that die, hang or hand over, with a standby on the same etcd.
+
+use std::{thread, time::Duration};
+
+use anyhow::Result;
+use rustix::process::Signal;
+
+use super::{Epochs, PLAIN, Row};
+use crate::faults::{
+    round::Round,
+    setup::{Clients, Model, Setup, StoreKind},
+};
+
+pub(super) static ROWS: &[Row] = &[
+    Row {
+        name: "leader-kill",
+        fault: "SIGKILL of the leading coordinator with a standby; its clients come back with their keys",
+        setup: || two(Clients::OfLeader),
+        resumes: true,
+        epochs: Epochs::Any,
+        inject: kill_leader,
+        ..PLAIN
+    },
+    Row {
+        name: "leader-kill-forwarded",
+        fault: "SIGKILL of the leading coordinator; clients call the standby and know nothing of it",
+        setup: || two(Clients::OfStandby),
+        epochs: Epochs::Any,
+        inject: kill_leader,
+        ..PLAIN
+    },
+    Row {
+        name: "standby-kill",
+        fault: "SIGKILL of the standby; clients call the leader",
+        setup: || two(Clients::OfLeader),
+        epochs: Epochs::Same,
+        inject: kill_standby,
+        ..PLAIN
+    },
+    Row {
+        name: "standby-kill-forwarded",
+        fault: "SIGKILL of the standby; its clients come back at the leader with their keys",
+        setup: || two(Clients::OfStandby),
+        resumes: true,
+        epochs: Epochs::Same,
+        inject: kill_standby,
+        ..PLAIN
+    },
+    Row {
+        name: "leader-term",
+        fault: "SIGTERM of the leading coordinator, which hands over; its clients stay connected to it",
+        setup: || two(Clients::OfLeader),
+        epochs: Epochs::Any,
+        inject: end_leader,
+        ..PLAIN
+    },
+    Row {
+        name: "leader-term-forwarded",
+        short: false,
+        fault: "SIGTERM of the leading coordinator; clients call the standby",
+        setup: || two(Clients::OfStandby),
+        epochs: Epochs::Any,
+        inject: end_leader,
+        ..PLAIN
+    },
+    Row {
+        name: "lease-expiry",
+        fault: "SIGSTOP of the leading coordinator until its lease has ended and the standby leads; clients call the standby",
+        setup: || two(Clients::OfStandby).with(&["--leader-ttl-ms", "1000"]),
+        epochs: Epochs::Any,
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
+            let pid = round.deployment.coordinators[leader].process.pid();
+            round.signal(pid, Signal::STOP);
+            let succeeded = round.deployment.wait_leads(standby);
+            // It wakes up in the belief that it leads.
+            thread::sleep(Duration::from_millis(round.numbers.below(500)));
+            round.signal(pid, Signal::CONT);
+            succeeded
+        },
+        ..PLAIN
+    },
+];
+
+/// Two coordinators on one etcd, two ranks and a spare.
+pub(super) fn two(clients: Clients) -> Setup {
+    Setup { coordinators: 2, store: StoreKind::Etcd(1), clients, ..Setup::own(Model::Tiny, 1) }
+}
+
+fn kill_leader(round: &mut Round<'_>) -> Result<()> {
+    round.wait_decode(10, 60)?;
+    let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
+    let pid = round.deployment.coordinators[leader].process.pid();
+    round.signal(pid, Signal::KILL);
+    round.deployment.wait_leads(standby)?;
+    round.deployment.restart_coordinator(leader)
+}
+
+fn kill_standby(round: &mut Round<'_>) -> Result<()> {
+    round.wait_decode(10, 60)?;
+    let standby = round.deployment.standby()?;
+    let pid = round.deployment.coordinators[standby].process.pid();
+    round.signal(pid, Signal::KILL);
+    round.deployment.restart_coordinator(standby)
+}
+
+fn end_leader(round: &mut Round<'_>) -> Result<()> {
+    round.wait_decode(10, 60)?;
+    let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
+    let pid = round.deployment.coordinators[leader].process.pid();
+    round.signal(pid, Signal::TERM);
+    round.deployment.wait_leads(standby)?;
+    round.deployment.restart_coordinator(leader)
+}
