@@ -74,7 +74,7 @@ impl Machine {
         let plan = StepPlan { epoch: group.epoch, step: group.next_step, ..StepPlan::default() };
         let mut draft = Draft { plan, planned: Vec::new(), rows_left: self.limits.max_step_rows };
 
-        let Missing { decodes, replays, prefills } = self.missing_rows(allowed);
+        let Missing { decodes, replays, mut prefills } = self.missing_rows(allowed);
         let n_running = self.running.len();
         for key in decodes {
             if draft.rows_left == 0 {
@@ -94,9 +94,7 @@ impl Machine {
         let has_replays = !replays.is_empty() || (may_admit && self.next_waiting(allowed, Waiting::Replayed).is_some());
         let for_replays = if has_replays { policy::replay_rows(draft.rows_left) } else { 0 };
         draft.rows_left -= for_replays;
-        for key in prefills {
-            self.add_chunk(key, &mut draft, out);
-        }
+        prefills.retain(|key| !self.add_chunk(*key, &mut draft, out));
         if may_admit {
             self.admit(Waiting::New, allowed, &mut draft, out);
         }
@@ -108,6 +106,10 @@ impl Machine {
             }
             if may_admit {
                 self.admit(Waiting::Replayed, allowed, &mut draft, out);
+            }
+            // Replays may wait for the seats and blocks of these.
+            prefills.retain(|key| !self.add_chunk(*key, &mut draft, out));
+            if may_admit {
                 self.admit(Waiting::New, allowed, &mut draft, out);
             }
         }
@@ -188,19 +190,20 @@ impl Machine {
         out.push(Action::Measure(Measure::Preempted));
     }
 
-    /// Adds as many of a sequence's missing rows as fit. The first ones of an epoch tell the shards who it is.
-    fn add_chunk(&mut self, key: SequenceKey, draft: &mut Draft, out: &mut Vec<Action>) {
-        let Some(sequence) = self.sequences.get_mut(&key) else { return };
-        let (Some(live), Some(group)) = (self.requests.get(&key.request), &mut self.group) else { return };
+    /// Adds as many of a sequence's missing rows as fit, and says whether these are any. The first ones of an epoch tell the
+    /// shards who it is.
+    fn add_chunk(&mut self, key: SequenceKey, draft: &mut Draft, out: &mut Vec<Action>) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return false };
+        let (Some(live), Some(group)) = (self.requests.get(&key.request), &mut self.group) else { return false };
         let n_missing = n_missing(sequence).min(draft.rows_left);
         let n_planned = sequence.n_planned();
         let is_score_only = sequence.is_score_only();
-        let Some(seat) = sequence.seat.as_mut() else { return };
+        let Some(seat) = sequence.seat.as_mut() else { return false };
         let start = seat.computed;
         // A seat that was kept may lack the block of its last known token: that row is for the next plan then.
         let len = n_missing.min(group.blocks.n_positions(&seat.table).saturating_sub(start));
         if len == 0 {
-            return;
+            return false;
         }
         let end = start + len;
         let sample = end == n_planned && !is_score_only;
@@ -228,6 +231,7 @@ impl Machine {
         draft.plan.chunks.push(chunk);
         draft.rows_left -= len;
         sequence.n_pending += usize::from(sample);
+        true
     }
 
     /// The first that waits.
