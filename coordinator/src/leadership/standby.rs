@@ -95,7 +95,10 @@ impl Submit for StandbySubmit {
 
     /// A standby serves by forwarding.
     fn readiness(&self) -> Readiness {
-        match self.view.get().leader {
+        let view = self.view.get();
+        match view.leader {
+            // Elected, but the scheduler has not taken over yet: there is nobody to forward to.
+            _ if view.session.is_some() => Readiness::NotReady("this coordinator is about to lead".to_owned()),
             Some(_) => Readiness::Serving,
             None => Readiness::NotReady("no coordinator leads".to_owned()),
         }
