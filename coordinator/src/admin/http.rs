@@ -26,8 +26,8 @@ use super::{AdminError, Control, RolloutPhase, json::StatusJson};
 
 /// Longest body, in bytes: the name of a shard.
 const LONGEST_BODY: usize = 4096;
-/// Headers by which proxies say that a request comes from elsewhere.
-const FORWARDED: &[&str] = &["forwarded", "x-forwarded-for", "x-real-ip", "via"];
+/// Headers by which proxies, another coordinator among them, say that a request comes from elsewhere.
+const FORWARDED: &[&str] = &["forwarded", "x-forwarded-for", "x-real-ip", "via", "x-phalanx-forwarded"];
 
 /// Whose requests `/admin/*` takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
@@ -207,6 +207,7 @@ mod tests {
         assert!(refused(loopback, &[host, ("origin", "http://evil.example")]));
         assert!(refused(loopback, &[host, ("x-forwarded-for", "10.0.0.7")]));
         assert!(refused(loopback, &[host, ("forwarded", "for=10.0.0.7")]));
+        assert!(refused(loopback, &[host, ("x-phalanx-forwarded", "1")]));
     }
 
     #[test]

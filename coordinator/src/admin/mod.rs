@@ -6,6 +6,7 @@
 pub mod http;
 pub mod json;
 pub mod service;
+pub mod slot;
 #[cfg(test)]
 pub mod testing;
 
