@@ -5,7 +5,6 @@
 
 mod flags;
 mod join_token;
-mod size;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +17,7 @@ use std::{
 
 use clap::error::ErrorKind;
 use phalanx_cluster::{
+    byte_size::ByteSize,
     source::DEFAULT_MODEL,
     store::{self, TlsFiles},
 };
@@ -25,7 +25,6 @@ use phalanx_cluster::{
 pub use self::{
     flags::{CollectiveChoice, Dtype, Flags, KvMirror},
     join_token::JoinToken,
-    size::ByteSize,
 };
 
 /// What the process runs with.

@@ -30,11 +30,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Receiver {
     address: SocketAddr,
     secret: Vec<u8>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     store: Store,
     secret: Vec<u8>,
     is_over: AtomicBool,
@@ -75,6 +75,11 @@ impl Receiver {
         Target { shard_id: shard_id.to_owned(), address: self.address.to_string(), secret: self.secret.clone() }
     }
 
+    /// What it fills.
+    pub fn store(&self) -> &Store {
+        &self.shared.store
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -99,7 +104,7 @@ impl Drop for Receiver {
 }
 
 impl Shared {
-    fn links(&self) -> MutexGuard<'_, Vec<(u64, TcpStream)>> {
+    pub(super) fn links(&self) -> MutexGuard<'_, Vec<(u64, TcpStream)>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,6 +13,8 @@ use phalanx_kernels::{
     slots::KvRange,
 };
 
+use proptest::prelude::*;
+
 use super::{
     Mirrors, Progress, Receiver, Source, Store, Taking, Target,
     handshake::{self, Verdict},
@@ -195,6 +197,93 @@ fn a_slow_mirror_delays_no_step_and_gets_all_rows_in_the_end() {
     assert_adopted(&store, &rank);
     drop(rank);
     assert!(mirror.join().expect("no panic").is_err());
+}
+
+#[test]
+fn a_mirror_that_vanishes_holds_nothing_up() {
+    let store = Store::new(1 << 30);
+    let receiver = Receiver::start(any_port(), store.clone()).expect("a port");
+    let (lost, stays) = (Store::new(1 << 30), Receiver::start(any_port(), store.clone()).expect("a port"));
+    let vanishing = Receiver::start(any_port(), lost.clone()).expect("a port");
+    let mut rank = TestRank::new(source(0, 1, SMALL), vec![target(&vanishing), target(&stays)]);
+    rank.step(&[(1, 0, 16)]);
+    rank.idle_until(|| lost.progress() == at(1) && store.progress() == at(1));
+    drop((vanishing, receiver));
+    (2..40).for_each(|block| rank.step(&[(block % 12, 0, 16)]));
+    rank.idle_until(|| store.progress() == at(39));
+    assert_ne!(lost.progress(), at(39));
+    assert_adopted(&store, &rank);
+}
+
+/// What happens to a rank and its mirror.
+#[derive(Debug, Clone, Copy)]
+enum Happening {
+    Step { block: u32, first: usize, n_rows: usize },
+    Idle,
+    Break,
+    Wait,
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        6 => (0..12u32, 0..16usize, 0..17usize)
+            .prop_map(|(block, first, n)| Happening::Step { block, first, n_rows: n.min(16 - first) }),
+        2 => Just(Happening::Idle),
+        1 => Just(Happening::Break),
+        1 => Just(Happening::Wait),
+    ]
+}
+
+/// One slot's bytes after each step that wrote it.
+type History = Vec<(u64, Vec<u8>)>;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Connections break anywhere, also within a frame, and the mirror's pages are taken at any moment: each slot is what
+    /// a step up to the claimed one wrote last, or what a later one wrote.
+    #[test]
+    fn no_mirror_claims_rows_that_it_has_not(happenings in prop::collection::vec(happening(), 1..80)) {
+        let store = Store::new(1 << 30);
+        let receiver = Receiver::start(any_port(), store.clone()).expect("a port");
+        let mut rank = TestRank::new(source(0, 1, SMALL), vec![target(&receiver)]);
+        let slots: Vec<KvRange> = all(SMALL)
+            .into_iter()
+            .flat_map(|r| (0..r.n_rows).map(move |first| KvRange { first, n_rows: 1, ..r }))
+            .collect();
+        let mut histories: Vec<History> = vec![Vec::new(); slots.len()];
+        for happening in happenings {
+            match happening {
+                Happening::Step { block, first, n_rows } => {
+                    rank.step(&[(block, first, n_rows)]);
+                    for slot in first..first + n_rows {
+                        let idx = block as usize * 16 + slot;
+                        let mut bytes = Vec::new();
+                        rank.ops.read_kv(&[slots[idx]], &mut bytes).expect("readable pages");
+                        histories[idx].push((rank.step, bytes));
+                    }
+                }
+                Happening::Idle => rank.mirrors.catch_up(&rank.ops).expect("readable pages"),
+                Happening::Break => {
+                    // One that has ended already is as good.
+                    receiver.shared.links().iter().for_each(|(_, link)| drop(link.shutdown(Shutdown::Both)));
+                }
+                Happening::Wait => thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        let claimed = store.progress();
+        let Some(adopted) = store.adopt(Taking { term: 1, epoch: 6, rank: 0, kv_of_epoch: 5 }) else { return Ok(()) };
+        let through = adopted.through_step;
+        prop_assert!(through <= rank.step && claimed.is_none_or(|progress| progress.step <= through));
+        let pages = adopted.pages.expect("pages");
+        for (slot, history) in slots.iter().zip(&histories) {
+            let mut got = Vec::new();
+            pages.read(&[*slot], &mut got).expect("readable pages");
+            let last = history.iter().rposition(|(step, _)| *step <= through);
+            let may_be = last.map_or(&history[..], |last| &history[last..]);
+            prop_assert!(last.is_none() || may_be.iter().any(|(_, bytes)| *bytes == got), "{slot:?} through {through}");
+        }
+    }
 }
 
 #[test]
