@@ -38,6 +38,8 @@ pub fn resident_bytes() -> u64 {
 pub struct KvDemand {
     /// Asked for, in bytes; 0 if not given.
     pub asked_bytes: u64,
+    /// Blocks that the group had before; 0 if it had none.
+    pub wanted_blocks: u32,
     /// Bytes of a block on this rank; 0 on a rank without KV heads.
     pub bytes_per_block: u64,
     /// Free memory, if known.
@@ -51,8 +53,9 @@ pub struct KvDemand {
 impl KvDemand {
     /// Blocks that the rank has memory for.
     ///
-    /// The size that was asked for decides. Without it: half of the free memory, divided by the ranks on this host, but no
-    /// more than 4 GiB and no more blocks than all sequences can fill.
+    /// The size that was asked for decides. Without it: as many as the group had before, if they are free, so that a change
+    /// of ranks changes nothing for those that stay. Else half of the free memory, divided by the ranks on this host, but
+    /// no more than 4 GiB and no more blocks than all sequences can fill.
     pub fn n_blocks(&self) -> u32 {
         let clamp = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         if self.bytes_per_block == 0 {
@@ -60,6 +63,11 @@ impl KvDemand {
         }
         if self.asked_bytes > 0 {
             return clamp(self.asked_bytes / self.bytes_per_block);
+        }
+        let wanted_bytes = u64::from(self.wanted_blocks).saturating_mul(self.bytes_per_block);
+        let are_free = |free: u64| wanted_bytes.saturating_add(RESERVE_BYTES) <= free;
+        if self.wanted_blocks > 0 && self.free_bytes.is_none_or(are_free) {
+            return self.wanted_blocks;
         }
         let share = |free: u64| (free as f64 * KV_SHARE_OF_FREE) as u64 / self.sharers.max(1);
         let bytes = self.free_bytes.map_or(KV_DEFAULT_LIMIT, share).min(KV_DEFAULT_LIMIT);
@@ -115,6 +123,7 @@ mod tests {
     fn demand() -> KvDemand {
         KvDemand {
             asked_bytes: 0,
+            wanted_blocks: 0,
             bytes_per_block: MIB,
             free_bytes: Some(1000 * MIB),
             sharers: 2,
@@ -135,6 +144,14 @@ mod tests {
         assert_eq!(KvDemand { free_bytes: Some(1 << 50), ..demand() }.n_blocks(), 4096);
         assert_eq!(KvDemand { free_bytes: None, ..demand() }.n_blocks(), 4096);
         assert_eq!(KvDemand { bytes_per_block: 0, useful_blocks: 7, ..demand() }.n_blocks(), 7);
+    }
+
+    #[test]
+    fn a_group_keeps_its_number_of_blocks_where_memory_allows() {
+        assert_eq!(KvDemand { wanted_blocks: 800, ..demand() }.n_blocks(), 800);
+        assert_eq!(KvDemand { wanted_blocks: 900, ..demand() }.n_blocks(), 250);
+        assert_eq!(KvDemand { wanted_blocks: 900, free_bytes: None, ..demand() }.n_blocks(), 900);
+        assert_eq!(KvDemand { wanted_blocks: 800, asked_bytes: 10 * MIB, ..demand() }.n_blocks(), 10);
     }
 
     #[test]

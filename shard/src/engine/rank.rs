@@ -191,6 +191,7 @@ impl Rank {
                 let blocks_per_sequence = u64::from(form.max_model_len.div_ceil(form.block_size));
                 let demand = KvDemand {
                     asked_bytes: form.kv_cache_bytes,
+                    wanted_blocks: form.kv_blocks,
                     bytes_per_block: kv_bytes_per_block,
                     free_bytes: memory::free_bytes(),
                     sharers: form.peers.iter().filter(|peer| peer.host_id == config.host_id).count() as u64,

@@ -165,7 +165,8 @@ async fn a_spare_takes_over_with_mirrored_pages() {
     let _spare = Shard::start(&[coordinator.uri()]).await;
     let mut spare = coordinator.shard(1).await;
     spare.send(ToShard::Prepare(Prepare { form: Some(of_two(1, 0, &file)), ranks: vec![1, 0] }));
-    (spare.prepared().await, spare.prepared().await);
+    spare.prepared().await;
+    spare.prepared().await;
     spare.has_loaded = false;
 
     let target = MirrorTarget {
@@ -200,4 +201,16 @@ async fn a_spare_takes_over_with_mirrored_pages() {
     assert_eq!(on_both([&mut first, &mut spare], next(4, 2, position + 2)).await, want[3]);
     // Whoever has taken a rank is no mirror any more.
     spare.beat(|beat| beat.mirrored_epoch == 0).await;
+}
+
+#[tokio::test]
+async fn a_rank_has_as_many_blocks_as_the_group_had() {
+    let file = File::new();
+    let mut coordinator = Played::start().await;
+    let _shard = Shard::start(&[coordinator.uri()]).await;
+    let mut attached = coordinator.shard(1).await;
+    let measured = Form { kv_cache_bytes: 0, ..form(1, &file.path) };
+    // 4 sequences of 64 positions fill 16 blocks.
+    assert_eq!(attached.loaded(measured.clone()).await.kv_blocks, 16);
+    assert_eq!(attached.loaded(Form { epoch: 2, kv_blocks: 21, ..measured }).await.kv_blocks, 21);
 }
