@@ -89,6 +89,12 @@ impl Mirrors {
         Ok(())
     }
 
+    /// Whether all mirrors are connected, as far as the last look saw.
+    #[cfg(test)]
+    pub(super) fn are_connected(&self) -> bool {
+        self.lanes.iter().all(|outgoing| outgoing.connection.is_some())
+    }
+
     /// When to call [`Mirrors::catch_up`] if there is no step to run.
     pub fn next_look(&self) -> Option<Duration> {
         let is_behind = |o: &Outgoing| o.connection.is_some() && (!o.missing.is_empty() || o.told != Some(self.step));

@@ -401,8 +401,7 @@ mod tests {
         assert_eq!(store.progress(), None);
         assert!(matches!(second.write(&[range(1)], &rows(1), Some(4)), Err(StoreError::Full { .. })));
         assert_eq!(store.begin(&source(4, 0)).err(), Some(Verdict::Full));
-        assert!(store.adopt(taking(1, 4, 0)).is_none());
-        assert!(store.begin(&source(5, 0)).is_ok());
+        assert!(store.begin(&source(5, 0)).is_ok(), "another epoch may have less");
     }
 
     #[test]
