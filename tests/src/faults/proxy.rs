@@ -32,7 +32,7 @@ pub struct Weather {
     pub cut: bool,
     /// Every byte comes so much later, in each direction.
     pub delay: Duration,
-    /// So many of a hundred pieces are lost and sent again: they, and all behind them, come [`RESEND`] later.
+    /// So many of a hundred pieces are lost and sent again: they, and all behind them, come 200 ms later.
     pub loss_percent: u8,
 }
 
