@@ -1,8 +1,8 @@
 //! The link to the coordinator that leads: finds it, says hello, passes messages to the engine, finds the next.
 //!
-//! - [`directory`]: which coordinators there are, and which leadership is the latest (pure).
-//! - [`leaders`]: asks coordinators who leads. [`dial`]: reaches them.
-//! - [`session`]: one stream, from hello to its end.
+//! - `directory`: which coordinators there are, and which leadership is the latest (pure).
+//! - `leaders`: asks coordinators who leads. `dial`: reaches them.
+//! - `session`: one stream, from hello to its end.
 //!
 //! **Invariant.** The shard follows one leader at a time, and none whose term is lower than one that it has followed.
 
