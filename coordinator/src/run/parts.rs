@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use crate::{
-    config::{Config, KvMirror},
+    config::Config,
     frontend::{self, FrontendState},
     group::{
         actor::{GroupConfig, GroupMsg, Notice},
@@ -123,7 +123,8 @@ impl Parts {
                 // Shards that join from elsewhere may be mended while we wait.
                 give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
                 regroup_after: config.regroup_after,
-                mirrors_kv: config.kv_mirror == KvMirror::Spare,
+                // To spares that offer to keep copies.
+                mirrors_kv: true,
                 silent_after: shard_link::silent_after(config.heartbeat_timeout),
             },
             name: served.names.first().cloned().unwrap_or_default(),
