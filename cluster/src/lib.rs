@@ -2,6 +2,7 @@
 
 pub mod chat_template;
 pub mod checkpoint;
+pub mod error_text;
 pub mod id;
 pub mod model_config;
 pub mod partition;

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use phalanx_cluster::error_text::with_causes;
 use phalanx_proto::v1::{
     CoordinatorMessage, Hello, LeaderRequest, LeaderResponse, ShardMessage, cluster_client::ClusterClient,
     leadership_client::LeadershipClient, shard_message::Message,
@@ -100,17 +101,6 @@ pub async fn local_address(coordinator: &Uri) -> Option<IpAddr> {
         }
     }
     None
-}
-
-/// An error with everything that lies under it: transport errors say the reason at the bottom only.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
+use phalanx_cluster::error_text::with_causes;
 use tower::ServiceExt;
 
 use super::finder::{Finder, Over, Target};
@@ -128,15 +129,4 @@ impl Upstreams {
             }
         }
     }
-}
-
-/// An error with everything that lies under it: the client's own says little.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
