@@ -285,13 +285,14 @@ impl Process {
         if let Some(parts) = &self.parts {
             parts.scheduler.stop();
         }
-        self.servers.flush().await;
+        self.servers.flush_http().await;
         if let Some(local) = &self.local {
             local.stop_restarting();
         }
         if let Some(parts) = &self.parts {
             parts.dismiss_shards().await;
         }
+        self.servers.flush_grpc().await;
         if let Some(local) = self.local.take() {
             local.end().await;
         }

@@ -127,11 +127,18 @@ impl Servers {
         self.stopping.send_replace(true);
     }
 
-    /// Lets answers leave.
-    pub async fn flush(&mut self) {
-        // gRPC does not end while shards are attached.
+    /// Lets answers over HTTP leave.
+    pub async fn flush_http(&mut self) {
         if !self.http.is_finished() && timeout(FLUSH_LIMIT, &mut self.http).await.is_err() {
             tracing::debug!("HTTP connections are still open");
+        }
+    }
+
+    /// Lets answers over gRPC leave: an answer that is complete may still wait to be written. Only once shards are gone:
+    /// their streams are among those that are waited for.
+    pub async fn flush_grpc(&mut self) {
+        if !self.grpc.is_finished() && timeout(FLUSH_LIMIT, &mut self.grpc).await.is_err() {
+            tracing::debug!("gRPC streams are still open");
         }
     }
 
