@@ -1,7 +1,8 @@
 //! The KV cache as the scheduler sees it: blocks for sequences, shared where their tokens agree.
 //!
-//! Shards run steps in order. So a block whose step was planned may be read by any later plan, and a block that is given
-//! back may be written by any later plan: [`Blocks::publish`] and [`Blocks::release`] take effect for the plans to come.
+//! Shards run steps in order, and write the rows of all chunks of a step before they read any. So a block that a chunk fills
+//! may be read by any later chunk, of the same plan too: [`Blocks::publish`] takes effect at once. A block that is given
+//! back may be written by any later plan: so does [`Blocks::release`].
 
 use phalanx_cluster::id::TokenId;
 

@@ -120,11 +120,6 @@ impl Machine {
         draft.plan.dropped = group.slots.flush_dropped();
         let chunks = draft.planned;
         group.next_step += 1;
-        // From the next plan on, what this one computes can be shared.
-        for PlannedChunk { key, .. } in chunks.iter().filter(|_| self.limits.prefix_caching) {
-            let Some(seat) = self.sequences.get_mut(key).and_then(|s| s.seat.as_mut()) else { continue };
-            group.blocks.publish(&mut seat.table, &seat.tokens, seat.computed, draft.plan.step);
-        }
         let leaders: Vec<_> = chunks.iter().filter(|c| c.key.choice == 0).map(|c| c.key.request).collect();
         let n_rows = draft.plan.chunks.iter().map(|c| c.len as usize).sum();
         group.in_flight.push_back(StepInFlight { step: draft.plan.step, n_rows, chunks });
@@ -219,6 +214,10 @@ impl Machine {
         };
         seat.computed = end;
         seat.coverage.extend(draft.plan.step, end);
+        if self.limits.prefix_caching {
+            // Shards write the rows of a layer before they read any: later chunks of this very plan may share them.
+            group.blocks.publish(&mut seat.table, &seat.tokens, end, draft.plan.step);
+        }
         if start < sequence.replay_until {
             out.push(Action::Measure(Measure::Replayed(end.min(sequence.replay_until) - start)));
             if end >= sequence.replay_until {

@@ -146,19 +146,6 @@ impl FakeShard {
         self.apply_deltas(&plan);
         self.check_rows(&plan);
 
-        // What earlier steps left must be right before this one writes: a block that this very step computes is not to
-        // be shared yet.
-        for chunk in &plan.chunks {
-            let live = &self.live[&chunk.sequence];
-            let mut hash = 1;
-            for (position, token) in live.tokens[..chunk.start as usize].iter().enumerate() {
-                hash = mix(hash, u64::from(*token));
-                let page = live.blocks[position / self.block_size] as usize;
-                let held = self.pages[page][position % self.block_size];
-                let slot = chunk.sequence;
-                assert_eq!(held, Some((position, hash)), "step {}: slot {slot}, position {position}", plan.step);
-            }
-        }
         let (mut samples, mut prompt_scores) = (Vec::new(), Vec::new());
         for chunk in &plan.chunks {
             let (start, end) = (chunk.start as usize, (chunk.start + chunk.len) as usize);
@@ -182,6 +169,18 @@ impl FakeShard {
                 live.tokens.push(token);
                 let score = live.sampling.logprobs.map(|_| score(hash, token));
                 samples.push(Sample { sequence: chunk.sequence, token_id: token, score, failed: false });
+            }
+        }
+        // A step writes all its rows before it reads any: a chunk may begin behind what another chunk of it computes.
+        for chunk in &plan.chunks {
+            let live = &self.live[&chunk.sequence];
+            let mut hash = 1;
+            for (position, token) in live.tokens[..chunk.start as usize].iter().enumerate() {
+                hash = mix(hash, u64::from(*token));
+                let page = live.blocks[position / self.block_size] as usize;
+                let held = self.pages[page][position % self.block_size];
+                let slot = chunk.sequence;
+                assert_eq!(held, Some((position, hash)), "step {}: slot {slot}, position {position}", plan.step);
             }
         }
         StepResult { epoch: plan.epoch, step: plan.step, samples, prompt_scores, compute_us: 100, collective_us: 0 }
@@ -220,7 +219,7 @@ impl FakeShard {
             live.blocks.iter().for_each(|b| owners.entry(*b).or_default().push(*slot));
         }
         let mut seen = BTreeSet::new();
-        for chunk in &plan.chunks {
+        for (position, chunk) in plan.chunks.iter().enumerate() {
             let slot = chunk.sequence;
             let live = self.live.get(&slot).unwrap_or_else(|| panic!("step {}: slot {slot} is unknown", plan.step));
             assert!(seen.insert(slot), "two chunks of slot {slot}");
@@ -231,8 +230,18 @@ impl FakeShard {
             }
             assert!(!chunk.sample || end == live.tokens.len(), "slot {slot} samples behind its last token");
             assert!(end <= live.blocks.len() * self.block_size, "slot {slot} has too few blocks");
-            for page in &live.blocks[start / self.block_size..end.div_ceil(self.block_size)] {
-                assert_eq!(owners[page], [slot], "step {}: page {page} is written while shared", plan.step);
+            for idx in start / self.block_size..end.div_ceil(self.block_size) {
+                let page = live.blocks[idx];
+                let page_end = (idx + 1) * self.block_size;
+                // Whoever is started by this very plan behind this chunk may share what it fills.
+                let others = owners[&page].iter().filter(|owner| **owner != slot);
+                let may_share = |other: &u32| {
+                    let is_new = self.live[other].computed.is_none();
+                    let behind = plan.chunks[position + 1..].iter().find(|c| c.sequence == *other);
+                    end >= page_end && is_new && behind.is_some_and(|c| c.start as usize >= page_end)
+                };
+                let step = plan.step;
+                assert!(others.clone().all(may_share), "step {step}: page {page} is written while {others:?} share it");
             }
         }
         let n_rows: u32 = plan.chunks.iter().map(|c| c.len).sum();

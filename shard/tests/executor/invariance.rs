@@ -144,6 +144,16 @@ fn shared_blocks_stand_for_computed_ones() {
     // All but the last token cached.
     let last = run(&mut group, start(4, &second, &[3, 4, 5]), 39);
     assert_eq!((last.token_id, &last.score), (whole.token_id, &whole.score));
+    // Blocks that the same step fills.
+    let chunk = |sequence, from: u32| Chunk { sequence, start: from, len: 40 - from, sample: true };
+    let plan = StepPlan {
+        dropped: vec![1, 2, 3, 4],
+        started: vec![start(5, &first, &[7, 8, 9]), start(6, &second, &[7, 8, 10])],
+        chunks: vec![chunk(5, 0), chunk(6, 32)],
+        ..StepPlan::default()
+    };
+    let both = group.step(plan).expect("a good plan").samples;
+    assert_eq!((both[1].token_id, &both[1].score), (whole.token_id, &whole.score));
 }
 
 #[test]
