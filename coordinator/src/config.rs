@@ -27,6 +27,7 @@ pub use self::{
     join_token::JoinToken,
     size::ByteSize,
 };
+use crate::admin::http::AdminHttp;
 
 /// What the process runs with.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,6 +96,8 @@ pub struct Config {
     pub advertise_host: Option<String>,
     /// Silence after which another coordinator may lead.
     pub leader_ttl: Duration,
+    /// Whose requests `/admin/*` takes.
+    pub admin_http: AdminHttp,
     /// Longest wait for running requests at the end.
     pub shutdown_timeout: Duration,
     /// Filter of the log.
@@ -311,6 +314,7 @@ impl Config {
             join_token,
             advertise_host,
             leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
+            admin_http: flags.admin_http.unwrap_or_default(),
             shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
             log_level,
         })
@@ -355,6 +359,7 @@ impl Config {
             join_token_file: self.join_token.as_ref().and_then(JoinToken::file).map(PathBuf::from),
             advertise_host: self.advertise_host.clone(),
             leader_ttl_ms: Some(clamp(self.leader_ttl.as_millis())),
+            admin_http: Some(self.admin_http),
             shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),
             log_level: Some(self.log_level.clone()),
             ..Flags::default()

@@ -1,8 +1,12 @@
-//! The `coordinator` program, which is the `shard` program too: this file alone links the shard.
+//! The `coordinator` program, which is the `shard` and the `cluster` program too: this file alone links the shard.
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
 
-use phalanx_coordinator::{run, spawn::SHARD};
+use phalanx_coordinator::{
+    cluster_cli::{self, CLUSTER},
+    run,
+    spawn::SHARD,
+};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
@@ -10,9 +14,15 @@ fn main() -> ExitCode {
     if name.is_some_and(|n| n == SHARD) {
         return phalanx_shard::main_from(args);
     }
+    if name.is_some_and(|n| n == CLUSTER) {
+        return cluster_cli::main_from(args);
+    }
     match args.get(1).and_then(|a| a.to_str()) {
         Some(SHARD) => phalanx_shard::main_from(args.into_iter().skip(1)),
         Some("bench") => phalanx_shard::bench::main_from(args.into_iter().skip(1)),
+        Some(CLUSTER) => cluster_cli::main_from(args.into_iter().skip(1)),
+        // `coordinator rollout restart` and the like.
+        Some(word) if cluster_cli::is_command(word.as_ref()) => cluster_cli::main_from(args),
         _ => run::main_from(args),
     }
 }

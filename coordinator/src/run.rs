@@ -243,7 +243,7 @@ impl Process {
         if let Some(parts) = self.parts.take() {
             metrics::gauge!(names::IS_LEADER).set(0.0);
             self.base.feed.set(None);
-            self.servers.stand_by();
+            self.servers.stand_by(&self.base);
             parts.stop().await;
             tracing::info!("standing by");
         }

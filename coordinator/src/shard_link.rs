@@ -27,6 +27,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use self::silence::Silence;
 use crate::{
+    admin::status::StatusSource,
     config::JoinToken,
     group::{
         actor::GroupMsg,
@@ -91,6 +92,7 @@ impl LinkHandle {
 pub struct ClusterService {
     membership: ActorRef<MembershipMsg>,
     group: GroupAddress,
+    status: StatusSource,
     heartbeat_timeout: Duration,
     leadership: LeadershipView,
     join_token: Option<JoinToken>,
@@ -113,12 +115,13 @@ impl ClusterService {
     pub fn server(
         membership: ActorRef<MembershipMsg>,
         group: GroupAddress,
+        status: StatusSource,
         heartbeat_timeout: Duration,
         leadership: LeadershipView,
         join_token: Option<JoinToken>,
     ) -> ClusterServer<Self> {
         let streams = AtomicU64::new(1);
-        ClusterServer::new(Self { membership, group, heartbeat_timeout, leadership, join_token, streams })
+        ClusterServer::new(Self { membership, group, status, heartbeat_timeout, leadership, join_token, streams })
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
@@ -183,15 +186,7 @@ impl cluster_server::Cluster for ClusterService {
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        match self.group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await {
-            Ok(CallResult::Success(mut status)) => {
-                let view = self.leadership.get();
-                status.term = view.session.map_or(0, |s| s.term);
-                status.coordinators = view.listed();
-                Ok(Response::new(*status))
-            }
-            _ => Err(Status::unavailable("the group does not answer: it is being started again")),
-        }
+        Ok(Response::new(self.status.status().await?))
     }
 }
 

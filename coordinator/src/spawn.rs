@@ -1,6 +1,6 @@
 //! Shards on this machine: this very program, started again under the name `shard`.
 //!
-//! A shard that ends unexpectedly is started again. Shards watch this process and end with it, however it ends; they
+//! A shard that ends is started again: at once if it was told to end, else after a pause that grows. Shards watch this process and end with it, however it ends; they
 //! have process groups of their own, so that Ctrl-C at a terminal reaches the coordinator alone, which ends them in order.
 
 use std::{
@@ -34,6 +34,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A shard that lived this long did not fail at its start: the pause begins anew.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// A shard that was told to end, and lived this long, is started again without a pause.
+const NO_PAUSE_AFTER: Duration = Duration::from_secs(1);
 /// Longest wait for a shard that was told to end, before SIGTERM, and again before SIGKILL.
 const END_LIMIT: Duration = Duration::from_secs(3);
 
@@ -132,6 +134,7 @@ impl Keeper {
         let mut pause = FIRST_PAUSE;
         loop {
             let started = Instant::now();
+            let mut was_told = false;
             match self.spawn() {
                 Ok(mut child) => {
                     tracing::debug!(shard = self.name, pid = child.id(), "started");
@@ -154,16 +157,23 @@ impl Keeper {
                             let _ = self.fatal.send(reason);
                             return;
                         }
-                        // It was told to, or has said why not.
-                        Ok(status) if status.success() => tracing::info!(shard = self.name, "shard has ended"),
+                        // As in a rolling restart.
+                        Ok(status) if status.success() => {
+                            was_told = true;
+                            tracing::info!(shard = self.name, "the shard has ended as it was told to");
+                        }
                         Ok(status) => tracing::warn!(shard = self.name, "shard ended unexpectedly: {}", how(status)),
                         Err(error) => tracing::error!(shard = self.name, %error, "shard can't be waited for"),
                     }
                 }
                 Err(error) => tracing::error!(shard = self.name, %error, "shard can't be started"),
             }
-            if started.elapsed() >= HEALTHY_AFTER {
+            if was_told || started.elapsed() >= HEALTHY_AFTER {
                 pause = FIRST_PAUSE;
+            }
+            if was_told && started.elapsed() >= NO_PAUSE_AFTER && !*self.ending.borrow() {
+                tracing::info!(shard = self.name, "starting the shard again");
+                continue;
             }
             tokio::select! {
                 () = sleep(pause) => {}

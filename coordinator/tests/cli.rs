@@ -90,6 +90,22 @@ fn the_program_is_a_shard_too() {
 }
 
 #[test]
+fn the_program_is_the_cluster_program_too() {
+    for args in [&["cluster", "--help"][..], &["cluster", "status", "--help"], &["rollout", "restart", "--help"]] {
+        let output = coordinator(args, &[]);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        assert!(text(&output.stdout).contains("--coordinator"), "{}", text(&output.stdout));
+    }
+    for args in [&["cluster"][..], &["cluster", "drain"], &["rollout"], &["status", "--no-such-option"]] {
+        assert_eq!(coordinator(args, &[]).status.code(), Some(2), "{args:?}");
+    }
+    // Nobody listens there.
+    let output = coordinator(&["status", "--coordinator", "http://127.0.0.1:1"], &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("http://127.0.0.1:1"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn flags_come_before_variables_before_the_file_before_defaults() {
     let folder = tempfile::tempdir().unwrap();
     let content = "port = 1111\ngrpc_port = 2222\nmax_num_seqs = 3\nserved_model_name = ['one', 'two']\n";

@@ -7,6 +7,7 @@ use std::{
 
 use phalanx_cluster::store::embedded::EmbeddedStore;
 use phalanx_coordinator::{
+    admin::status::StatusSource,
     group::{
         actor::{GroupConfig, Notice},
         machine::Settings,
@@ -63,7 +64,8 @@ impl Coordinator {
         let service = {
             let record = CoordinatorRecord { coordinator_id: "c".to_owned(), ..CoordinatorRecord::default() };
             let view = LeadershipView::alone(record, 7);
-            ClusterService::server(membership.clone(), group, heartbeat_timeout, view, None)
+            let status = StatusSource::new(group.clone(), None, view.clone());
+            ClusterService::server(membership.clone(), group, status, heartbeat_timeout, view, None)
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());

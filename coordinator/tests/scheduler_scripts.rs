@@ -207,6 +207,8 @@ impl Script {
             Action::Measure(Measure::Stalled(by)) => format!("stalled for {} ms\n", by.as_millis()),
             Action::Measure(_) | Action::Admitted(_) => String::new(),
             Action::Idle(epoch) => format!("idle in epoch {epoch}\n"),
+            Action::Recovered { stall, .. } if stall.is_zero() => String::new(),
+            Action::Recovered { stall, .. } => format!("all go on after {} ms\n", stall.as_millis()),
             Action::Warn(reason) => format!("warning: {reason}\n"),
         }
     }

@@ -100,7 +100,7 @@ impl World {
                 Action::Emit(key, event) => self.deliver(key, event),
                 Action::Warn(reason) => panic!("{reason}"),
                 Action::Measure(measure) => self.count(&measure),
-                Action::Admitted(_) | Action::Idle(_) => {}
+                Action::Admitted(_) | Action::Idle(_) | Action::Recovered { .. } => {}
             }
         }
     }

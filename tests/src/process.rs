@@ -32,7 +32,7 @@ pub fn binary(name: &str) -> PathBuf {
     let binary = folder.join(name);
     let built = modified(&binary)
         .unwrap_or_else(|| panic!("{} is missing: run `cargo test --workspace` or build it first", binary.display()));
-    let own = if name == "coordinator" { Some("coordinator/src") } else { None };
+    let own = if matches!(name, "coordinator" | "cluster") { Some("coordinator/src") } else { None };
     for folder in ["shard/src", "kernels/src", "cluster/src", "proto/proto"].into_iter().chain(own) {
         let newest = newest_source(&repository().join(folder));
         assert!(newest <= built, "{} is older than {folder}: run `cargo build --workspace` first", binary.display());

@@ -14,9 +14,11 @@ use figment::{
 use serde::{Deserialize, Serialize};
 
 use super::{ByteSize, ConfigError, wrong};
+use crate::admin::http::AdminHttp;
 
 /// Variables that other parts of the program read.
-const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALANX_ETCD_USER", "PHALANX_ETCD_PASSWORD"];
+const OTHER_VARIABLES: &[&str] =
+    &["PHALANX_COORDINATOR", "PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALANX_ETCD_USER", "PHALANX_ETCD_PASSWORD"];
 
 /// Serves a large language model from a group of shard processes, over the OpenAI HTTP API and gRPC.
 ///
@@ -30,6 +32,7 @@ const OTHER_VARIABLES: &[&str] = &["PHALANX_CACHE", "PHALANX_PYPI_INDEX", "PHALA
     after_help = "Every option can be given as the environment variable in brackets, and as a key of the --config file \
                   (TOML; the option's name with underscores). Flags come before variables, variables before the file.\n\n\
                   `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\
+                  `coordinator cluster --help` shows and changes a running cluster: status, drain, undrain, rollout, plan.\n\
                   `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
@@ -240,6 +243,12 @@ pub struct Flags {
     #[arg(long, env = "PHALANX_LEADER_TTL_MS", value_name = "MS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_ttl_ms: Option<u32>,
+
+    /// Whose requests to /admin/* are taken over HTTP, which knows no login yet: those of this machine (local), nobody's
+    /// (off: behind a proxy on this machine), or everybody's (all) [default: local]
+    #[arg(long, env = "PHALANX_ADMIN_HTTP")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_http: Option<AdminHttp>,
 
     /// Longest wait for running requests after the first Ctrl-C or SIGTERM, in seconds; a second one ends at once
     /// [default: 10]

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use phalanx_cluster::{
@@ -17,7 +17,8 @@ use tokio::sync::mpsc;
 
 use super::{
     alarm::Alarm,
-    change::ChangeError,
+    change::{ChangeError, RollingRestart},
+    drained::{self, DrainedRecord},
     epochs,
     machine::{Candidate, Cause, Event, GroupMachine, Origin, Settings},
     report,
@@ -65,6 +66,13 @@ pub enum GroupMsg {
     },
     /// The scheduler was put on hold and has no step in flight.
     Idle(Epoch),
+    /// Every stream that stood still before this formation has a token again.
+    Recovered {
+        /// Which formation.
+        epoch: Epoch,
+        /// The longest that one stood still.
+        stall: Duration,
+    },
     /// All shards are about to be told to end: their loss is no news.
     Ending,
     /// Somebody wants to know.
@@ -85,8 +93,8 @@ pub enum GroupMsg {
     },
     /// Restart shards, one after the other. Goes on even if nobody listens any more.
     RolloutRestart {
-        /// Those that are left as they are.
-        but: Vec<ShardId>,
+        /// Which, and how.
+        rollout: RollingRestart,
         /// Takes what happens; closed after "done" or an error.
         events: mpsc::UnboundedSender<Result<RolloutEvent, ChangeError>>,
     },
@@ -161,9 +169,12 @@ impl Actor for Group {
     ) -> Result<State, ActorProcessingErr> {
         let record = epochs::load(&*config.store).await?;
         let epoch = Epoch::from_raw(record.epoch);
-        let machine = GroupMachine::new(config.settings.clone(), epoch, record.ranks, Instant::now());
+        let drained = drained::load(&*config.store).await?;
+        let mut machine = GroupMachine::new(config.settings.clone(), epoch, record.ranks, Instant::now());
+        machine.remember_drained(drained.clone());
+        let drained = DrainedRecord::start(Arc::clone(&config.store), drained);
         metrics::gauge!(names::EPOCH).set(record.epoch as f64);
-        Ok(State::new(config, machine, Alarm::start(myself)))
+        Ok(State::new(config, machine, drained, Alarm::start(myself)))
     }
 
     async fn handle(
@@ -204,6 +215,7 @@ impl Actor for Group {
                 state.step(&myself, Event::Planned { epoch, step, rows }, None)?;
             }
             GroupMsg::Idle(epoch) => state.step(&myself, Event::Idle(epoch), None)?,
+            GroupMsg::Recovered { epoch, stall } => state.step(&myself, Event::Recovered { epoch, stall }, None)?,
             GroupMsg::Ending => state.is_ending = true,
             // Who asked may have given up, here and below.
             GroupMsg::Status(reply) => {
@@ -215,7 +227,7 @@ impl Actor for Group {
             }
             GroupMsg::Drain { shard, reply } => state.drain(&myself, shard, reply)?,
             GroupMsg::Undrain { shard, reply } => state.undrain(&myself, shard, reply)?,
-            GroupMsg::RolloutRestart { but, events } => state.roll_out(&myself, but, events)?,
+            GroupMsg::RolloutRestart { rollout, events } => state.roll_out(&myself, rollout, events)?,
         }
         state.say_what_is_missing();
         state.alarm.set(state.machine.wakes_at(), is_tick);

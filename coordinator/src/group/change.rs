@@ -1,6 +1,17 @@
 //! Changes that operators ask of a group, and what comes of them.
 
+use std::time::Duration;
+
 use phalanx_cluster::id::ShardId;
+
+/// A rolling restart as it is asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RollingRestart {
+    /// Shards that are left as they are.
+    pub but: Vec<ShardId>,
+    /// Longest wait for a shard to be there again, if not the usual one.
+    pub return_limit: Option<Duration>,
+}
 
 /// Why a change was not made. The group goes on as it was.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

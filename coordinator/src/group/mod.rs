@@ -3,6 +3,7 @@
 pub mod actor;
 mod alarm;
 pub mod change;
+mod drained;
 mod epochs;
 pub mod machine;
 pub mod plans;

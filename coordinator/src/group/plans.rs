@@ -1,8 +1,11 @@
 //! Where the scheduler's plans go: to every rank of one formation.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use phalanx_cluster::id::Epoch;
@@ -51,6 +54,10 @@ impl PlanSink for GroupPlans {
 
     fn idle(&self, epoch: u64) {
         self.tell_group(GroupMsg::Idle(Epoch::from_raw(epoch)));
+    }
+
+    fn recovered(&self, epoch: u64, stall: Duration) {
+        self.tell_group(GroupMsg::Recovered { epoch: Epoch::from_raw(epoch), stall });
     }
 }
 

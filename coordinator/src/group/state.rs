@@ -18,7 +18,8 @@ use tokio::sync::mpsc;
 use super::{
     actor::{GroupConfig, GroupMsg, Notice},
     alarm::Alarm,
-    change::ChangeError,
+    change::{ChangeError, RollingRestart},
+    drained::DrainedRecord,
     epochs,
     machine::{Action, Beat, Cause, Changed, Event, GroupMachine, Origin, Slice, Ticket, Turned},
     plans::GroupPlans,
@@ -50,6 +51,7 @@ pub struct State {
     pub(super) seats: Seats,
     pub(super) alarm: Alarm,
     pub(super) is_ending: bool,
+    drained: DrainedRecord,
     plans: Option<Arc<GroupPlans>>,
     progress: Option<LoadProgress>,
     told_to_wait: Option<String>,
@@ -61,7 +63,7 @@ pub struct State {
 }
 
 impl State {
-    pub(super) fn new(config: Arc<GroupConfig>, machine: GroupMachine, alarm: Alarm) -> Self {
+    pub(super) fn new(config: Arc<GroupConfig>, machine: GroupMachine, drained: DrainedRecord, alarm: Alarm) -> Self {
         let latest = machine.epoch();
         Self {
             config,
@@ -69,6 +71,7 @@ impl State {
             seats: Seats::default(),
             alarm,
             is_ending: false,
+            drained,
             plans: None,
             progress: None,
             told_to_wait: None,
@@ -186,7 +189,9 @@ impl State {
         reply: DrainReply,
     ) -> Result<(), ActorProcessingErr> {
         let ticket = self.ticket(Asker::Drain(reply));
-        self.step(myself, Event::Drain { ticket, shard }, None)
+        self.step(myself, Event::Drain { ticket, shard }, None)?;
+        self.drained.set(self.machine.drained());
+        Ok(())
     }
 
     pub(super) fn undrain(
@@ -196,13 +201,15 @@ impl State {
         reply: UndrainReply,
     ) -> Result<(), ActorProcessingErr> {
         let ticket = self.ticket(Asker::Undrain(reply));
-        self.step(myself, Event::Undrain { ticket, shard }, None)
+        self.step(myself, Event::Undrain { ticket, shard }, None)?;
+        self.drained.set(self.machine.drained());
+        Ok(())
     }
 
     pub(super) fn roll_out(
         &mut self,
         myself: &ActorRef<GroupMsg>,
-        but: Vec<ShardId>,
+        rollout: RollingRestart,
         events: RolloutEvents,
     ) -> Result<(), ActorProcessingErr> {
         if self.machine.is_rolling() {
@@ -212,7 +219,8 @@ impl State {
             return Ok(());
         }
         self.rollout = Some(events);
-        self.step(myself, Event::Rollout { but }, None)
+        let RollingRestart { but, return_limit } = rollout;
+        self.step(myself, Event::Rollout { but, return_limit }, None)
     }
 
     fn ticket(&mut self, asker: Asker) -> Ticket {

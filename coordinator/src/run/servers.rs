@@ -13,6 +13,13 @@ use tonic::{service::Routes, transport::server::TcpIncoming};
 
 use super::parts::{Foundation, Parts};
 use crate::{
+    admin::{
+        self,
+        control::{Leading, StandingBy},
+        service::AdminService,
+        slot::ControlSlot,
+        status::StatusSource,
+    },
     frontend::{
         self, FrontendState, connections,
         forward::{Gateway, Local, grpc::InferenceGateway},
@@ -52,6 +59,8 @@ pub struct Servers {
     inference: InferenceGateway,
     grpc_switch: Switch,
     standby_grpc: Router,
+    /// What operators ask.
+    control: ControlSlot,
 }
 
 impl Servers {
@@ -75,7 +84,8 @@ impl Servers {
         let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone());
         let is_shared = !base.store.is_exclusive();
         let inference = InferenceGateway::new(base.view(), is_shared);
-        let standby_grpc = grpc_services(base, state.clone(), &inference)?
+        let control = ControlSlot::new(Arc::new(StandingBy::new(base.view())));
+        let standby_grpc = grpc_services(base, state.clone(), &inference, &control)?
             .add_service(StandbyCluster::server(base.view()))
             .prepare()
             .into_axum_router();
@@ -87,10 +97,11 @@ impl Servers {
             .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
 
         let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits);
-        let router = Router::new().fallback_service(gateway.clone());
+        let admin = admin::http::router(Arc::new(control.clone()), base.config.admin_http);
+        let router = admin.fallback_service(gateway.clone());
         let patience = connections::progress::Patience::new(base.config.client_write_timeout);
         let http = tokio::spawn(connections::serve(http, router, patience, stopped()));
-        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc })
+        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc, control })
     }
 
     /// From now on these parts answer.
@@ -98,8 +109,12 @@ impl Servers {
         let timeout = base.config.heartbeat_timeout;
         let join_token = base.config.join_token.clone();
         let (membership, group) = (parts.membership.clone(), parts.group.clone());
-        let cluster = ClusterService::server(membership, group, timeout, base.view(), join_token);
-        let services = grpc_services(base, parts.state.clone(), &self.inference)?.add_service(cluster);
+        let status = StatusSource::new(group.clone(), Some(parts.scheduler.clone()), base.view());
+        let shape = Arc::new(base.model.shape.clone());
+        let leading = Leading::new(group.clone(), status.clone(), base.leadership.clone(), shape);
+        self.control.set(Arc::new(leading));
+        let cluster = ClusterService::server(membership, group, status, timeout, base.view(), join_token);
+        let services = grpc_services(base, parts.state.clone(), &self.inference, &self.control)?.add_service(cluster);
         self.grpc_switch.set(services.prepare().into_axum_router());
         let router = frontend::http_router(parts.state.clone());
         let session = parts.session.number;
@@ -110,7 +125,8 @@ impl Servers {
     }
 
     /// From now on a standby answers.
-    pub fn stand_by(&self) {
+    pub fn stand_by(&self, base: &Foundation) {
+        self.control.set(Arc::new(StandingBy::new(base.view())));
         self.grpc_switch.set(self.standby_grpc.clone());
         self.gateway.set(None);
         self.inference.set(None);
@@ -150,7 +166,13 @@ impl Servers {
 }
 
 /// What leaders and standbys have in common.
-fn grpc_services(base: &Foundation, state: FrontendState, inference: &InferenceGateway) -> anyhow::Result<Routes> {
+fn grpc_services(
+    base: &Foundation,
+    state: FrontendState,
+    inference: &InferenceGateway,
+    control: &ControlSlot,
+) -> anyhow::Result<Routes> {
     let routes = frontend::grpc::grpc_routes_with(state, inference.clone()).context("gRPC reflection")?;
-    Ok(routes.add_service(LeadershipService::server(base.leadership.clone(), base.feed.clone())))
+    let leadership = LeadershipService::server(base.leadership.clone(), base.feed.clone());
+    Ok(routes.add_service(leadership).add_service(AdminService::server(Arc::new(control.clone()))))
 }

@@ -283,6 +283,11 @@ impl State {
                         plans.idle(epoch);
                     }
                 }
+                Action::Recovered { epoch, stall } => {
+                    if let Some(plans) = &self.plans {
+                        plans.recovered(epoch, stall);
+                    }
+                }
                 Action::Emit(key, event) => self.emit(key, event),
                 Action::Admitted(key) => {
                     if self.clients.get_mut(&key).and_then(|client| client.place.take()).is_some() {

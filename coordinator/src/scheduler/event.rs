@@ -97,6 +97,13 @@ pub enum Action {
     SendPlan(StepPlan),
     /// Tell the group of this epoch that it was put on hold and has no step in flight.
     Idle(u64),
+    /// Tell the group of this epoch, once, that every stream that stood still before it served has a token again.
+    Recovered {
+        /// Which group.
+        epoch: u64,
+        /// The longest that one stood still.
+        stall: Duration,
+    },
     /// Tell a client. After `Finished` or `Failed` the request is forgotten.
     Emit(RequestKey, RequestEvent),
     /// A request left the queue: it runs for the first time.

@@ -1,6 +1,6 @@
 //! How the rest of the coordinator talks to the scheduler.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use phalanx_proto::v1::{StepPlan, StepResult};
 
@@ -15,6 +15,9 @@ pub trait PlanSink: Send + Sync {
 
     /// No step of the epoch is in flight and none will be planned until `Resume`: the answer to `Hold`, once for each.
     fn idle(&self, epoch: u64);
+
+    /// Every stream that stood still before the group served has a token again; the longest did for so long. Told once.
+    fn recovered(&self, epoch: u64, stall: Duration);
 }
 
 /// What a group tells the scheduler.

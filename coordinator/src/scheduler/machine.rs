@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use phalanx_cluster::id::TokenId;
@@ -79,6 +79,8 @@ pub(super) struct Group {
     /// The sequence that found too few blocks, and how many were available: it is not tried again before there are more.
     pub(super) refused: Option<(SequenceKey, usize)>,
     pub(super) hold: Hold,
+    /// The longest that a stream stood still until this group gave it a token; `None` once all have one.
+    pub(super) recovering: Option<Duration>,
 }
 
 /// Whether a group takes plans.
@@ -183,7 +185,17 @@ impl Machine {
             group.hold = Hold::Idle;
             out.push(Action::Idle(group.epoch));
         }
+        self.tell_recovery(&mut out);
         out
+    }
+
+    fn tell_recovery(&mut self, out: &mut Vec<Action>) {
+        let Some(group) = self.group.as_mut().filter(|g| g.recovering.is_some()) else { return };
+        if self.sequences.values().all(|s| s.stalled_since.is_none())
+            && let Some(stall) = group.recovering.take()
+        {
+            out.push(Action::Recovered { epoch: group.epoch, stall });
+        }
     }
 
     /// How much trouble requests may meet.
@@ -421,7 +433,7 @@ impl Machine {
     }
 
     /// How long ago a request came.
-    pub(super) fn since_arrival(&self, key: RequestKey, now: Instant) -> Option<std::time::Duration> {
+    pub(super) fn since_arrival(&self, key: RequestKey, now: Instant) -> Option<Duration> {
         self.requests.get(&key).map(|live| now.saturating_duration_since(live.arrived_at))
     }
 }

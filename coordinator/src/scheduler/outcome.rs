@@ -129,7 +129,11 @@ impl Machine {
             }
         }
         if let Some(since) = sequence.stalled_since.take() {
-            out.push(Action::Measure(Measure::Stalled(now.saturating_duration_since(since))));
+            let stall = now.saturating_duration_since(since);
+            if let Some(longest) = self.group.as_mut().and_then(|g| g.recovering.as_mut()) {
+                *longest = (*longest).max(stall);
+            }
+            out.push(Action::Measure(Measure::Stalled(stall)));
         }
         let since_last = sequence.last_token_at.replace(now).map(|at| now.saturating_duration_since(at));
         self.measure_token(now, key.request, since_last, out);

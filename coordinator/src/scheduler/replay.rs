@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -56,6 +56,7 @@ impl Machine {
             slots: Slots::default(),
             refused: None,
             hold: Hold::Off,
+            recovering: Some(Duration::ZERO),
         });
     }
 

@@ -204,6 +204,10 @@ impl World {
                     let ms = self.luck.below(3) as u64;
                     self.after(ms, Happening::Idle { coordinator: at, epoch });
                 }
+                Action::Recovered { epoch, stall } => {
+                    let ms = self.luck.below(3) as u64;
+                    self.after(ms, Happening::Recovered { coordinator: at, epoch, stall });
+                }
                 Action::Emit(key, event) => self.emit(at, key, event),
                 Action::Warn(reason) => panic!("{reason}"),
                 Action::Admitted(_) | Action::Measure(_) => {}

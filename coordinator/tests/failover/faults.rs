@@ -88,7 +88,7 @@ impl World {
                 self.after(ms, Happening::Undrain { shard });
             }
             1 => self.reply(shard, FromShard::Leaving),
-            _ => self.group_event(self.leader, GroupEvent::Rollout { but: Vec::new() }, None),
+            _ => self.group_event(self.leader, GroupEvent::Rollout { but: Vec::new(), return_limit: None }, None),
         }
     }
 

@@ -67,6 +67,7 @@ pub(super) enum Happening {
     Submit { client: usize },
     Cancel { client: usize },
     Idle { coordinator: usize, epoch: u64 },
+    Recovered { coordinator: usize, epoch: u64, stall: Duration },
     Undrain { shard: usize },
     Fault,
 }
@@ -315,6 +316,10 @@ impl World {
             }
             Happening::Idle { coordinator, epoch } => {
                 self.group_event(coordinator, GroupEvent::Idle(Epoch::from_raw(epoch)), None);
+            }
+            Happening::Recovered { coordinator, epoch, stall } => {
+                let event = GroupEvent::Recovered { epoch: Epoch::from_raw(epoch), stall };
+                self.group_event(coordinator, event, None);
             }
             Happening::Undrain { shard } => {
                 self.group_event(self.leader, GroupEvent::Undrain { ticket: 0, shard: name(shard) }, None);

@@ -12,7 +12,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, body::Body, extract::Request};
+use axum::{
+    Router,
+    body::Body,
+    extract::{ConnectInfo, Request},
+};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -118,7 +122,9 @@ async fn connection(
         answering.begun();
         let answer = Answer { body: None, progress: Arc::clone(&answering) };
         let router = router.clone();
-        async move { router.oneshot(request.map(Body::new)).await.map(|r| r.map(|body| answer.with(body))) }
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(ConnectInfo(peer));
+        async move { router.oneshot(request).await.map(|r| r.map(|body| answer.with(body))) }
     });
     let http = http1::Builder::new().max_buf_size(MOST_BUFFERED).serve_connection(socket, service);
     let mut http = pin!(http);

@@ -3,15 +3,20 @@
 //! What is wanted is derived anew from who is there whenever something has changed, so a loss in the middle of a change
 //! needs no care: the next formation takes it into account.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-use super::{Action, Cause, Changed, GroupMachine, Origin, Phase, Ticket, Waiter, seating::SliceOf};
+use super::{Action, Attached, Cause, Changed, GroupMachine, Origin, Phase, Ticket, Waiter, seating::SliceOf};
 use crate::group::change::ChangeError;
 
 /// Longest wait for the scheduler to have no step in flight. A step that is late is noticed before.
 pub(super) const HOLD_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait, before the next change, for requests that stood still in the last one: one may lack memory to go on.
+pub(super) const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for a successor to load its slice ahead; then it loads while the group waits.
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
 
@@ -33,6 +38,10 @@ impl GroupMachine {
         let next = self.seats(size, now, |_| true);
         self.ask_to_prepare(size, next.as_deref(), now);
         self.settle();
+        if self.recovering.is_some() {
+            // Nobody stands still twice in a row.
+            return;
+        }
         if let Some(cause) = self.wants_switch(next.as_deref(), now) {
             if self.reserved.is_none() {
                 // The store's answer brings us back here.
@@ -95,15 +104,8 @@ impl GroupMachine {
 
     /// Asks every spare to load the slices that it is most likely to need.
     fn ask_to_prepare(&mut self, size: usize, next: Option<&[ShardId]>, now: Instant) {
-        let kind = self.ranks.first().and_then(|s| self.attached.get(s)).map(|a| a.candidate.kind.clone());
-        let spares: Vec<ShardId> = self
-            .attached
-            .iter()
-            .filter(|(shard, a)| {
-                self.may_sit(a) && !self.ranks.contains(shard) && Some(&a.candidate.kind) == kind.as_ref()
-            })
-            .map(|(shard, _)| shard.clone())
-            .collect();
+        let spares = self.attached.iter().filter(|(shard, a)| self.is_to_prepare(shard, a));
+        let spares: Vec<ShardId> = spares.map(|(shard, _)| shard.clone()).collect();
         for (index, shard) in spares.into_iter().enumerate() {
             let seat = next.and_then(|n| n.iter().position(|s| *s == shard));
             let first = seat.unwrap_or(index % size.max(1));
@@ -121,6 +123,22 @@ impl GroupMachine {
             attached.prepares_in_vain = false;
             self.push(Action::Prepare { shard, world_size: size, ranks });
         }
+    }
+
+    /// Shards that get no rank until they are undrained, attached or not.
+    pub fn drained(&self) -> &BTreeSet<ShardId> {
+        &self.drained
+    }
+
+    /// Who was drained under a former leader.
+    pub fn remember_drained(&mut self, drained: BTreeSet<ShardId>) {
+        self.drained = drained;
+    }
+
+    /// Whether a shard of this kind is asked to load slices ahead.
+    pub(super) fn is_to_prepare(&self, shard: &ShardId, attached: &Attached) -> bool {
+        let kind = self.ranks.first().and_then(|s| self.attached.get(s)).map(|a| &a.candidate.kind);
+        self.may_sit(attached) && !self.ranks.contains(shard) && Some(&attached.candidate.kind) == kind
     }
 
     /// A shard has loaded a slice ahead.
@@ -147,7 +165,7 @@ impl GroupMachine {
                 && !ranks.contains(shard)
                 && !self.is_doubtful(shard, now)
         });
-        let n_prepared = |a: &super::Attached| a.prepared.iter().filter(|(size, _)| *size == ranks.len()).count();
+        let n_prepared = |a: &Attached| a.prepared.iter().filter(|(size, _)| *size == ranks.len()).count();
         let best = spares
             .max_by(|(a_name, a), (b_name, b)| n_prepared(a).cmp(&n_prepared(b)).then_with(|| b_name.cmp(a_name)));
         best.map(|(shard, _)| shard.clone()).into_iter().collect()
@@ -162,6 +180,28 @@ impl GroupMachine {
             }
             _ => self.push(Action::CountFenced),
         }
+    }
+
+    /// All that stood still goes on.
+    pub(super) fn on_recovered(&mut self, epoch: Epoch, stall: Duration, now: Instant) {
+        if epoch != self.epoch || self.recovering.is_none() {
+            return self.push(Action::CountFenced);
+        }
+        self.stall = self.stall.max(stall);
+        self.recovered(now);
+    }
+
+    pub(super) fn stop_waiting_for_recovery(&mut self, now: Instant) {
+        if let Some(since) = self.recovering.filter(|since| now >= *since + RECOVERY_LIMIT) {
+            self.stall = self.stall.max(now - since);
+            self.recovered(now);
+        }
+    }
+
+    fn recovered(&mut self, now: Instant) {
+        self.recovering = None;
+        self.note_stall(self.stall);
+        self.reconsider(now);
     }
 
     pub(super) fn give_up_switch(&mut self, now: Instant) {
@@ -234,8 +274,11 @@ impl GroupMachine {
         }
     }
 
-    /// Answers those who waited for a shard to have no rank.
+    /// Answers those who waited for a shard to have no rank, and for requests to go on.
     fn settle(&mut self) {
+        if self.recovering.is_some() {
+            return;
+        }
         for waiter in std::mem::take(&mut self.waiters) {
             if self.rank_of(&waiter.shard).is_some() {
                 self.waiters.push(waiter);

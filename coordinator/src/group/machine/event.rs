@@ -181,6 +181,13 @@ pub enum Event {
     },
     /// The scheduler was put on hold, and no step is in flight.
     Idle(Epoch),
+    /// Every stream that stood still before this formation has a token again.
+    Recovered {
+        /// Which formation.
+        epoch: Epoch,
+        /// The longest that one stood still.
+        stall: Duration,
+    },
     /// A shard was asked to end, and wants to give its rank away first.
     Leaving(Origin),
     /// Take the rank from a shard, and give it none until it is undrained.
@@ -201,6 +208,8 @@ pub enum Event {
     Rollout {
         /// Those that are left as they are.
         but: Vec<ShardId>,
+        /// Longest wait for one to be there again, if not the usual one.
+        return_limit: Option<Duration>,
     },
 }
 
@@ -209,7 +218,7 @@ pub enum Event {
 pub struct Changed {
     /// Who has the rank now, if there was one.
     pub successor: Option<ShardId>,
-    /// How long no plan could be sent.
+    /// How long running requests stood still.
     pub stall: Duration,
 }
 
@@ -224,7 +233,7 @@ pub struct Turned {
     pub done: usize,
     /// of so many.
     pub total: usize,
-    /// How long no plan could be sent.
+    /// The longest that running requests stood still in this turn; at the end: in any turn.
     pub stall: Duration,
 }
 

@@ -31,18 +31,20 @@ impl GroupMachine {
             self.forget(&shard, Cause::Lost, "the process was replaced by a new one", now);
         }
         self.on_returned(&candidate, now);
+        let leaves = self.is_to_restart(&candidate).then_some(Cause::Rollout);
         let attached = Attached {
             candidate,
             prepared: Default::default(),
             asked: None,
             asked_at: None,
             prepares_in_vain: false,
-            leaves: None,
+            leaves,
             is_dismissed: false,
             beat: Default::default(),
             heard: now,
         };
         self.attached.insert(shard, attached);
+        self.dismiss();
         match self.phase {
             Phase::Waiting => self.try_to_form(now),
             Phase::Serving => self.reconsider(now),
@@ -108,6 +110,7 @@ impl GroupMachine {
             self.reserve();
         }
         self.doubts.retain(|_, (_, until)| now < *until);
+        self.stop_waiting_for_recovery(now);
         match self.phase.clone() {
             Phase::Waiting if self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
             Phase::Pausing(Some(until)) if now >= until => self.try_to_form(now),
@@ -265,6 +268,7 @@ impl GroupMachine {
         self.watch.begin();
         self.look_at = now;
         self.stall = self.stopped.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        self.recovering = Some(now);
         let (epoch, kv_blocks, kept) = (self.epoch, self.kv_blocks, self.kept.take());
         self.push(Action::Serving { epoch, kv_blocks, kept });
         self.reserve();
@@ -336,6 +340,7 @@ impl GroupMachine {
             self.push(Action::Retire { epoch, shard, keep_kv });
         }
         self.watch.begin();
+        self.recovering = None;
         self.kept = None;
         self.phase = Phase::Waiting;
         self.dismiss();

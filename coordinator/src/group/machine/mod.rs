@@ -147,8 +147,10 @@ pub struct GroupMachine {
     weight_bytes: Option<u64>,
     /// When plans last stopped, if none are taken since.
     stopped: Option<Instant>,
-    /// How long no plan was taken in the last change.
+    /// How long running requests stood still in the last change.
     stall: Duration,
+    /// Since when the group serves, while not all requests that stood still have a token again.
+    recovering: Option<Instant>,
     failures: u32,
     /// Who failed first in the last formations, and in how many in a row.
     first_to_fail: Option<(ShardId, u32)>,
@@ -186,6 +188,7 @@ impl GroupMachine {
             weight_bytes: None,
             stopped: None,
             stall: Duration::ZERO,
+            recovering: None,
             failures: 0,
             first_to_fail: None,
             healthy_steps: 0,
@@ -289,7 +292,8 @@ impl GroupMachine {
             Phase::Starting(_, since) => Some(*since + formation::START_LIMIT),
             Phase::Serving => {
                 let look = self.watch.is_busy().then_some(self.look_at + LOOK_EVERY);
-                [self.watch.due(), look, self.prepare_limit()].into_iter().flatten().min()
+                let recovery = self.recovering.map(|since| since + changes::RECOVERY_LIMIT);
+                [self.watch.due(), look, self.prepare_limit(), recovery].into_iter().flatten().min()
             }
             Phase::Holding(_, since) => {
                 [self.watch.due(), Some(*since + changes::HOLD_LIMIT)].into_iter().flatten().min()
@@ -352,10 +356,11 @@ impl GroupMachine {
                 }
             }
             Event::Idle(epoch) => self.on_idle(epoch, now),
+            Event::Recovered { epoch, stall } => self.on_recovered(epoch, stall, now),
             Event::Leaving(from) => self.on_leaving(&from, now),
             Event::Drain { ticket, shard } => self.on_drain(ticket, shard, now),
             Event::Undrain { ticket, shard } => self.on_undrain(ticket, &shard, now),
-            Event::Rollout { but } => self.on_rollout(&but, now),
+            Event::Rollout { but, return_limit } => self.on_rollout(&but, return_limit, now),
         }
         std::mem::take(&mut self.actions)
     }

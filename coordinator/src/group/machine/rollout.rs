@@ -7,10 +7,10 @@ use std::{
 
 use phalanx_cluster::id::ShardId;
 
-use super::{Action, Candidate, Cause, GroupMachine, Phase, Turned};
+use super::{Action, Attached, Candidate, Cause, GroupMachine, Phase, Turned};
 use crate::group::change::ChangeError;
 
-/// Longest wait for a shard that was told to end to be there again.
+/// Longest wait for a shard that was told to end to be there again, unless another one is asked for.
 const RETURN_LIMIT: Duration = Duration::from_secs(120);
 /// Longest wait for a shard that is back to have loaded a slice ahead.
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
@@ -22,6 +22,10 @@ pub(super) struct Rollout {
     done: usize,
     total: usize,
     turn: Option<Turn>,
+    /// Longest wait for a shard that was told to end to be there again.
+    return_limit: Duration,
+    /// Of all turns that are over.
+    longest_stall: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -48,7 +52,7 @@ impl Rollout {
     pub(super) fn limit(&self) -> Option<Instant> {
         match self.turn.as_ref()?.stage {
             Stage::Draining => None,
-            Stage::Restarting(since) => Some(since + RETURN_LIMIT),
+            Stage::Restarting(since) => Some(since + self.return_limit),
             Stage::Rejoining(since) => Some(since + PREPARE_LIMIT),
         }
     }
@@ -60,15 +64,26 @@ impl GroupMachine {
         self.rollout.is_some()
     }
 
-    pub(super) fn on_rollout(&mut self, but: &[ShardId], now: Instant) {
+    pub(super) fn on_rollout(&mut self, but: &[ShardId], return_limit: Option<Duration>, now: Instant) {
         if self.rollout.is_some() {
             let why = "a rolling restart is under way: wait for its end".to_owned();
             return self.push(Action::Turned(Err(ChangeError::Impossible(why))));
         }
         // Spares first, so that they are there when the ranks' turns come; then the last rank to the first.
         let mut queue: Vec<ShardId> = self.attached.keys().filter(|s| !but.contains(s)).cloned().collect();
+        if queue.is_empty() && but.is_empty() {
+            let why = "no shard is attached".to_owned();
+            return self.push(Action::Turned(Err(ChangeError::Impossible(why))));
+        }
         queue.sort_by_key(|shard| self.rank_of(shard).map(std::cmp::Reverse));
-        self.rollout = Some(Rollout { done: 0, total: queue.len(), queue: queue.into(), turn: None });
+        self.rollout = Some(Rollout {
+            done: 0,
+            total: queue.len(),
+            queue: queue.into(),
+            turn: None,
+            return_limit: return_limit.unwrap_or(RETURN_LIMIT),
+            longest_stall: Duration::ZERO,
+        });
         self.next_turn(now);
     }
 
@@ -89,7 +104,8 @@ impl GroupMachine {
             self.reconsider(now);
             return;
         }
-        let turned = Turned { shard: None, phase: "done", done: rollout.done, total: rollout.total, stall: self.stall };
+        let Rollout { done, total, longest_stall: stall, .. } = *rollout;
+        let turned = Turned { shard: None, phase: "done", done, total, stall };
         self.rollout = None;
         self.push(Action::Turned(Ok(turned)));
     }
@@ -99,6 +115,13 @@ impl GroupMachine {
             let turned =
                 Turned { shard: Some(turn.shard.clone()), phase, done: *done, total: *total, stall: turn.stall };
             self.push(Action::Turned(Ok(turned)));
+        }
+    }
+
+    /// Requests stood still for so long, and go on.
+    pub(super) fn note_stall(&mut self, stall: Duration) {
+        if let Some(Rollout { turn: Some(turn), .. }) = &mut self.rollout {
+            turn.stall = turn.stall.max(stall);
         }
     }
 
@@ -122,28 +145,37 @@ impl GroupMachine {
         }
     }
 
+    /// Whether this life of a shard is the one that is being restarted: its stream broke before it heard so.
+    pub(super) fn is_to_restart(&self, candidate: &Candidate) -> bool {
+        let turn = self.rollout.as_ref().and_then(|rollout| rollout.turn.as_ref());
+        turn.is_some_and(|turn| turn.shard == candidate.shard && turn.incarnation == candidate.incarnation)
+    }
+
     /// Goes on with the present turn as far as it goes.
     pub(super) fn advance_rollout(&mut self, now: Instant) {
-        let stall = self.stall;
-        let Some(Rollout { turn: Some(turn), .. }) = &mut self.rollout else { return };
+        let Some(Rollout { turn: Some(turn), .. }) = &self.rollout else { return };
         let shard = turn.shard.clone();
         let attached = self.attached.get(&shard);
         match turn.stage {
             Stage::Draining => {
                 let is_told = attached.is_none_or(|a| a.candidate.incarnation != turn.incarnation || a.is_dismissed);
                 if is_told {
-                    turn.stage = Stage::Restarting(now);
+                    self.set_stage(Stage::Restarting(now));
                     self.tell_turn("restarting");
                 }
             }
             Stage::Restarting(_) => {}
             Stage::Rejoining(since) => {
-                turn.stall = turn.stall.max(stall);
-                let is_ready = self.phase == Phase::Serving
-                    && attached.is_some_and(|a| !a.prepared.is_empty() || now >= since + PREPARE_LIMIT);
-                if self.rank_of(&shard).is_some() && self.phase == Phase::Serving || is_ready {
+                let is_ready = |a: &Attached| {
+                    self.rank_of(&shard).is_some() || !a.prepared.is_empty() || !self.is_to_prepare(&shard, a)
+                };
+                let is_late = now >= since + PREPARE_LIMIT;
+                let is_back = attached.is_some_and(|a| is_late || is_ready(a) && self.recovering.is_none());
+                if self.phase == Phase::Serving && is_back {
                     if let Some(rollout) = &mut self.rollout {
                         rollout.done += 1;
+                        let stall = rollout.turn.as_ref().map_or(Duration::ZERO, |turn| turn.stall);
+                        rollout.longest_stall = rollout.longest_stall.max(stall);
                     }
                     self.tell_turn("returned");
                     self.next_turn(now);
@@ -154,13 +186,13 @@ impl GroupMachine {
 
     /// Ends a rolling restart whose present shard does not come back.
     pub(super) fn rollout_tick(&mut self, now: Instant) {
-        let Some(Rollout { turn: Some(turn), done, total, .. }) = &self.rollout else { return };
+        let Some(Rollout { turn: Some(turn), done, total, return_limit, .. }) = &self.rollout else { return };
         match turn.stage {
-            Stage::Restarting(since) if now >= since + RETURN_LIMIT => {
+            Stage::Restarting(since) if now >= since + *return_limit => {
                 let why = format!(
                     "{} did not come back within {} s ({done} of {total} are done): start it again, then ask again",
                     turn.shard,
-                    RETURN_LIMIT.as_secs()
+                    return_limit.as_secs()
                 );
                 self.rollout = None;
                 self.push(Action::Turned(Err(ChangeError::Failed(why))));

@@ -120,6 +120,11 @@ impl Group {
         self.on(Event::Idle(self.machine.epoch()))
     }
 
+    /// All streams have gone on.
+    fn recovered(&mut self, stall: Duration) -> Vec<Action> {
+        self.on(Event::Recovered { epoch: self.machine.epoch(), stall })
+    }
+
     fn life_of(&self, name: &str) -> Origin {
         let incarnation = self.machine.attached.get(&shard(name)).map_or(0, |a| a.candidate.incarnation);
         origin(name, incarnation)
@@ -132,8 +137,9 @@ impl Group {
         for s in &ranks {
             self.loaded(&s.0, kv_blocks, kept_through);
         }
-        let actions: Vec<Action> = ranks.iter().flat_map(|s| self.ready(&s.0)).collect();
+        let mut actions: Vec<Action> = ranks.iter().flat_map(|s| self.ready(&s.0)).collect();
         assert_eq!(self.machine.phase(), "serving");
+        actions.extend(self.recovered(Duration::ZERO));
         actions
     }
 

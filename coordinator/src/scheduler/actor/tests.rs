@@ -37,6 +37,8 @@ impl PlanSink for Plans {
     }
 
     fn idle(&self, _: u64) {}
+
+    fn recovered(&self, _: u64, _: Duration) {}
 }
 
 struct Fixture {

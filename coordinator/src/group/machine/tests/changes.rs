@@ -110,7 +110,7 @@ fn who_was_asked_to_end_goes_between_two_steps_even_without_a_successor() {
 fn a_rolling_restart_takes_spares_first_and_ranks_after_them() {
     let mut group = pair_and_spare();
     let mut told = Vec::new();
-    let mut queue = group.on(Event::Rollout { but: Vec::new() });
+    let mut queue = group.on(Event::Rollout { but: Vec::new(), return_limit: None });
     assert!(group.machine.is_rolling());
     let mut lives = BTreeMap::from([("a".to_owned(), 1u64), ("b".to_owned(), 1), ("c".to_owned(), 1)]);
     for _ in 0..200 {
@@ -171,8 +171,8 @@ fn a_rolling_restart_takes_spares_first_and_ranks_after_them() {
 #[test]
 fn a_rolling_restart_ends_if_a_shard_does_not_come_back() {
     let mut group = pair_and_spare();
-    group.on(Event::Rollout { but: shards("ab") });
-    let again = group.on(Event::Rollout { but: Vec::new() });
+    group.on(Event::Rollout { but: shards("ab"), return_limit: None });
+    let again = group.on(Event::Rollout { but: Vec::new(), return_limit: None });
     assert!(matches!(&again[..], [Action::Turned(Err(ChangeError::Impossible(_)))]), "{again:?}");
     group.lose("c", 1);
     group.now = group.machine.wakes_at().unwrap();

@@ -217,6 +217,7 @@ impl World {
                     }
                     self.last_served = Some(epoch.raw());
                     (self.held, self.steps) = (false, 0);
+                    self.others.push(Event::Recovered { epoch, stall: Duration::ZERO });
                 }
                 Action::Hold(epoch) => {
                     assert_eq!((self.serving, self.held), (Some(epoch), false), "seed {seed}");
@@ -316,7 +317,7 @@ impl World {
             14 => {
                 if !self.machine.is_rolling() {
                     self.is_rolling = true;
-                    self.step(Event::Rollout { but: Vec::new() }, random);
+                    self.step(Event::Rollout { but: Vec::new(), return_limit: None }, random);
                 }
             }
             15..=17 if self.processes[index].ends => self.kill(index, random),
