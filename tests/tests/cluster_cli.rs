@@ -216,7 +216,7 @@ fn leadership_is_handed_over_and_drains_outlive_it() {
     let both = format!("{},{}", first.grpc, second.grpc);
     let told = said(&both, &["step-down"]);
     assert!(told.contains(" leads"), "{told}");
-    assert!(deployment.leads(standby) && !deployment.leads(leader));
+    wait_until("the standby leads", || deployment.leads(standby) && !deployment.leads(leader));
     wait_until("the next leader serves with the same shards", || {
         let output = cluster(&both, &["status", "--json"]);
         let seen: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();

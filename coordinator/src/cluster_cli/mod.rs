@@ -1,7 +1,7 @@
 //! The `cluster` program: what operators ask a coordinator, and what they tell it to do.
 //!
-//! Each command is a file and a line in [`COMMANDS`]. A command is one call, or one stream of answers, of the services
-//! `Cluster` and `Admin`; [`connect`] finds the coordinator that leads.
+//! Each command is a file and a line in `COMMANDS`. A command is one call, or one stream of answers, of the services
+//! `Cluster` and `Admin`; `connect` finds the coordinator that leads.
 
 mod connect;
 mod drain;
