@@ -4,6 +4,7 @@ mod capacity;
 mod clients;
 mod coordinators;
 mod network;
+mod planned;
 mod shards;
 mod stores;
 
@@ -86,7 +87,8 @@ impl Row {
 
 /// All rows, in the order of the matrix.
 pub fn all() -> Vec<&'static Row> {
-    let rows = [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS, coordinators::ROWS, stores::ROWS];
+    let rows =
+        [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS, planned::ROWS, coordinators::ROWS, stores::ROWS];
     rows.into_iter().flatten().collect()
 }
 
