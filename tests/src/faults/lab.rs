@@ -160,7 +160,8 @@ fn run_rounds(row: &'static Row, setup: Setup, options: &Options, report: &mut R
 fn reference(runtime: &Runtime, deployment: &mut Deployment, jobs: &[Job]) -> Result<Reference> {
     let steps = deployment.metric("step_seconds_count");
     let began = Instant::now();
-    let records = Load::start(runtime, deployment, jobs, None)?.finish(runtime);
+    let records = Load::start(runtime, deployment, jobs, None, false)?.finish(runtime);
+    let records: Vec<Record> = records.into_iter().map(|(_, record)| record).collect();
     for (record, job) in records.iter().zip(jobs) {
         ensure!(record.error.is_none(), "{} without any fault: {:?}", job.kind, record.error);
         let n_tokens: usize = record.choices.iter().map(|c| c.tokens.len()).sum();
@@ -187,7 +188,7 @@ fn round(
     let replayed = deployment.metric("phalanx_replayed_tokens_total");
     let lives = deployment.coordinator_pids();
     let key = format!("fault-{}-{}", row.name, numbers.0);
-    let load = Load::start(runtime, deployment, jobs, row.resumes.then_some(key.as_str()))?;
+    let load = Load::start(runtime, deployment, jobs, row.resumes.then_some(key.as_str()), row.repeats)?;
     let mut faulty = Round {
         deployment: &mut *deployment,
         load: &load,
@@ -201,7 +202,7 @@ fn round(
     let started = Instant::now();
     let fault = (row.inject)(&mut faulty);
     let injected = faulty.injected.unwrap_or(started);
-    let records = load.finish(runtime);
+    let (clients, records): (Vec<usize>, Vec<Record>) = load.finish(runtime).into_iter().unzip();
     fault.context("the fault could not be made")?;
     let detection = detection(deployment, injected, failovers, row);
     let mut outcome = Outcome {
@@ -216,7 +217,7 @@ fn round(
         problems: Vec::new(),
         resources: Resources::default(),
     };
-    judge(&mut outcome, &records, reference, jobs);
+    judge(&mut outcome, &clients, &records, reference, jobs);
     if let Err(error) = deployment.wait_whole() {
         outcome.problems.push(format!("the cluster does not recover: {error:#}"));
         return Ok(outcome);
@@ -252,8 +253,9 @@ fn resumed(records: &[Record], injected: Instant) -> Duration {
     longest.map_or(Duration::ZERO, |pair| pair[1] - injected)
 }
 
-fn judge(outcome: &mut Outcome, records: &[Record], reference: &Reference, jobs: &[Job]) {
-    for (index, ((record, expected), job)) in records.iter().zip(&reference.records).zip(jobs).enumerate() {
+fn judge(outcome: &mut Outcome, clients: &[usize], records: &[Record], reference: &Reference, jobs: &[Job]) {
+    for (&index, record) in clients.iter().zip(records) {
+        let (expected, job) = (&reference.records[index], &jobs[index]);
         if let Some(error) = &record.error {
             outcome.lost += 1;
             let n_tokens: usize = record.choices.iter().map(|c| c.tokens.len()).sum();

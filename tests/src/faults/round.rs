@@ -1,6 +1,7 @@
 //! One round: the load runs, and a row's fault looks for its moment.
 
 use std::{
+    fmt::Write as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,14 +30,24 @@ pub struct Load {
     /// How far all streams are.
     pub progress: Arc<Progress>,
     vanish: Vec<Arc<AtomicBool>>,
-    tasks: Vec<JoinHandle<Record>>,
+    /// Clients ask again and again while this is set.
+    again: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<Vec<Record>>>,
 }
 
 impl Load {
-    /// Starts all requests at once. With a `key`, clients come back after a broken connection.
-    pub fn start(runtime: &Runtime, deployment: &Deployment, jobs: &[Job], key: Option<&str>) -> Result<Self> {
+    /// Starts all requests at once. With a `key`, clients come back after a broken connection. If it `repeats`, each client
+    /// asks the same again until [`Load::finish`].
+    pub fn start(
+        runtime: &Runtime,
+        deployment: &Deployment,
+        jobs: &[Job],
+        key: Option<&str>,
+        repeats: bool,
+    ) -> Result<Self> {
         let (http, grpc) = deployment.addresses()?;
         let progress = Arc::new(Progress::default());
+        let again = Arc::new(AtomicBool::new(repeats));
         let vanish: Vec<_> = jobs.iter().map(|_| Arc::new(AtomicBool::new(false))).collect();
         let tasks = jobs.iter().zip(&vanish).enumerate().map(|(index, (job, vanish))| {
             let client = Client {
@@ -46,16 +57,39 @@ impl Load {
                 vanish: Arc::clone(vanish),
                 progress: Arc::clone(&progress),
             };
-            runtime.spawn(run(client, job.clone()))
+            runtime.spawn(client_life(client, job.clone(), Arc::clone(&again)))
         });
         let tasks = tasks.collect();
-        Ok(Self { progress, vanish, tasks })
+        Ok(Self { progress, vanish, again, tasks })
     }
 
-    /// Waits for all streams.
-    pub fn finish(self, runtime: &Runtime) -> Vec<Record> {
+    /// Lets nobody ask again, and waits for all streams: those of the first client, then the second's.
+    pub fn finish(self, runtime: &Runtime) -> Vec<(usize, Record)> {
+        self.again.store(false, Ordering::Relaxed);
         let all = runtime.block_on(futures::future::join_all(self.tasks));
-        all.into_iter().map(|r| r.expect("clients do not panic")).collect()
+        let of_client = |(client, records): (usize, Result<Vec<Record>, _>)| {
+            let records = records.expect("clients do not panic");
+            records.into_iter().map(move |record| (client, record))
+        };
+        all.into_iter().enumerate().flat_map(of_client).collect()
+    }
+}
+
+/// One request, or the same one again and again.
+async fn client_life(client: Client, job: Job, again: Arc<AtomicBool>) -> Vec<Record> {
+    let mut records: Vec<Record> = Vec::new();
+    loop {
+        let mut next = client.clone();
+        if let Some(key) = &mut next.key {
+            // Another request has another key.
+            let _infallible = write!(key, "-{}", records.len());
+        }
+        records.push(run(next, job.clone()).await);
+        let is_lost = records.last().is_some_and(|r| r.error.is_some());
+        if is_lost || !again.load(Ordering::Relaxed) {
+            client.progress.ended.fetch_add(1, Ordering::Relaxed);
+            return records;
+        }
     }
 }
 

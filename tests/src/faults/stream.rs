@@ -28,7 +28,7 @@ pub struct Progress {
     pub tokens: AtomicU64,
     /// Streams with a token.
     pub begun: AtomicU64,
-    /// Streams that ended, well or not.
+    /// Clients whose last stream ended, well or not.
     pub ended: AtomicU64,
 }
 
@@ -117,8 +117,7 @@ impl Record {
 
 /// Runs a request to its end.
 pub async fn run(client: Client, job: Job) -> Record {
-    let progress = Arc::clone(&client.progress);
-    let record = match job.call {
+    match job.call {
         Call::Grpc(request) => grpc(&client, *request, job.n).await,
         Call::Http { path, body } => {
             let outcome = tokio::task::spawn_blocking(move || http(&client, path, &body, job.n)).await;
@@ -128,9 +127,7 @@ pub async fn run(client: Client, job: Job) -> Record {
                 record
             })
         }
-    };
-    progress.ended.fetch_add(1, Ordering::Relaxed);
-    record
+    }
 }
 
 async fn grpc(client: &Client, request: GenerateRequest, n: usize) -> Record {

@@ -48,6 +48,8 @@ pub struct Row {
     pub arm: Option<fn(Setup, u64, &mut Numbers) -> Setup>,
     /// Whether clients come back after a broken connection.
     pub resumes: bool,
+    /// Whether clients ask again and again until the fault is over.
+    pub repeats: bool,
     /// Other sizes than a model's usual ones.
     pub sizes: Option<fn(Model) -> Sizes>,
     /// What becomes of the epoch.
@@ -67,6 +69,7 @@ const PLAIN: Row = Row {
     fresh: false,
     arm: None,
     resumes: false,
+    repeats: false,
     sizes: None,
     epochs: Epochs::Grow,
     inject: |_| Ok(()),

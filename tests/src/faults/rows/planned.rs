@@ -22,8 +22,8 @@ pub(super) static ROWS: &[Row] = &[
     Row {
         name: "rolling-restart-shards",
         fault: "`cluster rollout restart` of all shards three times round, with a spare",
-        setup: || Setup::local(Model::Tiny, 1).with(FEW_AT_ONCE),
-        sizes: Some(long_answers),
+        setup: || Setup::local(Model::Tiny, 1),
+        repeats: true,
         inject: restart_all,
         ..PLAIN
     },
@@ -32,7 +32,9 @@ pub(super) static ROWS: &[Row] = &[
         short: false,
         fault: "the same with SmolLM2",
         setup: || Setup::local(Model::Smollm2, 1).with(&["--kv-cache-memory", "512MiB"]),
-        sizes: Some(long_answers),
+        // Long answers: what new prompts cost beside them is not what is measured.
+        sizes: Some(|model| Sizes { sentences: 4, tokens: 800, ..Sizes::of(model) }),
+        repeats: true,
         inject: restart_all,
         ..PLAIN
     },
@@ -40,8 +42,8 @@ pub(super) static ROWS: &[Row] = &[
         name: "rolling-restart-no-spare",
         short: false,
         fault: "`cluster rollout restart` of all shards three times round, without a spare: each takes its own rank back",
-        setup: || Setup::local(Model::Tiny, 0).with(FEW_AT_ONCE),
-        sizes: Some(long_answers),
+        setup: || Setup::local(Model::Tiny, 0),
+        repeats: true,
         inject: restart_all,
         ..PLAIN
     },
@@ -78,9 +80,9 @@ pub(super) static ROWS: &[Row] = &[
     Row {
         name: "rolling-restart-coordinators",
         fault: "SIGTERM and restart of each of two coordinators in turn, three times round; their clients come back with their keys",
-        setup: || two(Clients::OfLeader).with(FEW_AT_ONCE).with(&["--shutdown-timeout", "1"]),
-        sizes: Some(long_answers),
+        setup: || two(Clients::OfLeader).with(&["--shutdown-timeout", "1"]),
         resumes: true,
+        repeats: true,
         epochs: Epochs::Any,
         inject: |round| {
             round.wait_decode(2, 6)?;
@@ -101,16 +103,6 @@ pub(super) static ROWS: &[Row] = &[
         ..PLAIN
     },
 ];
-
-/// Few sequences run at once, so that a model with a short context has work for as long as the restarts take.
-const FEW_AT_ONCE: &[&str] = &["--max-num-seqs", "2"];
-
-fn long_answers(model: Model) -> Sizes {
-    match model {
-        Model::Tiny => Sizes { prompt: 40, tokens: 400, ..Sizes::of(model) },
-        Model::Smollm2 => Sizes { sentences: 4, tokens: 1200, ..Sizes::of(model) },
-    }
-}
 
 fn restart_all(round: &mut Round<'_>) -> Result<()> {
     round.wait_decode(2, 6)?;
