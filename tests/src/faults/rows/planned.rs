@@ -8,6 +8,7 @@ use rustix::process::Signal;
 use super::{Epochs, PLAIN, Row, coordinators::two};
 use crate::{
     faults::{
+        eventually,
         load::Sizes,
         round::Round,
         setup::{Clients, Model, Setup},
@@ -86,16 +87,21 @@ pub(super) static ROWS: &[Row] = &[
         epochs: Epochs::Any,
         inject: |round| {
             round.wait_decode(2, 6)?;
+            let coordinators = round.deployment.coordinators.len();
             for _ in 0..ROUNDS {
-                for index in 0..round.deployment.coordinators.len() {
+                for index in 0..coordinators {
                     let was_leading = round.deployment.leads(index);
                     let pid = round.deployment.coordinators[index].process.pid();
                     round.signal(pid, Signal::TERM);
                     if was_leading {
-                        let other = round.deployment.coordinators.len() - 1 - index;
+                        let other = coordinators - 1 - index;
                         round.deployment.wait_leads(other)?;
                     }
                     round.deployment.restart_coordinator(index)?;
+                    // As an operator does before the next one: a leader that knows of no standby does not hand over.
+                    let deployment = &round.deployment;
+                    let knows_all = || deployment.status().is_ok_and(|s| s.coordinators.len() == coordinators);
+                    eventually("the leader knows the standby", knows_all)?;
                 }
             }
             Ok(())
