@@ -233,13 +233,20 @@ fn who_resigned_never_leads_again() {
 /// Several machines, one key, and whatever order of events the seed says: the store's own answers are true, but late,
 /// lost, or doubled.
 mod schedules {
+    use std::collections::BTreeMap;
+
     use super::*;
+
+    /// Schedules that every test run goes through.
+    const SEEDS: u64 = 10_000;
 
     struct Store {
         holder: Option<Leader>,
         revision: u64,
         /// Whether the holder's lease lives.
         terms: Vec<(u64, String)>,
+        /// Who led in a term, as the machines saw it.
+        leaders: BTreeMap<u64, usize>,
     }
 
     struct Random(u64);
@@ -278,7 +285,7 @@ mod schedules {
 
     #[test]
     fn one_leader_per_term_and_in_the_end_one_leader() {
-        for seed in 0..2000 {
+        for seed in 0..SEEDS {
             run(seed);
         }
     }
@@ -286,7 +293,7 @@ mod schedules {
     fn run(seed: u64) {
         let mut random = Random(seed);
         let mut now = Instant::now();
-        let mut store = Store { holder: None, revision: 1, terms: Vec::new() };
+        let mut store = Store { holder: None, revision: 1, terms: Vec::new(), leaders: BTreeMap::new() };
         let ids = ["a", "b", "c"];
         let mut machines: Vec<_> = ids.iter().map(|id| Machine::new(now, record(id), TTL, false)).collect();
         let mut queue: Vec<(usize, Event)> = Vec::new();
@@ -376,6 +383,7 @@ mod schedules {
         if let Some(session) = machines[who].session() {
             let own = (session.term, machines[who].me.coordinator_id.clone());
             assert!(store.terms.contains(&own), "{own:?} leads, the store gave {:?}", store.terms);
+            assert_eq!(*store.leaders.entry(session.term).or_insert(who), who, "one leader in term {}", session.term);
             if let Some(before) = before.filter(|b| b.number == session.number) {
                 assert!(session.term >= before.term);
             }

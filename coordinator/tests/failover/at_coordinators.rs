@@ -101,7 +101,7 @@ impl World {
                     let (epoch, n_blocks) = (epoch.raw(), kv_blocks as usize);
                     let kept = kept.map(|(of, through_step)| Kept { epoch: of.raw(), through_step });
                     self.totals.n_kept += usize::from(kept.is_some());
-                    assert!(self.planner_of.insert(epoch, at).is_none(), "epoch {epoch} is served twice");
+                    assert!(self.planner_of.insert(epoch, (at, None)).is_none(), "epoch {epoch} is served twice");
                     self.scheduler_event(at, Event::GroupServing { epoch, n_blocks, kept });
                 }
                 GroupAction::Hold(epoch) => self.scheduler_event(at, Event::Hold { epoch: epoch.raw() }),
@@ -192,7 +192,16 @@ impl World {
                     if self.is_verbose {
                         println!("    coordinator {at}: {plan:?}");
                     }
-                    assert_eq!(self.planner_of.get(&plan.epoch), Some(&at), "one coordinator plans in an epoch");
+                    let stream =
+                        self.planner_of.get_mut(&plan.epoch).expect("an epoch is served before it is planned for");
+                    assert_eq!(stream.0, at, "one coordinator plans in an epoch");
+                    assert!(
+                        stream.1.is_none_or(|last| plan.step == last + 1),
+                        "step {} after {:?}",
+                        plan.step,
+                        stream.1
+                    );
+                    stream.1 = Some(plan.step);
                     for shard in self.coordinators[at].ranks.clone() {
                         self.tell(at, shard, ToShard::Plan(plan.clone()));
                     }

@@ -36,6 +36,8 @@ use crate::fake::{
 pub(super) const POISON: u64 = 0xdead;
 /// Nothing takes longer once faults have stopped.
 pub(super) const PATIENCE_MS: u64 = 60_000;
+/// Time that is watched after every request has ended.
+const AFTERMATH_MS: u64 = 60;
 /// Silence after which the other end is lost.
 pub(super) const SILENCE_MS: u64 = 30;
 
@@ -95,7 +97,8 @@ pub struct World {
     pub(super) cut: BTreeSet<u64>,
     /// When the last message of a link and direction arrives.
     pub(super) last_arrival_ms: BTreeMap<(u64, bool), u64>,
-    pub(super) planner_of: BTreeMap<u64, usize>,
+    /// Who plans in an epoch, and its last step.
+    pub(super) planner_of: BTreeMap<u64, (usize, Option<u64>)>,
     pub(super) settings: Settings,
     /// Spares that get copies of rows in an epoch.
     pub(super) mirrors_of: BTreeMap<u64, Vec<usize>>,
@@ -191,6 +194,15 @@ impl World {
             if self.is_verbose {
                 println!("{at} ms: {happening:?}");
             }
+            self.handle(happening);
+        }
+        // What is still under way may not end anything a second time.
+        let until = self.now_ms + AFTERMATH_MS;
+        while let Some(entry) = self.queue.first_entry()
+            && entry.key().0 <= until
+        {
+            let ((at, _), happening) = entry.remove_entry();
+            self.now_ms = at;
             self.handle(happening);
         }
         self.finish()
