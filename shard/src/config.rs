@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tonic::transport::Uri;
 
 use crate::device::{self, DeviceConfig};
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, feature = "failpoints"))]
 use crate::failpoint::Failpoint;
 
 /// Holds a slice of a model on a device, joins a coordinator, and computes the steps that it plans.
@@ -103,7 +103,7 @@ pub struct Flags {
     exit_with_parent: bool,
 
     /// Faults at chosen places, for tests
-    #[cfg(debug_assertions)]
+    #[cfg(any(debug_assertions, feature = "failpoints"))]
     #[arg(long, env = "PHALANX_FAILPOINT", value_name = "SPEC", value_delimiter = ',', hide = true)]
     #[serde(skip)]
     failpoint: Vec<Failpoint>,
@@ -173,7 +173,7 @@ pub struct Config {
     /// Whether to end with the parent process.
     pub exit_with_parent: bool,
     /// Faults, for tests.
-    #[cfg(debug_assertions)]
+    #[cfg(any(debug_assertions, feature = "failpoints"))]
     pub failpoints: Vec<Failpoint>,
 }
 
@@ -293,7 +293,7 @@ impl Merged {
             shard_id,
             collective,
             exit_with_parent: flags.exit_with_parent,
-            #[cfg(debug_assertions)]
+            #[cfg(any(debug_assertions, feature = "failpoints"))]
             failpoints: flags.failpoint.clone(),
         })
     }
@@ -483,7 +483,7 @@ mod tests {
         for address in ["0.0.0.0", "a:b:c", "host:", "host:0", "http://host", "[::]:7000"] {
             assert!(refused(&[JOIN, "--advertise", address]).contains("HOST:PORT"), "{address}");
         }
-        #[cfg(debug_assertions)]
+        #[cfg(any(debug_assertions, feature = "failpoints"))]
         assert!(refused(&[JOIN, "--failpoint", "step:1:explode"]).contains("no failpoint"));
     }
 }

@@ -1,5 +1,5 @@
-//! Faults at chosen places, for tests of what survives them. Only in builds with debug assertions: elsewhere there is no
-//! option for them and every function here is empty.
+//! Faults at chosen places, for tests of what survives them. Only in builds with debug assertions or with the feature
+//! `failpoints`: elsewhere there is no option for them and every function here is empty.
 //!
 //! `--failpoint SPEC`, repeatable, or `PHALANX_FAILPOINT` with commas:
 //!
@@ -11,15 +11,16 @@
 //! | `prefill:abort` | killed halfway through the layers of a step with more rows than sequences |
 //! | `allreduce:N:abort` | killed in the N-th sum over ranks of its life, which the others have entered or will |
 //! | `token:ID:abort` | killed in a step one of whose rows is this token: a request that kills whoever computes it |
+//! | `position:N:abort` | killed in a step one of whose rows is at this position or beyond: the same for long requests |
 //! | `step:slow:MS` | each step takes so many milliseconds longer |
 //! | `engine:hang:N` | the engine sleeps for ever in the N-th step that it runs; heartbeats go on, aborts don't reach it |
 //!
 //! Killed means SIGKILL, sent by the process to itself.
 
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, feature = "failpoints"))]
 pub use armed::{Failpoint, all_reduce, arm, form, layer, loading, rows, step};
 
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, feature = "failpoints"))]
 mod armed {
     use std::{
         str::FromStr,
@@ -48,6 +49,8 @@ mod armed {
         AllReduce(u64),
         /// `token:ID:abort`
         Token(u32),
+        /// `position:N:abort`
+        Position(usize),
         /// `step:slow:MS`
         Slow(Duration),
         /// `engine:hang:N`
@@ -67,6 +70,7 @@ mod armed {
                 ["prefill", "abort"] => Ok(Self::Prefill),
                 ["allreduce", n, "abort"] => Ok(Self::AllReduce(number(n)?)),
                 ["token", id, "abort"] => id.parse().map(Self::Token).map_err(|_| wrong()),
+                ["position", n, "abort"] => n.parse().map(Self::Position).map_err(|_| wrong()),
                 ["step", "slow", ms] => Ok(Self::Slow(Duration::from_millis(number(ms)?))),
                 ["engine", "hang", n] => Ok(Self::Hang(number(n)?)),
                 _ => Err(wrong()),
@@ -134,9 +138,13 @@ mod armed {
         }
     }
 
-    /// The rows of a step are known.
-    pub fn rows(token_ids: &[u32], n_sequences: usize) {
-        IS_PREFILL.store(token_ids.len() > n_sequences, Ordering::Relaxed);
+    /// The rows of a step are known: their tokens, and where each sequence's end.
+    pub fn rows(token_ids: &[u32], ends: impl ExactSizeIterator<Item = usize>) {
+        IS_PREFILL.store(token_ids.len() > ends.len(), Ordering::Relaxed);
+        let furthest = ends.max().unwrap_or(0);
+        if armed().iter().any(|f| matches!(f, Failpoint::Position(n) if furthest > *n)) {
+            die("position");
+        }
         if armed().iter().any(|f| matches!(f, Failpoint::Token(id) if token_ids.contains(id))) {
             die("token");
         }
@@ -169,6 +177,7 @@ mod armed {
                 ("prefill:abort", Failpoint::Prefill),
                 ("allreduce:9:abort", Failpoint::AllReduce(9)),
                 ("token:1234:abort", Failpoint::Token(1234)),
+                ("position:500:abort", Failpoint::Position(500)),
                 ("step:slow:20", Failpoint::Slow(Duration::from_millis(20))),
                 ("engine:hang:3", Failpoint::Hang(3)),
             ] {
@@ -181,7 +190,7 @@ mod armed {
     }
 }
 
-#[cfg(not(debug_assertions))]
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
 mod absent {
     #[inline(always)]
     pub fn loading(_done_bytes: u64, _total_bytes: u64) {}
@@ -190,12 +199,12 @@ mod absent {
     #[inline(always)]
     pub fn step() {}
     #[inline(always)]
-    pub fn rows(_token_ids: &[u32], _n_sequences: usize) {}
+    pub fn rows(_token_ids: &[u32], _ends: impl ExactSizeIterator<Item = usize>) {}
     #[inline(always)]
     pub fn layer(_idx: usize, _n_layers: usize) {}
     #[inline(always)]
     pub fn all_reduce() {}
 }
 
-#[cfg(not(debug_assertions))]
+#[cfg(not(any(debug_assertions, feature = "failpoints")))]
 pub use absent::{all_reduce, form, layer, loading, rows, step};

@@ -80,7 +80,7 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let parent_gone = parent_gone(config.exit_with_parent)?;
     let mut terminate = signal(SignalKind::terminate()).context("SIGTERM can't be watched")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT can't be watched")?;
-    #[cfg(debug_assertions)]
+    #[cfg(any(debug_assertions, feature = "failpoints"))]
     crate::failpoint::arm(&config.failpoints);
     let listener = TcpListener::bind(config.listen).with_context(|| format!("--listen {}", config.listen))?;
     let bound = listener.local_addr().context("--listen: no local address")?;

@@ -182,7 +182,7 @@ impl Executor {
                 host.wanted.push(wanted(end - 1, purpose));
             }
         }
-        failpoint::rows(&host.ids, plan.chunks.len());
+        failpoint::rows(&host.ids, plan.chunks.iter().map(|chunk| chunk.start + chunk.len));
         let vocab = self.model.shape.slice.vocab.clone();
         let local = |id: &u32| if vocab.contains(&(*id as usize)) { *id - vocab.start as u32 } else { u32::MAX };
         host.local_ids.clear();
