@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,9 +16,10 @@ use super::{
     PATIENCE,
     etcd::Etcd,
     eventually, free_port,
+    netns::Hosts,
     own_shards::OwnShards,
     proxy::Proxy,
-    resources::Resources,
+    resources::{Held, Role},
     setup::{Clients, Setup, StoreKind},
     state_dir::StateDir,
 };
@@ -69,12 +71,19 @@ pub struct Deployment {
     pub proxy: Option<Proxy>,
     /// The store, if it is not embedded.
     pub etcd: Option<Etcd>,
-    runtime: std::sync::Arc<Runtime>,
+    /// Where shards run, if not on this host. This host is the first of them.
+    pub hosts: Option<Arc<Hosts>>,
+    runtime: Arc<Runtime>,
 }
 
 impl Deployment {
-    /// Starts all of it and waits until it serves.
-    pub fn start(runtime: &std::sync::Arc<Runtime>, setup: &Setup) -> Result<Self> {
+    /// Starts all of it on this host and waits until it serves.
+    pub fn start(runtime: &Arc<Runtime>, setup: &Setup) -> Result<Self> {
+        Self::start_on(runtime, setup, None)
+    }
+
+    /// The same, with shards on other hosts.
+    pub fn start_on(runtime: &Arc<Runtime>, setup: &Setup, hosts: Option<&Arc<Hosts>>) -> Result<Self> {
         let etcd = match setup.store {
             StoreKind::Embedded => None,
             StoreKind::Etcd(members) => Some(Etcd::start(members)?),
@@ -85,7 +94,8 @@ impl Deployment {
             coordinators: Vec::new(),
             proxy: None,
             etcd,
-            runtime: std::sync::Arc::clone(runtime),
+            hosts: hosts.cloned(),
+            runtime: Arc::clone(runtime),
         };
         for index in 0..setup.coordinators {
             let coordinator = deployment.coordinator()?;
@@ -120,6 +130,10 @@ impl Deployment {
         option("--threads-per-shard", "1".to_owned());
         option("--tensor-parallel-size", setup.world_size.to_string());
         option("--local-shards", setup.local_shards.to_string());
+        if let Some(hosts) = &self.hosts {
+            option("--host", "0.0.0.0".to_owned());
+            option("--advertise-host", hosts.address(0));
+        }
         match &self.etcd {
             Some(etcd) => option("--store", etcd.url()),
             None => option("--state-dir", state.path().display().to_string()),
@@ -156,8 +170,16 @@ impl Deployment {
             urls = self.proxy.iter().map(|p| format!("http://127.0.0.1:{}", p.port)).collect();
         }
         let id = own_id(index);
-        let args = ["--coordinator", &urls.join(","), "--threads", "1", "--shard-id", &id].map(str::to_owned);
-        self.own.start(&id, &[], &args, &own.first_life);
+        let mut wrapper = Vec::new();
+        let mut args = vec!["--threads".to_owned(), "1".to_owned(), "--shard-id".to_owned(), id.clone()];
+        if let Some(hosts) = &self.hosts {
+            wrapper = hosts.wrapper(host_of(index));
+            urls = urls.iter().map(|url| url.replace("127.0.0.1", &hosts.address(0))).collect();
+            args.extend(["--advertise".to_owned(), hosts.address(host_of(index))]);
+        }
+        args.extend(["--coordinator".to_owned(), urls.join(",")]);
+        args.extend(own.always);
+        self.own.start(&id, &wrapper, &args, &own.first_life);
         Ok(())
     }
 
@@ -295,9 +317,13 @@ impl Deployment {
         self.coordinators.iter().filter(|c| c.is_alive()).map(|c| c.process.pid()).collect()
     }
 
-    /// What the coordinators hold.
-    pub fn resources(&self) -> Resources {
-        Resources::of(self.coordinator_pids())
+    /// What coordinators and shards hold.
+    pub fn held(&self) -> Vec<Held> {
+        let coordinators = self.coordinator_pids();
+        let local = self.coordinators.iter().flat_map(Coordinator::local_shards);
+        let shards: Vec<_> = local.chain(self.own.pids()).filter(|pid| is_alive(*pid)).collect();
+        let of = |pids: Vec<u32>, role| pids.into_iter().map(move |pid| Held::of(pid, role));
+        of(coordinators, Role::Coordinator).chain(of(shards, Role::Shard)).collect()
     }
 
     /// Remembers which shards are there, to look for them after the end.
@@ -349,6 +375,16 @@ impl Deployment {
         }
         problems
     }
+}
+
+/// The host of a shard of the laboratory, where each has one; the coordinator is on the first.
+pub fn host_of(index: usize) -> usize {
+    index + 1
+}
+
+/// Which shard of the laboratory has a name.
+pub fn own_index(id: &str) -> Option<usize> {
+    id.strip_prefix("own-")?.parse().ok()
 }
 
 /// Name of a shard of the laboratory.

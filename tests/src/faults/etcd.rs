@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 
-use super::{free_port, within};
+use super::{free_port, tools, within};
 use crate::{client, process::signal_pid};
 
 /// Longest wait for a member to answer.
@@ -117,31 +117,7 @@ fn launch(program: &Path, dir: &Path, index: usize, ports: &[(u16, u16)]) -> Res
         .context("etcd can't be started")
 }
 
+/// The program; issue 3.4 or later.
 fn installed() -> Result<PathBuf> {
-    let find = || {
-        let paths = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&paths).map(|p| p.join("etcd")).find(|p| p.is_file())
-    };
-    if let Some(etcd) = find() {
-        return Ok(etcd);
-    }
-    let advice = "etcd is missing: `apt-get install etcd-server`, or put etcd 3.4 or later in PATH";
-    ensure!(rustix::process::geteuid().is_root(), "{advice}");
-    let apt = |args: &[&str]| {
-        Command::new("apt-get")
-            .args(["-o", "DPkg::Lock::Timeout=300", "-y", "--no-install-recommends"])
-            .args(args)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            // The package would start a server of its own.
-            .env("RUNLEVEL", "1")
-            .output()
-    };
-    if !apt(&["install", "etcd-server"]).is_ok_and(|o| o.status.success()) {
-        let _ = apt(&["update"]);
-        let outcome = apt(&["install", "etcd-server"])?;
-        if !outcome.status.success() {
-            bail!("{advice}; apt-get said: {}", String::from_utf8_lossy(&outcome.stderr));
-        }
-    }
-    find().context(advice)
+    tools::installed("etcd", "etcd-server")
 }

@@ -14,13 +14,17 @@ use super::{
     deployment::Deployment,
     eventually,
     load::{self, Job, Sizes},
-    resources::Resources,
+    netns::Hosts,
+    resources::{self, Held},
     round::{Load, Round},
     rows::{Epochs, Row},
-    setup::Setup,
+    setup::{Network, Setup},
     stream::Record,
 };
 use crate::workload::Numbers;
+
+/// Rounds of the full matrix of which one lasts as long as in production.
+const LONG_ROUND_EACH: usize = 10;
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -29,7 +33,7 @@ pub struct Options {
     pub seed: u64,
     /// Rounds of each row.
     pub rounds: usize,
-    /// The full matrix: faults last as long as in production.
+    /// The full matrix: in the first round of a row, and then in each tenth, faults last as long as in production.
     pub full: bool,
     /// Says more.
     pub verbose: bool,
@@ -56,8 +60,10 @@ pub struct Outcome {
     pub replayed: f64,
     /// What is wrong besides.
     pub problems: Vec<String>,
-    /// What the coordinators hold when all is well again.
-    pub resources: Resources,
+    /// What coordinators and shards hold when all is well again.
+    pub held: Vec<Held>,
+    /// From the first request to the end of all checks.
+    pub took: Duration,
 }
 
 impl Outcome {
@@ -86,6 +92,8 @@ pub struct Report {
     pub outcomes: Vec<Outcome>,
     /// What is wrong with the row as a whole.
     pub problems: Vec<String>,
+    /// From its start to its end.
+    pub took: Duration,
 }
 
 impl Report {
@@ -105,6 +113,7 @@ struct Reference {
 
 /// Runs a row.
 pub fn run(row: &'static Row, options: &Options) -> Report {
+    let began = Instant::now();
     let setup = (row.setup)();
     let mut report = Report {
         row: row.name,
@@ -115,19 +124,42 @@ pub fn run(row: &'static Row, options: &Options) -> Report {
         quiet_first_token: Duration::ZERO,
         outcomes: Vec::new(),
         problems: Vec::new(),
+        took: Duration::ZERO,
     };
-    if let Err(error) = run_rounds(row, setup, options, &mut report) {
-        report.problems.push(format!("{error:#}"));
+    // A thread of its own: it may move to another host, and all that it starts with it.
+    let outcome = thread::scope(|scope| scope.spawn(|| run_on_hosts(row, setup, options, &mut report)).join());
+    match outcome {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => report.problems.push(format!("{error:#}")),
+        Err(_) => report.problems.push("the laboratory panicked, see above".to_owned()),
     }
+    report.took = began.elapsed();
     report
 }
 
-fn run_rounds(row: &'static Row, setup: Setup, options: &Options, report: &mut Report) -> Result<()> {
+fn run_on_hosts(row: &'static Row, setup: Setup, options: &Options, report: &mut Report) -> Result<()> {
+    let hosts = match setup.network {
+        Network::Loopback => None,
+        Network::Hosts(joined) => Some(Arc::new(Hosts::start(1 + setup.own_shards.len(), joined)?)),
+    };
+    if let Some(hosts) = &hosts {
+        hosts.enter(0)?;
+    }
+    run_rounds(row, setup, hosts.as_ref(), options, report)
+}
+
+fn run_rounds(
+    row: &'static Row,
+    setup: Setup,
+    hosts: Option<&Arc<Hosts>>,
+    options: &Options,
+    report: &mut Report,
+) -> Result<()> {
     let runtime = Arc::new(Runtime::new()?);
     let sizes = row.sizes.map_or_else(|| Sizes::of(setup.model), |sizes| sizes(setup.model));
     let jobs = load::mix(options.seed, sizes);
     let plain = Setup { own_shards: setup.own_shards.iter().map(|_| Default::default()).collect(), ..setup.clone() };
-    let mut deployment = Deployment::start(&runtime, if row.fresh { &plain } else { &setup })?;
+    let mut deployment = Deployment::start_on(&runtime, if row.fresh { &plain } else { &setup }, hosts)?;
     let reference = reference(&runtime, &mut deployment, &jobs)?;
     report.quiet_gap = reference.quiet_gap;
     report.quiet_first_token = reference.prefill;
@@ -137,10 +169,11 @@ fn run_rounds(row: &'static Row, setup: Setup, options: &Options, report: &mut R
             report.problems.extend(deployment.end());
             let mut numbers = Numbers(seed);
             let setup = row.arm.map_or_else(|| setup.clone(), |arm| arm(setup.clone(), reference.steps, &mut numbers));
-            deployment = Deployment::start(&runtime, &setup)?;
+            deployment = Deployment::start_on(&runtime, &setup, hosts)?;
         }
         let began = Instant::now();
-        let outcome = round(row, &runtime, &mut deployment, &jobs, &reference, Numbers(seed), options);
+        let is_long = options.full && index % LONG_ROUND_EACH == 0;
+        let outcome = round(row, &runtime, &mut deployment, &jobs, &reference, Numbers(seed), is_long);
         let failed = !outcome.as_ref().is_ok_and(Outcome::is_good);
         if failed || options.verbose {
             eprintln!("---- {} round {index}, seed {}: log since its start ----", row.name, options.seed);
@@ -152,7 +185,8 @@ fn run_rounds(row: &'static Row, setup: Setup, options: &Options, report: &mut R
         eprintln!("{}", super::report::line(row.name, index, &outcome));
         report.outcomes.push(outcome);
     }
-    report.problems.extend(leak(&report.outcomes));
+    let held: Vec<_> = report.outcomes.iter().map(|o| o.held.as_slice()).collect();
+    report.problems.extend(resources::leaks(&held));
     report.problems.extend(deployment.end());
     Ok(())
 }
@@ -182,7 +216,7 @@ fn round(
     jobs: &[Job],
     reference: &Reference,
     numbers: Numbers,
-    options: &Options,
+    is_long: bool,
 ) -> Result<Outcome> {
     let (epoch, failovers) = (deployment.epoch(), deployment.failovers());
     let replayed = deployment.metric("phalanx_replayed_tokens_total");
@@ -197,7 +231,7 @@ fn round(
         prefill: reference.prefill,
         injected: None,
         runtime,
-        full: options.full,
+        full: is_long,
     };
     let started = Instant::now();
     let fault = (row.inject)(&mut faulty);
@@ -215,7 +249,8 @@ fn round(
         first_token: records.iter().filter_map(Record::first_token).max().unwrap_or_default(),
         replayed: 0.0,
         problems: Vec::new(),
-        resources: Resources::default(),
+        held: Vec::new(),
+        took: Duration::ZERO,
     };
     judge(&mut outcome, &clients, &records, reference, jobs);
     if let Err(error) = deployment.wait_whole() {
@@ -239,7 +274,8 @@ fn round(
     }
     // What a burst of requests left behind in allocators and connection pools should have settled.
     thread::sleep(Duration::from_millis(200));
-    outcome.resources = deployment.resources();
+    outcome.held = deployment.held();
+    outcome.took = started.elapsed();
     Ok(outcome)
 }
 
@@ -279,12 +315,4 @@ fn detection(deployment: &Deployment, injected: Instant, failovers: f64, row: &R
     let signs = [" WARN ", " ERROR ", " detached ", ": taking over", "handing leadership over"];
     let sign = lines.iter().find(|(_, line)| signs.iter().any(|sign| line.contains(sign)));
     sign.map(|(at, _)| *at - injected)
-}
-
-/// File descriptors must not grow with the rounds.
-fn leak(outcomes: &[Outcome]) -> Option<String> {
-    let (first, last) = (outcomes.first()?.resources.descriptors, outcomes.last()?.resources.descriptors);
-    // Connections come and go; a leak grows with every round.
-    let allowed = 16 + outcomes.len() / 2;
-    (last > first + allowed).then(|| format!("file descriptors grew from {first} to {last}"))
 }

@@ -9,6 +9,7 @@ pub mod deployment;
 pub mod etcd;
 pub mod lab;
 pub mod load;
+pub mod netns;
 pub mod own_shards;
 pub mod proxy;
 pub mod report;
@@ -16,8 +17,11 @@ pub mod resources;
 pub mod round;
 pub mod rows;
 pub mod setup;
+pub mod starvation;
 pub mod state_dir;
 pub mod stream;
+pub mod switch;
+pub mod tools;
 
 use std::{
     thread,

@@ -2,14 +2,20 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use super::lab::{Outcome, Report};
+use serde_json::{Value, json};
+
+use super::{
+    lab::{Outcome, Report},
+    resources::{Role, total},
+};
 
 /// One line about a round.
 pub fn line(row: &str, index: usize, outcome: &Outcome) -> String {
     let detection = outcome.detection.map_or("-".to_owned(), |d| format!("{} ms", d.as_millis()));
+    let (coordinators, shards) = (total(&outcome.held, Role::Coordinator), total(&outcome.held, Role::Shard));
     let mut text = format!(
         "{row} round {index}: {} requests, {} lost, {:?}, detected after {detection}, first token again after {} ms, longest stall {} ms, \
-         last first token {} ms, {} replayed tokens, {} descriptors, {} KiB",
+         last first token {} ms, {} replayed tokens; coordinators hold {} descriptors, {} KiB; shards {}, {} KiB; {:.1} s",
         outcome.requests,
         outcome.lost,
         outcome.difference,
@@ -17,8 +23,11 @@ pub fn line(row: &str, index: usize, outcome: &Outcome) -> String {
         outcome.stall.as_millis(),
         outcome.first_token.as_millis(),
         outcome.replayed,
-        outcome.resources.descriptors,
-        outcome.resources.resident_kib,
+        coordinators.0,
+        coordinators.1,
+        shards.0,
+        shards.1,
+        outcome.took.as_secs_f64(),
     );
     for problem in &outcome.problems {
         let _infallible = write!(text, "\n    PROBLEM: {problem}");
@@ -29,7 +38,7 @@ pub fn line(row: &str, index: usize, outcome: &Outcome) -> String {
 /// Heading of the matrix.
 pub const HEADING: &str = "\
 | row | fault | model | rounds | requests | lost | duplicated / missing | different | detection ms p50 / max | \
-longest stall ms p50 / p99 (fault-free) | descriptors, MiB: first → last | seed |
+longest stall ms p50 / p99 (fault-free) | descriptors, MiB: first → last round, coordinators; shards | seed |
 |---|---|---|---|---|---|---|---|---|---|---|---|";
 
 /// A row of the matrix.
@@ -45,11 +54,17 @@ pub fn markdown(report: &Report) -> String {
     } else {
         format!("{} / {}", quantile(&detections, 50), quantile(&detections, 100))
     };
-    let held = |outcome: Option<&Outcome>| {
-        outcome.map_or("-".to_owned(), |o| format!("{}, {}", o.resources.descriptors, o.resources.resident_kib >> 10))
+    let held = |role| {
+        let of = |outcome: Option<&Outcome>| {
+            outcome.map_or("-".to_owned(), |o| {
+                let (descriptors, kib) = total(&o.held, role);
+                format!("{descriptors}, {}", kib >> 10)
+            })
+        };
+        format!("{} → {}", of(outcomes.first()), of(outcomes.last()))
     };
     format!(
-        "| `{}` | {} | {} | {} | {requests} | {lost} | {} / {} | {} | {detection} | {} / {} ({}) | {} → {} | {} |",
+        "| `{}` | {} | {} | {} | {requests} | {lost} | {} / {} | {} | {detection} | {} / {} ({}) | {}; {} | {} |",
         report.row,
         report.fault,
         report.model,
@@ -60,10 +75,46 @@ pub fn markdown(report: &Report) -> String {
         quantile(&stalls, 50),
         quantile(&stalls, 99),
         report.quiet_gap.as_millis(),
-        held(outcomes.first()),
-        held(outcomes.last()),
+        held(Role::Coordinator),
+        held(Role::Shard),
         report.seed,
     )
+}
+
+/// A report with all that was measured, for programs.
+pub fn json(report: &Report) -> Value {
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    let outcome = |o: &Outcome| {
+        let held = o.held.iter().map(|h| {
+            json!({"pid": h.pid, "role": h.role.name(), "descriptors": h.descriptors, "resident_kib": h.resident_kib})
+        });
+        json!({
+            "requests": o.requests,
+            "lost": o.lost,
+            "duplicated": o.difference.duplicated,
+            "missing": o.difference.missing,
+            "different": o.difference.different,
+            "detection_ms": o.detection.map(ms),
+            "resumed_ms": ms(o.resumed),
+            "stall_ms": ms(o.stall),
+            "first_token_ms": ms(o.first_token),
+            "replayed_tokens": o.replayed,
+            "held": held.collect::<Vec<_>>(),
+            "took_ms": ms(o.took),
+            "problems": o.problems,
+        })
+    };
+    json!({
+        "row": report.row,
+        "fault": report.fault,
+        "model": report.model,
+        "seed": report.seed,
+        "fault_free_gap_ms": ms(report.quiet_gap),
+        "fault_free_first_token_ms": ms(report.quiet_first_token),
+        "rounds": report.outcomes.iter().map(outcome).collect::<Vec<_>>(),
+        "problems": report.problems,
+        "took_ms": ms(report.took),
+    })
 }
 
 /// The least value that `percent` of all do not exceed, in milliseconds.

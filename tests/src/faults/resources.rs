@@ -1,26 +1,130 @@
-//! What processes hold: file descriptors and memory.
+//! What processes hold, and whether it grows: file descriptors and memory.
 
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
-/// Of one or several processes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Resources {
+/// Descriptors that a process may have more at the end than at the begin: connections come and go.
+const DESCRIPTOR_SLACK: f64 = 12.0;
+/// Memory that a process may have more: allocators keep what a burst of requests needed, and one burst is larger than another.
+const MEMORY_SLACK_KIB: f64 = 12.0 * 1024.0;
+/// The same for each round: a leak of a descriptor or of a request's tokens each round is above it.
+const DESCRIPTORS_A_ROUND: f64 = 0.3;
+/// Memory that a round may leave, after the slack.
+const MEMORY_A_ROUND_KIB: f64 = 128.0;
+/// Rounds before a process has met everything once.
+const WARM_UP: usize = 2;
+/// Rounds that say whether something grows.
+const ENOUGH: usize = 4;
+
+/// What kind of process it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// A coordinator.
+    Coordinator,
+    /// A shard.
+    Shard,
+}
+
+impl Role {
+    /// For messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Coordinator => "coordinator",
+            Self::Shard => "shard",
+        }
+    }
+}
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Process id.
+    pub pid: u32,
+    /// Its kind.
+    pub role: Role,
     /// Open file descriptors.
     pub descriptors: usize,
     /// Resident memory.
     pub resident_kib: u64,
 }
 
-impl Resources {
-    /// Of processes together; those that are gone count nothing.
-    pub fn of(pids: impl IntoIterator<Item = u32>) -> Self {
-        let mut sum = Self::default();
-        for pid in pids {
-            sum.descriptors += fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-            sum.resident_kib += line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0);
-        }
-        sum
+impl Held {
+    /// Of a process; of one that is gone, nothing.
+    pub fn of(pid: u32, role: Role) -> Self {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let resident_kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0);
+        Self { pid, role, descriptors, resident_kib }
+    }
+}
+
+/// Descriptors and memory of all processes of a kind together.
+pub fn total(held: &[Held], role: Role) -> (usize, u64) {
+    let of_role = held.iter().filter(|h| h.role == role);
+    of_role.fold((0, 0), |(descriptors, kib), h| (descriptors + h.descriptors, kib + h.resident_kib))
+}
+
+/// What grows with the rounds in processes that live through several of them.
+pub fn leaks(rounds: &[&[Held]]) -> Vec<String> {
+    let mut lives: BTreeMap<(u32, Role), Vec<&Held>> = BTreeMap::new();
+    for held in rounds.iter().copied().flatten() {
+        lives.entry((held.pid, held.role)).or_default().push(held);
+    }
+    let mut problems = Vec::new();
+    for ((pid, role), life) in lives {
+        let Some(life) = life.get(WARM_UP..).filter(|life| life.len() >= ENOUGH) else { continue };
+        let rounds = life.len() as f64;
+        let mut check = |what: &str, values: Vec<f64>, allowed: f64| {
+            let grown = growth(&values);
+            if grown > allowed {
+                let (name, n) = (role.name(), values.len());
+                problems.push(format!("{what} of {name} {pid} grew by {grown:.0} in {n} rounds: {values:?}"));
+            }
+        };
+        let descriptors = life.iter().map(|h| h.descriptors as f64).collect();
+        check("descriptors", descriptors, DESCRIPTOR_SLACK + DESCRIPTORS_A_ROUND * rounds);
+        let memory = life.iter().map(|h| h.resident_kib as f64).collect();
+        check("resident KiB", memory, MEMORY_SLACK_KIB + MEMORY_A_ROUND_KIB * rounds);
+    }
+    problems
+}
+
+/// The slope of the line through all values (least squares), over all of them: what one outlier can't make.
+fn growth(values: &[f64]) -> f64 {
+    let n = values.len() as f64;
+    let (mean_x, mean_y) = ((n - 1.0) / 2.0, values.iter().sum::<f64>() / n);
+    let points = values.iter().enumerate().map(|(x, y)| (x as f64 - mean_x, y - mean_y));
+    let (above, below) = points.fold((0.0, 0.0), |(above, below), (x, y)| (above + x * y, below + x * x));
+    if below == 0.0 { 0.0 } else { above / below * (n - 1.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds(n: usize, of: impl Fn(usize) -> (usize, u64)) -> Vec<Vec<Held>> {
+        let held = |round| {
+            let (descriptors, resident_kib) = of(round);
+            vec![Held { pid: 7, role: Role::Shard, descriptors, resident_kib }]
+        };
+        (0..n).map(held).collect()
+    }
+
+    fn found(rounds: &[Vec<Held>]) -> usize {
+        leaks(&rounds.iter().map(Vec::as_slice).collect::<Vec<_>>()).len()
+    }
+
+    #[test]
+    fn what_grows_with_every_round_is_a_leak_and_what_settles_is_none() {
+        assert_eq!(found(&rounds(50, |_| (20, 30 << 10))), 0);
+        assert_eq!(found(&rounds(50, |round| (20 + round, 30 << 10))), 1, "a descriptor each round");
+        assert_eq!(found(&rounds(50, |round| (20, (30 << 10) + 500 * round as u64))), 1, "half a MiB each round");
+        assert_eq!(
+            found(&rounds(50, |round| (20 + 8 * usize::from(round % 7 == 3), 40 << 10))),
+            0,
+            "connections come and go"
+        );
+        assert_eq!(found(&rounds(50, |round| (20, if round < 2 { 10 << 10 } else { 40 << 10 }))), 0, "a warm-up");
+        assert_eq!(found(&rounds(5, |round| (20 + 9 * round, 30 << 10))), 0, "too few rounds to say");
     }
 }

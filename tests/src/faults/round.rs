@@ -109,7 +109,7 @@ pub struct Round<'a> {
     pub injected: Option<Instant>,
     /// Runs clients.
     pub runtime: &'a Runtime,
-    /// Whether this is the full matrix: what is away stays away longer.
+    /// Whether this is a long round: what is away stays away longer.
     pub full: bool,
 }
 

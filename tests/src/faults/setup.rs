@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::netns::Joined;
 use crate::{golden, model_cache};
 
 /// Which model is served.
@@ -49,11 +50,22 @@ pub enum Clients {
     OfStandby,
 }
 
+/// What joins the processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// They are on one host.
+    Loopback,
+    /// Each shard has a host of its own, and so have the coordinator, its store and the clients together (needs root).
+    Hosts(Joined),
+}
+
 /// A shard that the laboratory starts itself, because a fault needs its options.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OwnShard {
     /// Options of its first life only, such as `--failpoint step:5:abort`.
     pub first_life: Vec<String>,
+    /// Options of all its lives.
+    pub always: Vec<String>,
     /// Whether it reaches the coordinator through the proxy.
     pub proxied: bool,
 }
@@ -73,6 +85,8 @@ pub struct Setup {
     pub coordinators: usize,
     /// Store.
     pub store: StoreKind,
+    /// Network.
+    pub network: Network,
     /// Whom clients call.
     pub clients: Clients,
     /// Whether the embedded store has a disk of its own, of 64 KiB (needs root).
@@ -91,6 +105,7 @@ impl Setup {
             own_shards: Vec::new(),
             coordinators: 1,
             store: StoreKind::Embedded,
+            network: Network::Loopback,
             clients: Clients::OfLeader,
             tiny_disk: false,
             args: Vec::new(),
@@ -104,6 +119,13 @@ impl Setup {
             own_shards: vec![OwnShard::default(); 2 + spares as usize],
             ..Self::local(model, spares)
         }
+    }
+
+    /// One coordinator with an etcd beside it, two ranks, one spare: four hosts.
+    pub fn on_hosts(joined: Joined) -> Self {
+        let setup = Self { store: StoreKind::Etcd(1), network: Network::Hosts(joined), ..Self::own(Model::Tiny, 1) };
+        // The ranks share a kernel, and so memory: hosts would not.
+        setup.with(&["--collective", "tcp"])
     }
 
     /// The same with more options of the coordinators.

@@ -1,6 +1,9 @@
 //! Coordinators that die, hang or hand over, with a standby on the same etcd.
 
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use rustix::process::Signal;
@@ -9,6 +12,7 @@ use super::{Epochs, PLAIN, Row};
 use crate::faults::{
     round::Round,
     setup::{Clients, Model, Setup, StoreKind},
+    starvation::Starved,
 };
 
 pub(super) static ROWS: &[Row] = &[
@@ -81,6 +85,16 @@ pub(super) static ROWS: &[Row] = &[
         },
         ..PLAIN
     },
+    Row {
+        name: "lease-starvation",
+        fault: "the leading coordinator gets a hundredth of a processor, until the standby leads or for 4 s (15 s in long rounds); \
+                clients call the standby",
+        setup: || two(Clients::OfStandby).with(&["--leader-ttl-ms", "1000"]),
+        // It may keep its lease.
+        epochs: Epochs::Any,
+        inject: starve_leader,
+        ..PLAIN
+    },
 ];
 
 /// Two coordinators on one etcd, two ranks and a spare.
@@ -95,6 +109,21 @@ fn kill_leader(round: &mut Round<'_>) -> Result<()> {
     round.signal(pid, Signal::KILL);
     round.deployment.wait_leads(standby)?;
     round.deployment.restart_coordinator(leader)
+}
+
+fn starve_leader(round: &mut Round<'_>) -> Result<()> {
+    round.wait_decode(10, 60)?;
+    let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
+    round.inject();
+    let starved = Starved::start(round.deployment.coordinators[leader].process.pid(), Duration::from_millis(1));
+    let until = Instant::now() + Duration::from_secs(if round.full { 15 } else { 4 });
+    while Instant::now() < until && !round.deployment.leads(standby) {
+        thread::sleep(Duration::from_millis(20));
+    }
+    // It goes on in the belief that it leads.
+    thread::sleep(Duration::from_millis(round.numbers.below(500)));
+    drop(starved);
+    Ok(())
 }
 
 fn kill_standby(round: &mut Round<'_>) -> Result<()> {

@@ -3,19 +3,24 @@
 mod capacity;
 mod clients;
 mod coordinators;
+mod hosts;
 mod network;
 mod planned;
+mod poison;
 mod shards;
 mod stores;
+
+use std::{process::Command, sync::OnceLock};
 
 use anyhow::Result;
 
 use super::{
     load::Sizes,
+    netns::Hosts,
     round::Round,
-    setup::{Model, Setup},
+    setup::{Model, Network, Setup},
 };
-use crate::workload::Numbers;
+use crate::{process::binary, workload::Numbers};
 
 /// What a fault does to the epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +43,7 @@ pub struct Row {
     pub short: bool,
     /// Whether it needs root.
     pub root: bool,
-    /// Whether it needs failpoints, which only dev builds have.
+    /// Whether it needs shards with failpoints.
     pub failpoints: bool,
     /// What runs.
     pub setup: fn() -> Setup,
@@ -80,18 +85,38 @@ impl Row {
     pub fn obstacle(&self) -> Option<&'static str> {
         if self.root && !rustix::process::geteuid().is_root() {
             Some("it needs root")
-        } else if self.failpoints && !cfg!(debug_assertions) {
-            Some("it needs failpoints, which only dev builds have")
+        } else if self.failpoints && !have_failpoints() {
+            Some("it needs failpoints: dev builds have them, and builds with `--features phalanx-shard/failpoints`")
+        } else if (self.setup)().network != Network::Loopback {
+            Hosts::obstacle()
         } else {
             None
         }
     }
 }
 
+/// Whether the shard that would be started knows `--failpoint`.
+fn have_failpoints() -> bool {
+    static HAVE: OnceLock<bool> = OnceLock::new();
+    *HAVE.get_or_init(|| {
+        let args = ["--failpoint", "step:1:abort", "--version"];
+        Command::new(binary("shard")).args(args).output().is_ok_and(|outcome| outcome.status.success())
+    })
+}
+
 /// All rows, in the order of the matrix.
 pub fn all() -> Vec<&'static Row> {
-    let rows =
-        [shards::ROWS, capacity::ROWS, network::ROWS, clients::ROWS, planned::ROWS, coordinators::ROWS, stores::ROWS];
+    let rows = [
+        shards::ROWS,
+        poison::ROWS,
+        capacity::ROWS,
+        network::ROWS,
+        hosts::ROWS,
+        clients::ROWS,
+        planned::ROWS,
+        coordinators::ROWS,
+        stores::ROWS,
+    ];
     rows.into_iter().flatten().collect()
 }
 

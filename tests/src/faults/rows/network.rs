@@ -1,4 +1,5 @@
-//! The connection between a shard and its coordinator: cut, half cut, slow. The proxy stands between the two.
+//! The connection between a shard and its coordinator: cut, half cut, slow. The proxy stands between the two,
+//! in a cluster of each round's own: a shard that comes back dials the leader where that says that it is, past the proxy.
 
 use std::{thread, time::Duration};
 
@@ -18,6 +19,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "link-cut",
         fault: "the connection between a rank and the coordinator is cut, and can't be made again for a while",
         setup: proxied,
+        fresh: true,
         inject: |round| during(round, Weather { cut: true, ..FINE }, 2, 10),
         ..PLAIN
     },
@@ -25,6 +27,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "link-cut-to-coordinator",
         fault: "nothing that a rank says comes through, what it is told does",
         setup: proxied,
+        fresh: true,
         inject: |round| during(round, Weather { hold_up: true, ..FINE }, 2, 10),
         ..PLAIN
     },
@@ -32,6 +35,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "link-cut-to-shard",
         fault: "nothing that a rank is told comes through, what it says does",
         setup: proxied,
+        fresh: true,
         inject: |round| during(round, Weather { hold_down: true, ..FINE }, 2, 10),
         ..PLAIN
     },
@@ -40,6 +44,7 @@ pub(super) static ROWS: &[Row] = &[
         short: false,
         fault: "the connection between a rank and the coordinator is silent in both directions, without a spare",
         setup: || with_proxy(Setup::own(Model::Tiny, 0)),
+        fresh: true,
         inject: |round| during(round, Weather { hold_up: true, hold_down: true, ..FINE }, 2, 10),
         ..PLAIN
     },
@@ -47,6 +52,7 @@ pub(super) static ROWS: &[Row] = &[
         name: "link-slow",
         fault: "200 ms more in each direction, and 5 % of the packets are lost",
         setup: proxied,
+        fresh: true,
         // Slow is not gone.
         epochs: Epochs::Any,
         inject: |round| during(round, Weather { delay: Duration::from_millis(200), loss_percent: 5, ..FINE }, 3, 20),
