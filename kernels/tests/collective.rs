@@ -414,6 +414,16 @@ fn a_wrong_secret_is_refused() {
 }
 
 #[test]
+fn a_rank_that_can_not_be_reached_is_not_waited_for() {
+    let mut group = members(2, AMPLE);
+    let caller = group.pop().expect("two members");
+    // Its port is closed from now on.
+    drop(group);
+    let error = connect(&caller.config, Some(&caller.listener), Some("tcp")).err().expect("nobody is there");
+    assert!(error.to_string().contains("can't be reached"), "{error}");
+}
+
+#[test]
 fn strangers_and_other_epochs_do_not_disturb_connecting() {
     let group = members(3, AMPLE);
     // Connections that wait in the listener's queue before rank 0 looks at it: silent, noisy, and of an older epoch.

@@ -49,12 +49,46 @@ const WAKE_INTERVAL: Duration = Duration::from_millis(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 /// Longest time for one connection and its handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(3);
+/// A rank to whose host no connection can be made for so long is cut off: waiting longer would only keep others waiting. One
+/// that is late, because it still fetches its model, takes connections already.
+const UNREACHABLE_LIMIT: Duration = Duration::from_secs(3);
 /// Most callers that are heard at once; more are closed and may call again.
 const MOST_HANDSHAKES: usize = 64;
 
 enum Event {
-    Linked { rank: usize, link: TcpStream },
-    Failed { rank: usize, reason: String },
+    Linked {
+        rank: usize,
+        link: TcpStream,
+    },
+    Failed {
+        rank: usize,
+        reason: String,
+    },
+    /// There is no point in waiting for it.
+    Unreachable {
+        rank: usize,
+        reason: String,
+    },
+}
+
+/// Why a call failed.
+enum CallError {
+    /// No connection could be made.
+    Connect(String),
+    /// The other side is there, but not ready, or it refuses.
+    Handshake(String),
+}
+
+impl From<String> for CallError {
+    fn from(reason: String) -> Self {
+        Self::Handshake(reason)
+    }
+}
+
+impl From<&str> for CallError {
+    fn from(reason: &str) -> Self {
+        Self::Handshake(reason.to_owned())
+    }
 }
 
 /// What all threads of one connecting share.
@@ -134,6 +168,7 @@ fn gather_links(
                 // A caller that gave up its first connection replaces it.
                 Event::Linked { rank, link } => links[rank] = Some(link),
                 Event::Failed { rank, reason } => failures[rank] = Some(reason),
+                Event::Unreachable { rank, reason } => return Err(config.setup(format!("rank {rank}: {reason}"))),
             }
         }
         let Some(missing) = (0..config.world_size).find(|rank| *rank != config.rank && links[*rank].is_none()) else {
@@ -182,13 +217,19 @@ fn is_transient(kind: ErrorKind) -> bool {
 
 /// Calls a lower rank until it takes this one in.
 fn call_until_linked(shared: &Shared, peer: usize, events: &Sender<Event>) {
+    let address = &shared.config.peers[peer].address;
+    let mut unreached_since = Instant::now();
     while !shared.is_over() {
         let event = match call(shared, peer) {
             Ok(link) => Event::Linked { rank: peer, link },
-            Err(reason) => {
-                let address = &shared.config.peers[peer].address;
+            Err(CallError::Handshake(reason)) => {
+                unreached_since = Instant::now();
                 Event::Failed { rank: peer, reason: format!("{address}: {reason}") }
             }
+            Err(CallError::Connect(reason)) if unreached_since.elapsed() >= UNREACHABLE_LIMIT => {
+                Event::Unreachable { rank: peer, reason: format!("{address} can't be reached: {reason}") }
+            }
+            Err(CallError::Connect(reason)) => Event::Failed { rank: peer, reason: format!("{address}: {reason}") },
         };
         let linked = matches!(event, Event::Linked { .. });
         if events.send(event).is_err() || linked {
@@ -198,16 +239,17 @@ fn call_until_linked(shared: &Shared, peer: usize, events: &Sender<Event>) {
     }
 }
 
-fn call(shared: &Shared, peer: usize) -> Result<TcpStream, String> {
+fn call(shared: &Shared, peer: usize) -> Result<TcpStream, CallError> {
     let config = &shared.config;
     let deadline = shared.handshake_deadline();
-    let addresses = config.peers[peer].address.to_socket_addrs().map_err(|error| error.to_string())?;
+    let addresses =
+        config.peers[peer].address.to_socket_addrs().map_err(|error| CallError::Connect(error.to_string()))?;
     let mut failure = "the name has no address".to_owned();
     let link = addresses.into_iter().find_map(|address| {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         TcpStream::connect_timeout(&address, left).inspect_err(|error| failure = error.to_string()).ok()
     });
-    let mut link = Timed::new(shared, link.ok_or(failure)?, deadline)?;
+    let mut link = Timed::new(shared, link.ok_or(CallError::Connect(failure))?, deadline)?;
 
     let mut hello = [0; HELLO_BYTES];
     hello[..8].copy_from_slice(&MAGIC);
@@ -222,22 +264,22 @@ fn call(shared: &Shared, peer: usize) -> Result<TcpStream, String> {
     let challenge: [u8; CHALLENGE_BYTES] = link.read()?;
     match challenge[0] {
         ACCEPTED => {}
-        OTHER_EPOCH => return Err(format!("it is not forming epoch {}", config.epoch)),
-        OTHER_SHAPE => return Err("it has another world size, rank, byte order or version".to_owned()),
-        other => return Err(format!("it answered {other}, which is no verdict")),
+        OTHER_EPOCH => return Err(format!("it is not forming epoch {}", config.epoch).into()),
+        OTHER_SHAPE => return Err("it has another world size, rank, byte order or version".into()),
+        other => return Err(format!("it answered {other}, which is no verdict").into()),
     }
     let message = transcript(&hello, &challenge[1..1 + NONCE_BYTES]);
     let mut proof = [0; auth::PROOF_BYTES];
     proof.copy_from_slice(&challenge[1 + NONCE_BYTES..]);
     if !auth::verify(&config.secret, LISTENER_LABEL, &message, &proof) {
-        return Err("it does not know the secret of the epoch".to_owned());
+        return Err("it does not know the secret of the epoch".into());
     }
     link.write(&auth::prove(&config.secret, CALLER_LABEL, &message))?;
     let welcome: [u8; 1] = link.read().map_err(|reason| format!("it refused this rank: {reason}"))?;
     if welcome != WELCOME {
-        return Err("it sent something else than a welcome".to_owned());
+        return Err("it sent something else than a welcome".into());
     }
-    link.finish()
+    Ok(link.finish()?)
 }
 
 /// Hears one caller.
