@@ -7,8 +7,10 @@ pub mod cpu;
 pub mod error;
 mod layout;
 pub mod ops;
+pub mod pages;
 pub mod reference;
 pub mod rng;
+pub mod slots;
 mod tensor;
 
 pub use cpu::{CpuConfig, CpuOps, Isa};

@@ -8,7 +8,12 @@
 //! are summed in order; at its end the sum is rounded to a multiple of 2^-24 ([`FIXED_ONE`]) and added as an integer.
 //! Integer addition is associative: any dealing of slices to ranks gives the same bits.
 
-use crate::{collective::Collective, error::KernelError};
+use crate::{
+    collective::Collective,
+    error::KernelError,
+    pages::KvPages,
+    slots::{KvRange, SlotSet},
+};
 
 /// One in the fixed-point numbers of exact sums: they count multiples of 2^-24.
 pub const FIXED_ONE: f32 = 16_777_216.0;
@@ -225,6 +230,20 @@ pub trait Ops: Send {
 
     /// Allocates the KV cache, in place of an earlier one.
     fn alloc_kv(&mut self, shape: KvShape) -> Result<(), KernelError>;
+
+    /// Takes these pages over as the KV cache, in place of an earlier one.
+    fn adopt_kv(&mut self, pages: KvPages) -> Result<(), KernelError>;
+
+    // ---- copies of KV rows, between steps --------------------------------------------------------------------------
+
+    /// Shape of the KV cache, if there is one.
+    fn kv_shape(&self) -> Option<KvShape>;
+
+    /// Slots of the KV cache that have been written since it was allocated, or before it was adopted.
+    fn written_kv(&self) -> Option<&SlotSet>;
+
+    /// Appends the rows of all layers of these slots to `rows`, in the format of [`crate::pages`].
+    fn read_kv(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError>;
 
     // ---- a step ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-//! Proofs that a rank knows the secret of its epoch, without sending it.
+//! Proofs that a caller knows the secret of its epoch, without sending it.
 //!
 //! HMAC with SHA-256 (RFC 2104), each use under its own label, so that no proof can stand for another.
 
@@ -6,7 +6,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 /// Size of a proof in bytes.
-pub(super) const PROOF_BYTES: usize = 32;
+pub const PROOF_BYTES: usize = 32;
 
 fn keyed(secret: &[u8], label: &str, message: &[u8]) -> Hmac<Sha256> {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length");
@@ -17,12 +17,12 @@ fn keyed(secret: &[u8], label: &str, message: &[u8]) -> Hmac<Sha256> {
 }
 
 /// What only a holder of the secret can compute for this label and message.
-pub(super) fn prove(secret: &[u8], label: &str, message: &[u8]) -> [u8; PROOF_BYTES] {
+pub fn prove(secret: &[u8], label: &str, message: &[u8]) -> [u8; PROOF_BYTES] {
     keyed(secret, label, message).finalize().into_bytes().into()
 }
 
 /// Whether the proof is right, in constant time.
-pub(super) fn verify(secret: &[u8], label: &str, message: &[u8], proof: &[u8; PROOF_BYTES]) -> bool {
+pub fn verify(secret: &[u8], label: &str, message: &[u8], proof: &[u8; PROOF_BYTES]) -> bool {
     keyed(secret, label, message).verify_slice(proof).is_ok()
 }
 

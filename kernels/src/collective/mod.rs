@@ -3,7 +3,7 @@
 //! [`connect`] picks a kind from [`KINDS`]: nothing for one rank, shared memory on one host, TCP between hosts.
 //! A new kind is one file and one line there.
 
-mod auth;
+pub mod auth;
 mod op;
 mod shm;
 mod single;

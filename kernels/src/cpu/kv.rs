@@ -4,6 +4,7 @@ use crate::{
     error::KernelError,
     layout::TILE,
     ops::{KvShape, Precision, RowChunk},
+    slots::{KvRange, SlotSet},
     tensor::Aligned,
 };
 
@@ -12,6 +13,8 @@ use crate::{
 pub(crate) struct KvCache {
     pub shape: KvShape,
     pub precision: Precision,
+    /// Slots that steps or copies have written since the pages were made.
+    pub written: SlotSet,
     /// A layer each.
     layers: Vec<Aligned<u8>>,
 }
@@ -59,7 +62,8 @@ impl KvCache {
         }
         let bytes = page_bytes(shape, precision).saturating_mul(shape.n_blocks);
         let layers = (0..shape.n_layers).map(|_| Aligned::zeroed("KV cache", bytes)).collect::<Result<_, _>>()?;
-        Ok(Self { shape, precision, layers })
+        let written = SlotSet::new(shape.n_blocks, shape.block_size);
+        Ok(Self { shape, precision, written, layers })
     }
 
     /// Bytes taken.
@@ -106,6 +110,13 @@ impl KvCache {
             None => Ok(()),
             Some(block) => Err(shape(format!("blocks below {}", self.shape.n_blocks), block.to_string())),
         }
+    }
+
+    /// Notes that the chunk's rows are written.
+    pub fn note_written(&mut self, chunk: &RowChunk) {
+        let positions = chunk.start..chunk.start + chunk.n_rows;
+        KvRange::of_positions(&chunk.blocks, positions, self.shape.block_size)
+            .for_each(|range| self.written.insert(range));
     }
 
     /// Checks that no slot is written by two rows. `spans` is room to work in.

@@ -15,6 +15,8 @@ use crate::{
     error::KernelError,
     layout::Packed,
     ops::{Attention, Buf, FixedBuf, KvShape, Linear, LinearSource, Ops, Precision, Rope, RopeSpec, StepRows},
+    pages::KvPages,
+    slots::{KvRange, SlotSet},
     tensor::Aligned,
 };
 
@@ -100,11 +102,40 @@ impl Ops for CpuOps {
         Ok(())
     }
 
+    fn adopt_kv(&mut self, pages: KvPages) -> Result<(), KernelError> {
+        if pages.0.precision != self.precision {
+            return Err(shape_error(
+                "adopt_kv",
+                format!("pages in {:?}", self.precision),
+                format!("{:?}", pages.0.precision),
+            ));
+        }
+        self.step.clear();
+        self.kv = Some(pages.0);
+        Ok(())
+    }
+
+    fn kv_shape(&self) -> Option<KvShape> {
+        self.kv.as_ref().map(|kv| kv.shape)
+    }
+
+    fn written_kv(&self) -> Option<&SlotSet> {
+        self.kv.as_ref().map(|kv| &kv.written)
+    }
+
+    fn read_kv(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
+        match &self.kv {
+            Some(kv) => kv.read_rows(ranges, rows),
+            None => Err(shape_error("read_kv", "a KV cache: call alloc_kv first", "none")),
+        }
+    }
+
     fn begin_step(&mut self, rows: &StepRows) -> Result<(), KernelError> {
         self.step.clear();
-        if let Some(kv) = &self.kv {
+        if let Some(kv) = &mut self.kv {
             rows.chunks.iter().try_for_each(|chunk| kv.check_chunk(chunk))?;
             kv.check_slots(&rows.chunks, &mut self.step.spans)?;
+            rows.chunks.iter().for_each(|chunk| kv.note_written(chunk));
         }
         self.step.begin(rows)
     }

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// A sequence with its tensors, `[n, heads, head_dim]`.
-struct Case {
+pub(super) struct Case {
     n_heads: usize,
     kv_head_of: Vec<u32>,
     n_kv_heads: usize,
@@ -22,7 +22,13 @@ const BLOCK: usize = 16;
 const N_BLOCKS: usize = 40;
 
 impl Case {
-    fn random(random: &mut Random, n: usize, kv_head_of: &[u32], n_kv_heads: usize, head_dim: usize) -> Self {
+    pub(super) fn random(
+        random: &mut Random,
+        n: usize,
+        kv_head_of: &[u32],
+        n_kv_heads: usize,
+        head_dim: usize,
+    ) -> Self {
         let n_heads = kv_head_of.len();
         Self {
             n_heads,
@@ -35,7 +41,7 @@ impl Case {
         }
     }
 
-    fn shape(&self) -> KvShape {
+    pub(super) fn shape(&self) -> KvShape {
         KvShape {
             n_layers: 2,
             n_blocks: N_BLOCKS,
@@ -63,7 +69,7 @@ impl Case {
     }
 
     /// Runs rows `from .. to` in one step, other sequences' rows beside them; returns their outputs.
-    fn step(
+    pub(super) fn step(
         &self,
         ops: &mut CpuOps,
         from: usize,

@@ -4,6 +4,7 @@ mod attention;
 mod elementwise;
 mod errors;
 mod linear;
+mod pages;
 
 use half::{bf16, f16};
 

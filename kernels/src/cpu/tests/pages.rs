@@ -1,0 +1,118 @@
+//! Rows copied out of pages and into others.
+
+use proptest::prelude::*;
+
+use super::{attention::Case, *};
+use crate::{
+    ops::KvShape,
+    pages::{KvPages, row_bytes},
+    slots::{KvRange, n_rows},
+};
+
+const PRECISIONS: [Precision; 2] = [Precision::Auto, Precision::Float32];
+
+fn range(block: u32, first: u32, n_rows: u32) -> KvRange {
+    KvRange { block, first, n_rows }
+}
+
+fn read(pages: &KvPages, ranges: &[KvRange]) -> Vec<u8> {
+    let mut rows = Vec::new();
+    pages.read(ranges, &mut rows).expect("in the pages");
+    rows
+}
+
+#[test]
+fn attention_over_copied_pages_has_equal_bits() {
+    let mut random = Random(11);
+    for (kv_head_of, n_kv_heads, head_dim) in [(vec![0, 0, 1], 2, 8), (vec![0, 1, 2], 3, 40), (vec![0], 1, 64)] {
+        let n = 45;
+        let case = Case::random(&mut random, n, &kv_head_of, n_kv_heads, head_dim);
+        for precision in PRECISIONS {
+            for ops in &mut devices(precision, 2) {
+                // The last row's attention, with all rows computed here.
+                ops.alloc_kv(case.shape()).expect("memory");
+                let want = case.step(ops, 0, n, &[5, 3, 8], None).split_off((n - 1) * kv_head_of.len() * head_dim);
+
+                // The same with the rows before it copied to other blocks of other pages, in two goes.
+                ops.alloc_kv(case.shape()).expect("memory");
+                case.step(ops, 0, n - 1, &[5, 3, 8], None);
+                assert_eq!(ops.written_kv().map(crate::slots::SlotSet::len), Some(n - 1));
+                let mut pages = KvPages::new(case.shape(), precision).expect("memory");
+                for positions in [0..20, 20..n - 1] {
+                    let mut rows = Vec::new();
+                    let from: Vec<_> = KvRange::of_positions(&[5, 3, 8], positions.clone(), 16).collect();
+                    let to: Vec<_> = KvRange::of_positions(&[1, 39, 0], positions, 16).collect();
+                    ops.read_kv(&from, &mut rows).expect("in the pages");
+                    pages.write(&to, &rows).expect("in the pages");
+                }
+                assert_eq!(pages.written().len(), n - 1);
+                ops.adopt_kv(pages).expect("the device's");
+                let got = case.step(ops, n - 1, n, &[1, 39, 0], None);
+                assert_same(&got, &want, &format!("{} {precision:?} {kv_head_of:?}x{head_dim}", ops.name()));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_changes_nothing() {
+    let shape = KvShape { n_layers: 1, n_blocks: 3, block_size: 16, n_kv_heads: 1, head_dim: 4 };
+    for precision in PRECISIONS {
+        let mut pages = KvPages::new(shape, precision).expect("memory");
+        let row = row_bytes(shape, precision);
+        for bad in [range(3, 0, 1), range(0, 16, 1), range(2, 10, 7), range(0, u32::MAX, u32::MAX)] {
+            let rows = vec![1; row * bad.n_rows.min(100) as usize];
+            assert!(pages.write(&[bad], &rows).is_err(), "{bad:?}");
+            assert!(pages.read(&[range(0, 0, 1), bad], &mut Vec::new()).is_err(), "{bad:?}");
+        }
+        for len in [0, row - 1, row + 1, 2 * row] {
+            assert!(pages.write(&[range(0, 0, 1)], &vec![1; len]).is_err());
+        }
+        assert!(pages.written().is_empty());
+        assert!(read(&pages, &[range(0, 0, 16), range(1, 0, 16), range(2, 0, 16)]).iter().all(|&byte| byte == 0));
+    }
+    let other = KvPages::new(shape, Precision::Float32).expect("memory");
+    let mut ops = CpuOps::new(CpuConfig::new(Precision::Auto)).expect("cpu");
+    assert!(ops.adopt_kv(other).is_err());
+    assert!(ops.read_kv(&[range(0, 0, 1)], &mut Vec::new()).is_err());
+}
+
+proptest! {
+    #[test]
+    fn rows_read_are_the_rows_written(
+        seed in any::<u64>(),
+        block_size in prop::sample::select(vec![16usize, 32, 48]),
+        (n_layers, n_kv_heads, head_dim) in (1..4usize, 1..4usize, 1..40usize),
+        ranges in prop::collection::vec((0..6u32, 0..48u32, 0..48u32), 1..8),
+        precision in prop::sample::select(PRECISIONS.to_vec()),
+    ) {
+        let shape = KvShape { n_layers, n_blocks: 6, block_size, n_kv_heads, head_dim };
+        let mut pages = KvPages::new(shape, precision).expect("memory");
+        // Ranges of different blocks, cut to the block.
+        let mut blocks = std::collections::BTreeSet::new();
+        let ranges: Vec<KvRange> = ranges
+            .into_iter()
+            .filter(|(block, ..)| blocks.insert(*block))
+            .map(|(block, first, n)| {
+                let first = first % block_size as u32;
+                range(block, first, n.min(block_size as u32 - first))
+            })
+            .collect();
+        let mut random = Random(seed);
+        let rows: Vec<u8> =
+            (0..n_rows(&ranges) * row_bytes(shape, precision)).map(|_| random.below(255) as u8 + 1).collect();
+        pages.write(&ranges, &rows).expect("in the pages");
+        prop_assert_eq!(&read(&pages, &ranges), &rows);
+        // Nothing else was written.
+        let all: Vec<KvRange> = (0..6).map(|block| range(block, 0, block_size as u32)).collect();
+        let n_bytes = read(&pages, &all).into_iter().filter(|&byte| byte != 0).count();
+        prop_assert_eq!(n_bytes, rows.len());
+        prop_assert_eq!(pages.written().len(), n_rows(&ranges));
+        // Row by row it is the same as in one go.
+        let single: Vec<KvRange> =
+            ranges.iter().flat_map(|r| (r.first..r.first + r.n_rows).map(|slot| range(r.block, slot, 1))).collect();
+        let mut copy = KvPages::new(shape, precision).expect("memory");
+        copy.write(&single, &read(&pages, &single)).expect("in the pages");
+        prop_assert_eq!(&read(&copy, &ranges), &rows);
+    }
+}

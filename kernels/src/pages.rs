@@ -1,0 +1,64 @@
+//! KV pages apart from a device: rows come in as bytes, and a device takes the pages over as they are.
+//!
+//! **Format of rows.** For each range, for each layer, for each KV head: the keys `[n_rows, head_dim]`, then the values
+//! `[n_rows, head_dim]`, in the element of the cache (f16, or f32 in [`Precision::Float32`]) and the byte order of the
+//! machine. It depends on neither instruction set nor layout of pages, and rows mean the same in whatever block they are.
+
+use crate::{
+    cpu::kv::{KvCache, element_bytes},
+    error::KernelError,
+    ops::{KvShape, Precision},
+    slots::{KvRange, SlotSet},
+};
+
+/// Pages of all layers, in the layout of the CPU device. Memory is taken as blocks are written.
+#[derive(Debug)]
+pub struct KvPages(pub(crate) KvCache);
+
+impl KvPages {
+    /// Zeroed pages.
+    ///
+    /// # Errors
+    /// If the shape is none that a device takes, or there is no memory.
+    pub fn new(shape: KvShape, precision: Precision) -> Result<Self, KernelError> {
+        Ok(Self(KvCache::new(shape, precision)?))
+    }
+
+    /// Their shape.
+    pub fn shape(&self) -> KvShape {
+        self.0.shape
+    }
+
+    /// Bytes of one block in all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.0.page_bytes().saturating_mul(self.0.shape.n_layers)
+    }
+
+    /// Slots that have been written.
+    pub fn written(&self) -> &SlotSet {
+        &self.0.written
+    }
+
+    /// Writes rows to the slots of `ranges`.
+    ///
+    /// # Errors
+    /// If a range lies outside of the pages or `rows` has not the length of all ranges; nothing is written then.
+    pub fn write(&mut self, ranges: &[KvRange], rows: &[u8]) -> Result<(), KernelError> {
+        self.0.write_rows(ranges, rows)
+    }
+
+    /// Appends the rows of `ranges` to `rows`.
+    ///
+    /// # Errors
+    /// If a range lies outside of the pages.
+    pub fn read(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
+        self.0.read_rows(ranges, rows)
+    }
+}
+
+/// Bytes of one row in all layers.
+pub fn row_bytes(shape: KvShape, precision: Precision) -> usize {
+    [2, shape.n_layers, shape.n_kv_heads, shape.head_dim]
+        .into_iter()
+        .fold(element_bytes(precision), usize::saturating_mul)
+}
