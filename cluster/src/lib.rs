@@ -1,5 +1,6 @@
 //! Who is in the cluster and who does what: membership stores, the partition plan, checkpoint reading, tokenizers.
 
+pub mod byte_size;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod error_text;

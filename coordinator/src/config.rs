@@ -5,7 +5,6 @@
 
 mod flags;
 mod join_token;
-mod size;
 #[cfg(test)]
 mod tests;
 
@@ -18,14 +17,14 @@ use std::{
 
 use clap::error::ErrorKind;
 use phalanx_cluster::{
+    byte_size::ByteSize,
     source::DEFAULT_MODEL,
     store::{self, TlsFiles},
 };
 
 pub use self::{
-    flags::{CollectiveChoice, Dtype, Flags},
+    flags::{CollectiveChoice, Dtype, Flags, KvMirror},
     join_token::JoinToken,
-    size::ByteSize,
 };
 use crate::admin::http::AdminHttp;
 
@@ -90,6 +89,8 @@ pub struct Config {
     pub heartbeat_timeout: Duration,
     /// Time without enough shards after which fewer ranks serve; `None`: never.
     pub regroup_after: Option<Duration>,
+    /// Where ranks copy their KV rows to.
+    pub kv_mirror: KvMirror,
     /// What shards must know to join; `None`: nothing.
     pub join_token: Option<JoinToken>,
     /// Host under which others reach this coordinator; `None`: an address of this machine.
@@ -311,6 +312,7 @@ impl Config {
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
             heartbeat_timeout: Duration::from_millis(u64::from(heartbeat_ms)),
             regroup_after: (regroup_after > 0).then(|| Duration::from_secs(u64::from(regroup_after))),
+            kv_mirror: flags.kv_mirror.unwrap_or_default(),
             join_token,
             advertise_host,
             leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
@@ -355,6 +357,7 @@ impl Config {
             isa: Some(self.isa.clone()),
             heartbeat_timeout_ms: Some(clamp(self.heartbeat_timeout.as_millis())),
             regroup_after: Some(self.regroup_after.map_or(0, |after| clamp(after.as_secs().into()))),
+            kv_mirror: Some(self.kv_mirror),
             join_token: self.join_token.as_ref().filter(|t| t.file().is_none()).map(|t| t.secret().to_owned()),
             join_token_file: self.join_token.as_ref().and_then(JoinToken::file).map(PathBuf::from),
             advertise_host: self.advertise_host.clone(),

@@ -44,6 +44,8 @@ pub const FAILOVERS: &str = "phalanx_failovers_total";
 pub const REPLAYED: &str = "phalanx_replayed_tokens_total";
 /// From the last token before a loss to the first after it, of each running sequence.
 pub const STALL: &str = "phalanx_stall_seconds";
+/// Steps whose KV rows the mirrors lack; NaN while nobody has a whole copy.
+pub const MIRROR_LAG: &str = "phalanx_mirror_lag_steps";
 /// Messages of an old epoch that were dropped.
 pub const FENCED: &str = "phalanx_fenced_messages_total";
 
@@ -74,5 +76,6 @@ pub fn describe() {
         Unit::Seconds,
         "Running sequences: from the last token before a loss to the first after it"
     );
+    describe_gauge!(MIRROR_LAG, Unit::Count, "Steps whose KV rows the mirrors lack; NaN while nobody has a whole copy");
     describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");
 }

@@ -21,7 +21,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::config::Config;
+use crate::config::{Config, KvMirror};
 
 /// Name under which this program is a shard: as the process's own name, or as its first argument.
 pub const SHARD: &str = "shard";
@@ -114,6 +114,9 @@ fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
         ("--collective", config.collective.as_str().to_owned()),
     ] {
         args.extend([flag.into(), value.into()]);
+    }
+    if config.kv_mirror == KvMirror::Off {
+        args.extend(["--mirror-memory".into(), "0".into()]);
     }
     args
 }
@@ -266,5 +269,9 @@ mod tests {
         assert!(args.contains("--coordinator http://127.0.0.1:7000 --shard-id local-1 --threads 2"), "{args}");
         assert!(text("[::]:7000").contains("--coordinator http://[::1]:7000"));
         assert!(text("10.0.0.5:7000").contains("--coordinator http://10.0.0.5:7000"));
+        assert!(!args.contains("--mirror-memory"), "{args}");
+        let config = Config { kv_mirror: KvMirror::Off, ..config.clone() };
+        let args = arguments(&config, ([127, 0, 0, 1], 7000).into(), 0);
+        assert!(args.ends_with(&["--mirror-memory".into(), "0".into()]), "{args:?}");
     }
 }

@@ -10,7 +10,7 @@ use phalanx_coordinator::{
     admin::status::StatusSource,
     group::{
         actor::{GroupConfig, Notice},
-        machine::Settings,
+        machine::{MirrorTo, Settings},
     },
     leadership::{CoordinatorRecord, LeadershipView},
     membership::actor::{Membership, MembershipMsg},
@@ -47,7 +47,7 @@ impl Coordinator {
                 world_size,
                 give_up_after: Some(1),
                 regroup_after: None,
-                mirrors_kv: false,
+                mirror_to: MirrorTo::Nowhere,
                 silent_after: PATIENCE,
             },
             name: "model".to_owned(),

@@ -38,6 +38,7 @@ fn no_stream_notices_what_happens_to_shards() {
     let Some(totals) = simulate(Trouble::Shards, 100_000..114_000) else { return };
     // The schedules would prove little if nothing of this happened.
     assert!(totals.n_lost_groups > 6_000 && totals.n_kept > 2_800 && totals.n_mirrored > 250, "{totals:?}");
+    assert!(totals.n_fetched > 20, "{totals:?}");
     assert!(totals.n_answered > 28_000 && totals.n_cancelled > 3_500 && totals.n_switched > 3_500, "{totals:?}");
     assert!(totals.n_refused_epochs > 5_000 && totals.n_cut > 5_000 && totals.n_paused > 5_000, "{totals:?}");
     assert!(totals.n_smaller > 200 && totals.n_evicted > 55, "{totals:?}");

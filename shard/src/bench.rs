@@ -17,7 +17,10 @@ use phalanx_cluster::source;
 use phalanx_kernels::{Isa, ops::Precision};
 use phalanx_proto::v1::{Chunk, SequenceStart, StepPlan};
 
-use crate::offline::{LocalConfig, LocalGroup, greedy};
+use crate::{
+    mirror::{Receiver, Store},
+    offline::{LocalConfig, LocalGroup, greedy},
+};
 
 const BLOCK_SIZE: usize = 16;
 
@@ -52,6 +55,9 @@ struct BenchArgs {
     /// auto, scalar, avx2 or avx512.
     #[arg(long, default_value = "auto")]
     isa: String,
+    /// Measure each size once more with KV rows copied to a mirror, as a group with a spare does.
+    #[arg(long)]
+    mirror: bool,
     /// Folder with llama.cpp's llama-bench and llama-batched-bench, to be measured in the same rounds.
     #[arg(long)]
     peer: Option<PathBuf>,
@@ -94,9 +100,19 @@ fn run(args: &BenchArgs) -> Result<()> {
     let largest = args.batch.iter().copied().max().context("--batch needs a size")?;
     let mut groups = Vec::new();
     let mut contestants = Vec::new();
-    for &world_size in &args.tensor_parallel_size {
+    let mut receivers = Vec::new();
+    let mirrored: &[bool] = if args.mirror { &[false, true] } else { &[false] };
+    for (&world_size, &mirrored) in args.tensor_parallel_size.iter().flat_map(|n| mirrored.iter().map(move |m| (n, m)))
+    {
         ensure!(world_size > 0, "--tensor-parallel-size must be at least 1");
+        let mut mirrors = Vec::new();
+        if mirrored {
+            let receiver = Receiver::start(([127, 0, 0, 1], 0).into(), Store::new(u64::MAX)).context("a mirror")?;
+            mirrors.push(receiver.target("mirror", u32::try_from(world_size).context("--tensor-parallel-size")?));
+            receivers.push(receiver);
+        }
         let config = LocalConfig {
+            mirrors,
             threads: (threads / world_size).max(1),
             isa,
             block_size: BLOCK_SIZE,
@@ -107,7 +123,8 @@ fn run(args: &BenchArgs) -> Result<()> {
         };
         let began = Instant::now();
         groups.push(LocalGroup::load(&model, config.clone())?);
-        let name = format!("TP {world_size} x {} threads", config.threads);
+        let mirrored = if mirrored { ", mirrored" } else { "" };
+        let name = format!("TP {world_size} x {} threads{mirrored}", config.threads);
         eprintln!("{name}: loaded in {:.2} s", began.elapsed().as_secs_f64());
         contestants.push(Contestant { name, prefill: Vec::new(), decode: vec![Vec::new(); args.batch.len()] });
     }

@@ -15,6 +15,7 @@ use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
+use phalanx_cluster::byte_size::ByteSize;
 use phalanx_kernels::{collective, ops::Precision};
 use serde::{Deserialize, Serialize};
 use tonic::transport::Uri;
@@ -77,6 +78,17 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     leave_timeout: Option<u32>,
 
+    /// Memory for copies of other ranks' KV rows while this shard is a spare, such as 4GiB; 0 takes none. Where they need
+    /// more, nothing is copied [default: half of what is free at the start]
+    #[arg(long, env = "PHALANX_MIRROR_MEMORY", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mirror_memory: Option<String>,
+
+    /// Address on which a spare takes those copies in [default: that of --listen, with a free port]
+    #[arg(long, env = "PHALANX_MIRROR_LISTEN", value_name = "ADDR:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mirror_listen: Option<String>,
+
     /// Stable name of this shard [default: host name and a random number]
     #[arg(long, env = "PHALANX_SHARD_ID", value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -122,9 +134,19 @@ struct Merged {
     join_token: Option<String>,
     join_token_file: Option<PathBuf>,
     leave_timeout: u32,
+    mirror_memory: Option<MirrorMemory>,
+    mirror_listen: Option<String>,
     shard_id: Option<String>,
     isa: String,
     collective: String,
+}
+
+/// A number of bytes, or a size with its unit.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum MirrorMemory {
+    Bytes(u64),
+    Text(String),
 }
 
 /// A list, or one text with commas.
@@ -166,6 +188,10 @@ pub struct Config {
     pub join_token: String,
     /// Longest wait for leave.
     pub leave_timeout: Duration,
+    /// Most bytes of copies of other ranks' rows; 0 for no copies, `None` for a share of what is free.
+    pub mirror_memory: Option<u64>,
+    /// Where they are taken in.
+    pub mirror_listen: SocketAddr,
     /// Stable name.
     pub shard_id: String,
     /// Collective; `None` for the fastest that fits.
@@ -271,6 +297,11 @@ impl Merged {
         device.open(Precision::Auto).map_err(|error| value("device", device.name.clone(), error.to_string()))?;
         let advertise = self.advertise.as_deref().map(advertised).transpose()?;
         let listen = listen(self.listen.as_deref(), advertise.as_ref())?;
+        let mirror_memory = self.mirror_memory.map(mirror_memory).transpose()?;
+        let mirror_listen = match self.mirror_listen.as_deref() {
+            Some(text) => socket("mirror-listen", text)?,
+            None => SocketAddr::new(listen.ip(), 0),
+        };
         let join_token = join_token(self.join_token, self.join_token_file)?;
         let kinds: Vec<&str> = collective::KINDS.iter().map(|kind| kind.name).collect();
         let collective = match self.collective.as_str() {
@@ -290,6 +321,8 @@ impl Merged {
             advertise,
             join_token,
             leave_timeout: Duration::from_secs(u64::from(self.leave_timeout)),
+            mirror_memory,
+            mirror_listen,
             shard_id,
             collective,
             exit_with_parent: flags.exit_with_parent,
@@ -301,8 +334,7 @@ impl Merged {
 
 fn listen(text: Option<&str>, advertise: Option<&Advertised>) -> Result<SocketAddr, ConfigError> {
     if let Some(text) = text {
-        return SocketAddr::from_str(text)
-            .map_err(|_| value("listen", text, "want ADDRESS:PORT, such as 10.0.0.5:7000"));
+        return socket("listen", text);
     }
     Ok(match advertise {
         // The address may be another's that leads here, so all own ones listen.
@@ -316,6 +348,21 @@ fn listen(text: Option<&str>, advertise: Option<&Advertised>) -> Result<SocketAd
         }
         None => (Ipv4Addr::LOCALHOST, 0).into(),
     })
+}
+
+fn socket(option: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
+    SocketAddr::from_str(text).map_err(|_| value(option, text, "want ADDRESS:PORT, such as 10.0.0.5:7000"))
+}
+
+fn mirror_memory(size: MirrorMemory) -> Result<u64, ConfigError> {
+    match size {
+        MirrorMemory::Bytes(bytes) => Ok(bytes),
+        MirrorMemory::Text(text) if text.trim() == "0" => Ok(0),
+        MirrorMemory::Text(text) => match ByteSize::from_str(&text) {
+            Ok(ByteSize(bytes)) => Ok(bytes),
+            Err(reason) => Err(value("mirror-memory", text, reason)),
+        },
+    }
 }
 
 fn advertised(text: &str) -> Result<Advertised, ConfigError> {
@@ -467,6 +514,23 @@ mod tests {
         assert!(refused(&[JOIN, "--join-token-file", "/does/not/exist"]).contains("/does/not/exist"));
         let empty = tempfile::NamedTempFile::new().expect("a file");
         assert!(refused(&[JOIN, "--join-token-file", empty.path().to_str().expect("a path")]).contains("empty"));
+    }
+
+    #[test]
+    fn mirrors_have_a_size_and_an_address() {
+        let with = |args: &[&str]| {
+            let config = config(&[&[JOIN], args].concat()).expect("good options");
+            (config.mirror_memory, config.mirror_listen.to_string())
+        };
+        assert_eq!(with(&[]), (None, "127.0.0.1:0".into()));
+        assert_eq!(with(&["--mirror-memory", "0"]), (Some(0), "127.0.0.1:0".into()));
+        assert_eq!(
+            with(&["--mirror-memory", "2GiB", "--listen", "10.0.0.5:7000"]),
+            (Some(2 << 30), "10.0.0.5:0".into())
+        );
+        assert_eq!(with(&["--mirror-listen", "10.0.0.5:7001"]), (None, "10.0.0.5:7001".into()));
+        assert!(refused(&[JOIN, "--mirror-memory", "many"]).contains("512MiB"));
+        assert!(refused(&[JOIN, "--mirror-listen", "here"]).contains("ADDRESS:PORT"));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::{
         vitals::{Busy, Vitals},
     },
     memory,
+    mirror::{Progress, Store},
 };
 
 /// Interval of heartbeats before the coordinator says one.
@@ -41,6 +42,19 @@ const STUCK_LIMIT: Duration = Duration::from_secs(10);
 /// The thread that sends heartbeats. Clones share it; it ends with the last.
 #[derive(Clone)]
 pub struct Pulse(Arc<Owner>);
+
+/// What the thread tells of, and watches over.
+#[derive(Clone, Default)]
+pub struct Watched {
+    /// The engine's.
+    pub interrupt: Interrupt,
+    /// The engine's.
+    pub vitals: Vitals,
+    /// What is kept of other ranks.
+    pub mirror: Option<Store>,
+    /// Sings while the runtime lives.
+    pub canary: Canary,
+}
 
 /// Ends the thread when dropped.
 struct Owner(Arc<Shared>);
@@ -68,14 +82,14 @@ struct Session {
 }
 
 impl Pulse {
-    /// Starts the thread for an engine that these belong to. The canary sings while the runtime lives.
+    /// Starts the thread for what it watches.
     ///
     /// # Errors
     /// If the system has no thread left.
-    pub fn start(interrupt: Interrupt, vitals: Vitals, canary: Canary) -> io::Result<Self> {
+    pub fn start(watched: Watched) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let pulse = Self(Arc::new(Owner(shared.clone())));
-        thread::Builder::new().name("heartbeat".to_owned()).spawn(move || shared.run(&interrupt, &vitals, &canary))?;
+        thread::Builder::new().name("heartbeat".to_owned()).spawn(move || shared.run(&watched))?;
         Ok(pulse)
     }
 
@@ -125,7 +139,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, interrupt: &Interrupt, vitals: &Vitals, canary: &Canary) {
+    fn run(&self, Watched { interrupt, vitals, mirror, canary }: &Watched) {
         let mut watchdog = Watchdog::new(canary.songs(), Instant::now());
         loop {
             let resident_bytes = memory::resident_bytes();
@@ -137,7 +151,14 @@ impl Shared {
             let mut pause = FIRST_INTERVAL;
             if let Some(session) = &mut state.session {
                 pause = session.interval;
-                let beat = session.beat(vitals.busy(), interrupt.waits_for(), resident_bytes, now);
+                let mirrored = mirror.as_ref().and_then(Store::progress);
+                let beat = Heartbeat {
+                    resident_bytes,
+                    waits_for_rank: interrupt.waits_for(),
+                    mirrored_epoch: mirrored.map_or(0, |Progress { epoch, .. }| epoch),
+                    mirrored_step: mirrored.map_or(0, |Progress { step, .. }| step),
+                    ..session.beat(vitals.busy(), now)
+                };
                 // A closed channel means that the session ends this moment.
                 let _ended = session.sender.send(ShardMessage { message: Some(Message::Heartbeat(beat)) });
             }
@@ -158,15 +179,13 @@ impl Shared {
 }
 
 impl Session {
-    fn beat(&mut self, busy: Option<Busy>, waits_for: Option<u32>, resident_bytes: u64, now: Instant) -> Heartbeat {
+    fn beat(&mut self, busy: Option<Busy>, now: Instant) -> Heartbeat {
         self.sequence += 1;
         Heartbeat {
             sequence: self.sequence,
-            resident_bytes,
             busy_epoch: busy.map_or(0, |b| b.epoch),
             busy_step: busy.map_or(0, |b| b.step),
             busy_ms: busy.map_or(0, |b| u32::try_from(b.lasts(now).as_millis()).unwrap_or(u32::MAX)),
-            waits_for_rank: waits_for,
             heard_sequence: self.heard,
             ..Heartbeat::default()
         }
@@ -264,9 +283,10 @@ mod tests {
 
     #[test]
     fn beats_say_what_the_engine_does() {
-        let (interrupt, vitals) = (Interrupt::default(), Vitals::default());
+        let watched = Watched::default();
+        let vitals = watched.vitals.clone();
         let _underway = vitals.begin(5, 9, Instant::now());
-        let pulse = Pulse::start(interrupt, vitals.clone(), Canary::default()).expect("a thread");
+        let pulse = Pulse::start(watched).expect("a thread");
         let (sender, mut beats) = mpsc::unbounded_channel();
         pulse.begin(sender);
         pulse.set_interval(Duration::ZERO);

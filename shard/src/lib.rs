@@ -3,6 +3,7 @@
 //! - [`model`]: families of models, loading a rank's slice. [`layer`]: what layers are made of.
 //! - [`step`]: from a plan to tokens. [`sampler`]: from logits to a token.
 //! - [`engine`]: epochs, the thread that computes. [`link`]: the stream to the coordinator.
+//! - [`mirror`]: copies of KV rows at a spare.
 //! - [`offline`]: a group in one process, for tests and for [`mod@bench`].
 
 pub mod bench;
@@ -16,6 +17,7 @@ mod host;
 pub mod layer;
 pub mod link;
 mod memory;
+pub mod mirror;
 pub mod model;
 pub mod offline;
 mod run;

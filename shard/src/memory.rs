@@ -20,6 +20,12 @@ pub fn free_bytes() -> Option<u64> {
     [system, group].into_iter().flatten().min()
 }
 
+/// Most bytes of copies of other ranks' KV rows where no limit is given: half of what is free. It is taken block by block,
+/// as they come.
+pub fn mirror_limit() -> u64 {
+    free_bytes().map_or(KV_DEFAULT_LIMIT, |free| free / 2)
+}
+
 /// Memory of this process that is in RAM, in bytes.
 pub fn resident_bytes() -> u64 {
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();

@@ -19,6 +19,7 @@ use phalanx_kernels::{
     Isa,
     collective::{self, AbortFlag, Collective, CollectiveConfig, PeerAddress},
     ops::{KvShape, Precision},
+    pages::KvPages,
 };
 use phalanx_proto::v1::{Chunk, SamplingParams, SequenceStart, StepPlan, StepResult, TokenScore};
 
@@ -27,6 +28,7 @@ use crate::{
     engine::EngineError,
     host,
     layer::scratch::Scratch,
+    mirror::{Mirrors, Source, Target},
     model::{self, LoadError},
     step::{Executor, Limits},
 };
@@ -56,6 +58,8 @@ pub struct LocalConfig {
     pub max_step_rows: usize,
     /// Most sampled rows of a step.
     pub max_sequences: usize,
+    /// Where ranks copy their KV rows to.
+    pub mirrors: Vec<Target>,
 }
 
 impl LocalConfig {
@@ -71,6 +75,7 @@ impl LocalConfig {
             kv_blocks: 4096,
             max_step_rows: 512,
             max_sequences: 256,
+            mirrors: Vec::new(),
         }
     }
 }
@@ -130,6 +135,19 @@ impl LocalGroup {
     /// # Errors
     /// As loading on a shard.
     pub fn of(checkpoint: Arc<dyn Checkpoint>, config: LocalConfig) -> Result<Self, EngineError> {
+        Self::with_pages(checkpoint, config, Vec::new())
+    }
+
+    /// Loads an open checkpoint; ranks take over these pages, in rank order, instead of empty ones.
+    ///
+    /// # Errors
+    /// As loading on a shard; also if the pages don't fit.
+    pub fn with_pages(
+        checkpoint: Arc<dyn Checkpoint>,
+        config: LocalConfig,
+        pages: Vec<KvPages>,
+    ) -> Result<Self, EngineError> {
+        let mut pages = pages.into_iter();
         let plan = PartitionPlan::new(checkpoint.config(), &vec![1.0; config.world_size]).map_err(LoadError::from)?;
         let plan = Arc::new(plan);
         let peer = PeerAddress { host_id: host::host_id(), address: String::new() };
@@ -146,12 +164,13 @@ impl LocalGroup {
                 time_limit: TIME_LIMIT,
             };
             let (checkpoint, plan, config, abort) = (checkpoint.clone(), plan.clone(), config.clone(), abort.clone());
+            let pages = pages.next();
             let (plan_sender, plans) = mpsc::channel::<StepPlan>();
             let (result_sender, results) = mpsc::channel();
             let body = move || {
-                let made = start(checkpoint.as_ref(), &plan, &config, &collective, abort.clone());
+                let made = start(checkpoint.as_ref(), &plan, &config, &collective, abort.clone(), pages);
                 // The first answer is about loading.
-                let (mut executor, mut collective) = match made {
+                let (mut executor, mut collective, mut mirrors) = match made {
                     Ok(made) => made,
                     Err(error) => {
                         abort.abort();
@@ -163,11 +182,16 @@ impl LocalGroup {
                     return;
                 }
                 for plan in plans {
+                    let step = plan.step;
                     let result = executor.run(plan, collective.as_mut()).map_err(EngineError::from);
-                    if result.is_err() {
+                    let has_run = result.is_ok();
+                    if !has_run {
                         abort.abort();
                     }
                     if result_sender.send(result).is_err() {
+                        return;
+                    }
+                    if has_run && mirrors.step_done(step, executor.last_chunks(), executor.ops()).is_err() {
                         return;
                     }
                 }
@@ -304,7 +328,8 @@ fn start(
     config: &LocalConfig,
     collective: &CollectiveConfig,
     abort: AbortFlag,
-) -> Result<(Executor, Box<dyn Collective>), EngineError> {
+    pages: Option<KvPages>,
+) -> Result<(Executor, Box<dyn Collective>, Mirrors), EngineError> {
     let force = config.collective.as_deref();
     let joined = collective::connect_abortable(collective, None, force, abort.clone())?;
     let device = DeviceConfig { name: "cpu".to_owned(), threads: config.threads, isa: config.isa };
@@ -319,9 +344,21 @@ fn start(
         n_kv_heads: model.shape.n_kv_heads(),
         head_dim: model.shape.config.head_dim,
     };
-    if shape.n_kv_heads > 0 {
-        ops.alloc_kv(shape)?;
+    match pages {
+        Some(pages) => ops.adopt_kv(pages)?,
+        None if shape.n_kv_heads > 0 => ops.alloc_kv(shape)?,
+        None => {}
     }
+    let source = Source {
+        term: 1,
+        epoch: EPOCH,
+        rank: collective.rank as u32,
+        world_size: config.world_size as u32,
+        n_sources: config.world_size as u32,
+        shape,
+        precision: config.precision,
+    };
+    let mirrors = Mirrors::start(source, config.mirrors.clone());
     let limits = Limits {
         block_size: config.block_size,
         n_blocks: config.kv_blocks,
@@ -330,5 +367,5 @@ fn start(
         max_model_len: model.shape.config.context_length,
         vocab: model.shape.config.vocab,
     };
-    Ok((Executor::new(ops, model, scratch, limits), joined))
+    Ok((Executor::new(ops, model, scratch, limits), joined, mirrors))
 }

@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     io,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -23,7 +23,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    config::Config,
+    config::{Advertised, Config},
     engine::{
         RankConfig,
         actor::{self, EngineHandle},
@@ -31,6 +31,7 @@ use crate::{
     host,
     link::{End, Link},
     memory,
+    mirror::{Receiver, Store},
 };
 
 /// Longest wait for the engine to end its step and release its shared memory.
@@ -86,7 +87,8 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     let bound = listener.local_addr().context("--listen: no local address")?;
     let collective_address =
         config.advertise.as_ref().map_or_else(|| bound.to_string(), |advertised| advertised.address(bound.port()));
-    let hello = hello(&config, collective_address)?;
+    let mirror = mirror(&config)?;
+    let hello = Hello { collective_address, ..hello(&config, mirror.as_ref())? };
     tracing::info!(
         shard = %hello.shard_id,
         device = %hello.device,
@@ -99,6 +101,7 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
         collective: config.collective.clone(),
         listener,
         host_id: hello.host_id.clone(),
+        mirror: mirror.as_ref().map(|receiver| receiver.store().clone()),
     })
     .await?;
 
@@ -130,7 +133,19 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     Ok(end(engine).await)
 }
 
-fn hello(config: &Config, collective_address: String) -> anyhow::Result<Hello> {
+/// Where copies of other ranks' rows are taken in, if any are.
+fn mirror(config: &Config) -> anyhow::Result<Option<Receiver>> {
+    let limit = config.mirror_memory.unwrap_or_else(memory::mirror_limit);
+    if limit == 0 {
+        return Ok(None);
+    }
+    let address = config.mirror_listen;
+    let receiver = Receiver::start(address, Store::new(limit)).with_context(|| format!("--mirror-listen {address}"))?;
+    Ok(Some(receiver))
+}
+
+/// Everything but where ranks connect.
+fn hello(config: &Config, mirror: Option<&Receiver>) -> anyhow::Result<Hello> {
     // The precision is the group's; what else decides bits is the device's.
     let fingerprint = config.device.open(Precision::Auto)?.fingerprint();
     Ok(Hello {
@@ -143,10 +158,19 @@ fn hello(config: &Config, collective_address: String) -> anyhow::Result<Hello> {
         memory_bytes: memory::free_bytes().unwrap_or(0),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fingerprint,
-        collective_address,
         join_token: config.join_token.clone(),
+        mirror_address: mirror.map(|receiver| mirror_address(config, receiver.address())).unwrap_or_default(),
+        mirror_secret: mirror.map(|receiver| receiver.secret().to_vec()).unwrap_or_default(),
         ..Hello::default()
     })
+}
+
+/// Where ranks reach the mirror: on the advertised host, at the mirror's own port.
+fn mirror_address(config: &Config, bound: SocketAddr) -> String {
+    match &config.advertise {
+        Some(advertised) => Advertised { port: None, ..advertised.clone() }.address(bound.port()),
+        None => bound.to_string(),
+    }
 }
 
 /// Ends the engine and says with which code the process should end.

@@ -217,6 +217,13 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub regroup_after: Option<u32>,
 
+    /// Where ranks copy their KV rows to behind their steps, so that little is computed again after a loss: to a spare
+    /// shard where there is one; each to the next rank (buddy), for a shard that takes its rank back; or nowhere
+    /// [default: spare]
+    #[arg(long, env = "PHALANX_KV_MIRROR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_mirror: Option<KvMirror>,
+
     /// Secret that shards must know to join; better in a file, which other users can't see [default: any shard may join]
     #[arg(
         long,
@@ -292,6 +299,19 @@ impl Dtype {
             Self::Float32 => "float32",
         }
     }
+}
+
+/// Where ranks copy their KV rows to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvMirror {
+    /// To a spare shard, if there is one.
+    #[default]
+    Spare,
+    /// Each rank to the next one.
+    Buddy,
+    /// Nowhere.
+    Off,
 }
 
 /// How ranks exchange sums.

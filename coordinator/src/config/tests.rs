@@ -71,6 +71,7 @@ fn contradictions_are_refused() {
     assert!(refused(&["--block-size", "24"]).contains("multiple of 16"));
     assert!(refused(&["--kv-cache-memory", "much"]).contains("512MiB"));
     assert!(refused(&["--store", "zookeeper://h:1"]).contains("embedded, etcd://"));
+    assert!(refused(&["--kv-mirror", "everywhere"]).contains("spare, buddy, off"));
     assert!(refused(&["--host", "nowhere.example"]).contains("IP address"));
     assert!(refused(&["--chat-template", "/does/not/exist"]).contains("/does/not/exist"));
     assert!(refused(&["--log-level", "a=b=c"]).contains("log-level"));

@@ -6,6 +6,7 @@ pub mod change;
 mod drained;
 mod epochs;
 pub mod machine;
+mod mirror_lag;
 pub mod plans;
 pub mod progress;
 mod report;

@@ -98,17 +98,15 @@ impl Seats {
         (0u32..).zip(ranks).filter_map(peer).collect()
     }
 
-    /// As ranks find the spares that keep copies of their KV rows.
-    pub fn mirror_targets(&self, spares: &[ShardId]) -> Vec<MirrorTarget> {
-        let target = |shard: &ShardId| {
-            let hello = &self.0.get(shard)?.hello;
-            Some(MirrorTarget {
-                shard_id: shard.0.clone(),
-                address: hello.mirror_address.clone(),
-                secret: hello.mirror_secret.clone(),
-            })
-        };
-        spares.iter().filter_map(target).collect()
+    /// As ranks find a shard that keeps copies of the KV rows of so many of them.
+    pub fn mirror(&self, shard: &ShardId, n_sources: usize) -> Option<MirrorTarget> {
+        let hello = &self.0.get(shard)?.hello;
+        Some(MirrorTarget {
+            shard_id: shard.0.clone(),
+            address: hello.mirror_address.clone(),
+            secret: hello.mirror_secret.clone(),
+            ranks: u32::try_from(n_sources).unwrap_or(u32::MAX),
+        })
     }
 }
 

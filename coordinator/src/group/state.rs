@@ -21,7 +21,8 @@ use super::{
     change::{ChangeError, RollingRestart},
     drained::DrainedRecord,
     epochs,
-    machine::{Action, Beat, Cause, Changed, Event, GroupMachine, Origin, Slice, Ticket, Turned},
+    machine::{Action, Beat, Cause, Changed, Event, GroupMachine, Mirrors, Origin, Slice, Ticket, Turned},
+    mirror_lag::MirrorLag,
     plans::GroupPlans,
     progress::LoadProgress,
     seats::Seats,
@@ -54,6 +55,7 @@ pub struct State {
     drained: DrainedRecord,
     plans: Option<Arc<GroupPlans>>,
     progress: Option<LoadProgress>,
+    mirror_lag: MirrorLag,
     told_to_wait: Option<String>,
     askers: BTreeMap<Ticket, Asker>,
     next_ticket: Ticket,
@@ -74,6 +76,7 @@ impl State {
             drained,
             plans: None,
             progress: None,
+            mirror_lag: MirrorLag::default(),
             told_to_wait: None,
             askers: BTreeMap::new(),
             next_ticket: 1,
@@ -92,11 +95,15 @@ impl State {
         let from = || from.clone();
         let event = match message {
             FromShard::StepResult(result) => {
+                self.mirror_lag.stepped(result.epoch, result.step);
                 let event = Event::Stepped { from: from(), epoch: epoch(result.epoch), step: result.step };
                 return self.step(myself, event, Some(result));
             }
             FromShard::Heartbeat(beat) => {
                 self.note(&from(), |memory| memory.resident = beat.resident_bytes);
+                self.mirror_lag.beat(&from().shard, &beat);
+                let lag = self.mirror_lag.steps(self.machine.epoch(), self.machine.mirrors());
+                metrics::gauge!(names::MIRROR_LAG).set(lag.map_or(f64::NAN, |steps| steps as f64));
                 Event::Beat { from: from(), beat: what_it_does(&beat) }
             }
             FromShard::LoadProgress(progress) => {
@@ -242,7 +249,9 @@ impl State {
         for action in self.machine.step(Instant::now(), event) {
             match action {
                 Action::TakeEpoch(after) => self.take_epoch(myself, after.max(self.latest)),
-                Action::Form { epoch, ranks, keep_kv_of, mirrors } => self.form(epoch, ranks, keep_kv_of, &mirrors)?,
+                Action::Form { epoch, ranks, keep_kv_of, mirrors, copies } => {
+                    self.form(epoch, ranks, keep_kv_of, &mirrors, &copies)?;
+                }
                 Action::Serve { epoch, kv_blocks } => {
                     tracing::info!(%epoch, kv_blocks, "all ranks are loaded");
                     for shard in self.machine.ranks() {
@@ -293,7 +302,8 @@ impl State {
         epoch: Epoch,
         ranks: Vec<ShardId>,
         keep_kv_of: Option<Epoch>,
-        mirrors: &[ShardId],
+        mirrors: &Mirrors,
+        copies: &[(usize, ShardId)],
     ) -> Result<(), ActorProcessingErr> {
         let shards: Vec<&str> = ranks.iter().map(|s| s.0.as_str()).collect();
         let keep_kv_of_epoch = keep_kv_of.map_or(0, Epoch::raw);
@@ -311,11 +321,19 @@ impl State {
             collective_secret,
             keep_kv_of_epoch,
             kv_blocks: self.machine.last_kv_blocks(),
-            mirrors: self.seats.mirror_targets(mirrors),
             ..self.config.form.clone()
         };
-        for (rank, shard) in (0u32..).zip(&ranks) {
-            self.seats.tell(shard, Message::Form(Form { rank, ..form.clone() }));
+        let n_sources = mirrors.sources(ranks.len());
+        for (index, shard) in ranks.iter().enumerate() {
+            let mirror = mirrors.holder(index, &ranks).and_then(|holder| self.seats.mirror(holder, n_sources));
+            let copy = copies.iter().find(|(of, _)| *of == index);
+            let form = Form {
+                rank: u32::try_from(index).unwrap_or(u32::MAX),
+                mirrors: mirror.into_iter().collect(),
+                kv_from: copy.and_then(|(_, holder)| self.seats.mirror(holder, n_sources)),
+                ..form.clone()
+            };
+            self.seats.tell(shard, Message::Form(form));
         }
         self.progress = Some(LoadProgress::new(ranks.len()));
         let (store, latest) = (Arc::clone(&self.config.store), self.latest);

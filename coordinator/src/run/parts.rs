@@ -17,11 +17,11 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, KvMirror},
     frontend::{self, FrontendState},
     group::{
         actor::{GroupConfig, GroupMsg, Notice},
-        machine::Settings,
+        machine::{MirrorTo, Settings},
     },
     leadership::{
         LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot,
@@ -123,8 +123,11 @@ impl Parts {
                 // Shards that join from elsewhere may be mended while we wait.
                 give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
                 regroup_after: config.regroup_after,
-                // To spares that offer to keep copies.
-                mirrors_kv: true,
+                mirror_to: match config.kv_mirror {
+                    KvMirror::Spare => MirrorTo::Spare,
+                    KvMirror::Buddy => MirrorTo::Buddy,
+                    KvMirror::Off => MirrorTo::Nowhere,
+                },
                 silent_after: shard_link::silent_after(config.heartbeat_timeout),
             },
             name: served.names.first().cloned().unwrap_or_default(),

@@ -79,17 +79,25 @@ impl World {
             }
             match action {
                 GroupAction::TakeEpoch(after) => self.take_epoch(at, after.raw()),
-                GroupAction::Form { epoch, ranks, keep_kv_of, mirrors } => {
+                GroupAction::Form { epoch, ranks, keep_kv_of, mirrors, copies } => {
+                    for rank in 0..ranks.len() {
+                        if let Some(holder) = mirrors.holder(rank, &ranks).map(number)
+                            && let Some((_, incarnation)) = self.coordinators[at].links.get(&holder)
+                        {
+                            self.holders.insert((epoch.raw(), rank), (holder, *incarnation));
+                        }
+                    }
                     let ranks: Vec<usize> = ranks.iter().map(number).collect();
                     let distinct: BTreeSet<_> = ranks.iter().collect();
                     assert_eq!(distinct.len(), ranks.len(), "no shard has two ranks");
                     assert!((1..=self.world_size).contains(&ranks.len()), "ranks of the group");
                     self.totals.n_smaller += usize::from(ranks.len() < self.world_size);
-                    self.mirrors_of.insert(epoch.raw(), mirrors.iter().map(number).collect());
                     self.coordinators[at].ranks.clone_from(&ranks);
                     let (epoch, keep_kv_of) = (epoch.raw(), keep_kv_of.map(Epoch::raw));
                     for (rank, shard) in ranks.iter().enumerate() {
-                        self.tell(at, *shard, ToShard::Form { epoch, rank, ranks: ranks.clone(), keep_kv_of });
+                        let copy_at = copies.iter().find(|(of, _)| *of == rank).map(|(_, holder)| number(holder));
+                        let form = ToShard::Form { epoch, rank, ranks: ranks.clone(), keep_kv_of, copy_at };
+                        self.tell(at, *shard, form);
                     }
                 }
                 GroupAction::Serve { epoch, kv_blocks } => {

@@ -48,9 +48,9 @@ impl World {
             return;
         }
         match message {
-            ToShard::Form { epoch, rank, ranks, keep_kv_of } => {
+            ToShard::Form { epoch, rank, ranks, keep_kv_of, copy_at } => {
                 self.shards[shard].leave(&mut self.luck);
-                self.maybe_mirror(shard, rank, ranks.len(), keep_kv_of);
+                self.maybe_mirror(shard, rank, ranks.len(), keep_kv_of, copy_at);
                 let kept = self.shards[shard].form(epoch, rank, ranks, keep_kv_of);
                 let n_blocks = self.shards[shard].n_blocks;
                 self.reply(shard, FromShard::Loaded { epoch, kept, n_blocks });
@@ -87,10 +87,22 @@ impl World {
         }
     }
 
-    /// A spare may have had the rows of the rank that it takes streamed to it, up to some step.
-    pub(super) fn maybe_mirror(&mut self, shard: usize, rank: usize, world_size: usize, keep_kv_of: Option<u64>) {
+    /// A spare may have had the rows of the rank that it takes streamed to it, up to some step; or another shard may have,
+    /// of which it fetches them.
+    pub(super) fn maybe_mirror(
+        &mut self,
+        shard: usize,
+        rank: usize,
+        world_size: usize,
+        keep_kv_of: Option<u64>,
+        copy_at: Option<usize>,
+    ) {
         let Some(epoch) = keep_kv_of else { return };
-        if self.mirrors_of.get(&epoch).is_none_or(|spares| !spares.contains(&shard)) {
+        let Some((holder, incarnation)) = self.holders.get(&(epoch, rank)).copied() else { return };
+        // The holder of that life, or nobody.
+        let state = &self.shards[holder];
+        let is_there = state.health != Health::Dead && state.incarnation == incarnation;
+        if !is_there || (shard != holder && copy_at != Some(holder)) {
             return;
         }
         let has_own = self.shards[shard].kept.as_ref().is_some_and(|k| k.epoch == epoch && k.rank == rank);
@@ -101,6 +113,7 @@ impl World {
         let (through_step, pages) = steps[self.luck.below(steps.len())].clone();
         self.shards[shard].kept = Some(Kept { epoch, rank, world_size, through_step, pages });
         self.totals.n_mirrored += 1;
+        self.totals.n_fetched += usize::from(shard != holder);
     }
 
     /// Begins the next step if all ranks can.

@@ -64,7 +64,7 @@ impl Coordinator {
             incarnation,
             kind: "same".to_owned(),
             memory_bytes: 0,
-            takes_mirror: shard.is_multiple_of(2),
+            takes_mirror: !(shard as u64 + incarnation).is_multiple_of(4),
         }
     }
 }

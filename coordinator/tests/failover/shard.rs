@@ -10,7 +10,7 @@ use crate::fake::{FakeShard, Pages, oracle::Luck};
 /// What a coordinator tells a shard.
 #[derive(Debug, Clone)]
 pub enum ToShard {
-    Form { epoch: u64, rank: usize, ranks: Vec<usize>, keep_kv_of: Option<u64> },
+    Form { epoch: u64, rank: usize, ranks: Vec<usize>, keep_kv_of: Option<u64>, copy_at: Option<usize> },
     Serve { epoch: u64, n_blocks: usize },
     Plan(StepPlan),
     Retire { epoch: u64, keep_kv: bool },

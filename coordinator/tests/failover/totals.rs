@@ -9,6 +9,7 @@ pub struct Totals {
     pub n_lost_groups: usize,
     pub n_kept: usize,
     pub n_mirrored: usize,
+    pub n_fetched: usize,
     pub n_switched: usize,
     pub n_smaller: usize,
     pub n_evicted: usize,
@@ -28,6 +29,7 @@ impl Totals {
         self.n_lost_groups += other.n_lost_groups;
         self.n_kept += other.n_kept;
         self.n_mirrored += other.n_mirrored;
+        self.n_fetched += other.n_fetched;
         self.n_switched += other.n_switched;
         self.n_smaller += other.n_smaller;
         self.n_evicted += other.n_evicted;

@@ -13,7 +13,7 @@ use std::{
 
 use phalanx_cluster::id::Epoch;
 use phalanx_coordinator::{
-    group::machine::{Event as GroupEvent, Settings},
+    group::machine::{Event as GroupEvent, MirrorTo, Settings},
     request::RequestError,
     scheduler::event::{Event, Limits, Recovery},
     sequence::RequestKey,
@@ -100,8 +100,8 @@ pub struct World {
     /// Who plans in an epoch, and its last step.
     pub(super) planner_of: BTreeMap<u64, (usize, Option<u64>)>,
     pub(super) settings: Settings,
-    /// Spares that get copies of rows in an epoch.
-    pub(super) mirrors_of: BTreeMap<u64, Vec<usize>>,
+    /// Which life of which shard gets copies of rows, by epoch and rank.
+    pub(super) holders: BTreeMap<(u64, usize), (usize, u64)>,
     pub(super) mirror: BTreeMap<(u64, usize), VecDeque<(u64, Pages)>>,
     pub(super) faults_until_ms: u64,
     pub(super) totals: Totals,
@@ -132,7 +132,7 @@ impl World {
             world_size,
             give_up_after: None,
             regroup_after: luck.one_in(3).then_some(Duration::from_millis(100)),
-            mirrors_kv: luck.one_in(2),
+            mirror_to: [MirrorTo::Nowhere, MirrorTo::Spare, MirrorTo::Buddy][luck.below(3)],
             silent_after: Duration::from_millis(SILENCE_MS),
         };
         let heads = Client::heads(&mut luck);
@@ -166,7 +166,7 @@ impl World {
             last_arrival_ms: BTreeMap::new(),
             planner_of: BTreeMap::new(),
             settings,
-            mirrors_of: BTreeMap::new(),
+            holders: BTreeMap::new(),
             mirror: BTreeMap::new(),
             faults_until_ms: 0,
             totals: Totals::default(),

@@ -12,6 +12,7 @@ use super::{
     vitals::Vitals,
     worker::{self, Command, EngineThread, Envelope},
 };
+use crate::mirror::Store;
 
 /// What the engine is told. The coordinator bounds its mailbox: it has a few plans in flight.
 pub enum EngineMsg {
@@ -42,6 +43,8 @@ pub struct EngineHandle {
     pub interrupt: Interrupt,
     /// What it does.
     pub vitals: Vitals,
+    /// What it keeps of other ranks.
+    pub mirror: Option<Store>,
     /// Its thread.
     pub thread: EngineThread,
 }
@@ -52,9 +55,10 @@ pub struct EngineHandle {
 /// If the system has no thread left.
 pub async fn start(config: RankConfig) -> anyhow::Result<EngineHandle> {
     let (interrupt, vitals) = (Interrupt::default(), Vitals::default());
+    let mirror = config.mirror.clone();
     let (sender, thread) = worker::spawn(config, interrupt.clone(), vitals.clone())?;
     let (actor, _ends_with_the_process) = Actor::spawn(None, Engine, (sender, interrupt.clone())).await?;
-    Ok(EngineHandle { actor, interrupt, vitals, thread })
+    Ok(EngineHandle { actor, interrupt, vitals, mirror, thread })
 }
 
 impl Actor for Engine {

@@ -2,7 +2,8 @@
 //!
 //! [`machine`] decides (pure), [`worker`] does it (the thread), [`actor`] passes messages between it and the link.
 //! [`interrupt`] ends what it does, [`vitals`] says what that is. What outlives a group: the open file (`checkpoints`),
-//! slices (`slice`, on a `shelf`), also such as were loaded `ahead`, and with them KV pages (`kept`).
+//! slices (`slice`, on a `shelf`), also such as were loaded `ahead`, and with them KV pages (`kept`, or
+//! taken over from what other ranks have `mirrored` here).
 
 pub mod actor;
 mod ahead;
@@ -10,6 +11,7 @@ mod checkpoints;
 pub mod interrupt;
 mod kept;
 pub mod machine;
+mod mirrored;
 mod rank;
 mod shelf;
 mod slice;

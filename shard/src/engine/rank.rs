@@ -16,11 +16,13 @@ use phalanx_proto::v1::{Form, Loaded, Ready, Serve, StepPlan, StepResult};
 use super::{
     checkpoints::Checkpoints,
     kept::{KeptPages, KeptState},
+    mirrored::{self, Mirroring},
     slice::{self, Key, Slices, Weights},
 };
 use crate::{
     device::DeviceConfig,
     memory::{self, KvDemand},
+    mirror::Store,
     model::{LoadError, RankShape, loader::Progress},
     step::{Executor, Limits, StepError},
 };
@@ -39,6 +41,8 @@ pub struct RankConfig {
     pub listener: TcpListener,
     /// This host, as [`Form`] names peers.
     pub host_id: String,
+    /// Where copies of other ranks' KV rows are kept, if they are.
+    pub mirror: Option<Store>,
 }
 
 /// Why the engine could not do what it was told.
@@ -107,6 +111,8 @@ pub(super) struct Rank {
     before: Option<KeptPages>,
     /// The last step that ran completely.
     last_step: u64,
+    /// Where its rows are copied to.
+    mirrors: Mirroring,
 }
 
 enum WeightsOrExecutor {
@@ -117,7 +123,7 @@ enum WeightsOrExecutor {
 
 impl Rank {
     /// Connects to the other ranks and loads the weights, or finds them among the slices. KV pages stay where the form
-    /// wants them and these weights have them; all others are dropped.
+    /// wants them and these weights have them, or a mirror has a copy; all others are dropped.
     ///
     /// # Errors
     /// If `form` makes no sense, the model can't be loaded, or a rank does not come.
@@ -140,6 +146,11 @@ impl Rank {
             n_kv_heads: plan.ranks[rank].kv_heads.len(),
             head_dim: model.head_dim,
         };
+        let mut mirrored = mirrored::wanted(config.mirror.as_ref(), form, kv, key.precision());
+        if let Some(weights) = slices.get_mut(&key) {
+            // At once: if this form is interrupted, the next one finds them there.
+            mirrored::adopt(weights, mirrored.take(), form, kv)?;
+        }
         for other in slices.values_mut() {
             let stays = |kept: &KeptPages| other.key == key && kept.through_step(form, kv).is_some();
             if !other.kept.as_ref().is_some_and(stays) {
@@ -152,7 +163,7 @@ impl Rank {
             config.collective.as_deref(),
             abort.clone(),
         )?;
-        let weights = match slices.take(&key) {
+        let mut weights = match slices.take(&key) {
             Some(mut weights) => {
                 weights.model.shape = RankShape::new(model, &plan, rank);
                 tracing::info!(bytes = weights.weight_bytes, "this slice is loaded already");
@@ -169,6 +180,11 @@ impl Rank {
                 Weights::load(key, ops, checkpoint.as_ref(), &plan, rank, &mut on_progress)?
             }
         };
+        let has_pages = weights.kept.as_ref().is_some_and(|kept| kept.through_step(form, kv).is_some());
+        if !has_pages && mirrored.is_none() {
+            mirrored = mirrored::fetched(form, kv, weights.key.precision(), abort)?;
+        }
+        mirrored::adopt(&mut weights, mirrored, form, kv)?;
         let kv_kept_through_step = weights.kept.as_ref().and_then(|kept| kept.through_step(form, kv));
         let kv_bytes_per_block = if kv.n_kv_heads > 0 { weights.ops.kv_bytes_per_block(kv) } else { 0 };
         let kv_blocks = match &weights.kept {
@@ -212,6 +228,7 @@ impl Rank {
             kv,
             before: None,
             last_step: 0,
+            mirrors: Mirroring::new(form),
         };
         Ok((rank, loaded))
     }
@@ -239,10 +256,13 @@ impl Rank {
         }
         let limits = Limits { n_blocks, ..self.limits };
         let Weights { key, weight_bytes, ops, model, scratch, kept: _ } = *weights;
+        let precision = key.precision();
         let executor = Box::new(Executor::new(ops, model, scratch, limits));
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
         let weights = WeightsOrExecutor::Executor(executor, key, weight_bytes);
-        Ok((Self { weights, limits, kv, before, ..self }, ready))
+        let mut rank = Self { weights, limits, kv, before, ..self };
+        rank.mirrors.begin(kv, precision);
+        Ok((rank, ready))
     }
 
     /// Runs a plan.
@@ -258,6 +278,25 @@ impl Rank {
         let result = executor.run(plan, self.collective.as_mut())?;
         self.last_step = step;
         Ok(result)
+    }
+
+    /// Copies the rows of the step that ran to mirrors. Never waits, and fails nothing: a mirror that lacks rows says so.
+    pub(super) fn mirror_step(&mut self) {
+        if let WeightsOrExecutor::Executor(executor, ..) = &self.weights {
+            self.mirrors.step_done(self.last_step, executor.last_chunks(), executor.ops());
+        }
+    }
+
+    /// Copies some of the rows that mirrors lack; when there is no step to run.
+    pub(super) fn mirror_catch_up(&mut self) {
+        if let WeightsOrExecutor::Executor(executor, ..) = &self.weights {
+            self.mirrors.catch_up(executor.ops());
+        }
+    }
+
+    /// When to do that next; `None` without mirrors.
+    pub(super) fn mirror_next_look(&self) -> Option<Duration> {
+        self.mirrors.next_look()
     }
 
     /// Leaves the group. The pages stay with the weights: the next form says whether it wants them.

@@ -16,6 +16,11 @@ impl<K: PartialEq, V> Shelf<K, V> {
         self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v)
     }
 
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
+        self.0.iter_mut().find(|(k, _)| k == key).map(|(_, v)| v)
+    }
+
     /// Takes the value away.
     pub fn take(&mut self, key: &K) -> Option<V> {
         let idx = self.0.iter().position(|(k, _)| k == key)?;

@@ -105,7 +105,7 @@ struct Worker {
 
 impl Worker {
     fn run(&mut self, commands: &mpsc::Receiver<Envelope>) -> Result<(), EnginePanic> {
-        while let Ok(envelope) = commands.recv() {
+        while let Some(envelope) = self.next(commands) {
             let step = match &envelope.command {
                 Command::End => break,
                 Command::Plan(plan) => plan.step,
@@ -121,6 +121,22 @@ impl Worker {
         self.ahead.stop();
         self.leave();
         Ok(())
+    }
+
+    /// The next command. While there is none, mirrors catch up.
+    fn next(&mut self, commands: &mpsc::Receiver<Envelope>) -> Option<Envelope> {
+        loop {
+            let Some(look) = self.rank.as_ref().and_then(Rank::mirror_next_look) else { return commands.recv().ok() };
+            match commands.recv_timeout(look) {
+                Ok(envelope) => return Some(envelope),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return None,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    if let Some(rank) = &mut self.rank {
+                        rank.mirror_catch_up();
+                    }
+                }
+            }
+        }
     }
 
     fn take(&mut self, Envelope { generation, command }: Envelope) {
@@ -148,6 +164,7 @@ impl Worker {
         };
         let action = self.machine.step(&event);
         let step = if let Event::Plan { step, .. } = event { step } else { 0 };
+        let has_run = action == Action::Run;
         let result = match (action, command) {
             (Action::Load, Command::Form(form)) => self.form(&form, generation),
             (Action::Allocate, Command::Serve(serve)) => self.serve(&serve),
@@ -166,6 +183,10 @@ impl Worker {
             Ok(answer) => {
                 self.machine.step(&Event::Done);
                 self.answer(answer);
+                // Behind the result: nobody waits for it.
+                if let Some(rank) = self.rank.as_mut().filter(|_| has_run) {
+                    rank.mirror_step();
+                }
             }
             Err(error) => {
                 self.machine.step(&Event::Failed);
@@ -240,6 +261,9 @@ impl Worker {
             "ready"
         );
         self.rank = Some(rank);
+        if let Some(store) = &self.config.mirror {
+            store.forget_before(serve.epoch);
+        }
         Ok(Message::Ready(ready))
     }
 

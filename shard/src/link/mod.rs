@@ -28,7 +28,7 @@ use self::{
 use crate::{
     canary::Canary,
     engine::actor::{EngineHandle, EngineMsg},
-    heartbeat::Pulse,
+    heartbeat::{Pulse, Watched},
     host,
 };
 
@@ -92,7 +92,12 @@ impl Link {
         leave_limit: Duration,
     ) -> std::io::Result<Self> {
         let canary = Canary::default();
-        let pulse = Pulse::start(engine.interrupt.clone(), engine.vitals.clone(), canary.clone())?;
+        let pulse = Pulse::start(Watched {
+            interrupt: engine.interrupt.clone(),
+            vitals: engine.vitals.clone(),
+            mirror: engine.mirror.clone(),
+            canary: canary.clone(),
+        })?;
         let (coordinators, engine) = (coordinators.to_vec(), engine.actor.clone());
         Ok(Self { coordinators, hello, engine, pulse, canary, leave, leave_limit })
     }

@@ -103,6 +103,11 @@ impl Executor {
         self.ops.as_ref()
     }
 
+    /// The rows of the last step, in the pages that they were written to.
+    pub fn last_chunks(&self) -> &[RowChunk] {
+        &self.rows.chunks
+    }
+
     /// Executes a plan; all ranks do so with the same plan. Rank 0's result has the tokens.
     ///
     /// # Errors
@@ -115,6 +120,7 @@ impl Executor {
         let mut collective = Timed::new(collective);
         let plan = self.admit(plan);
         let (samples, prompt_scores) = if plan.n_rows == 0 {
+            self.rows.chunks.clear();
             (Vec::new(), Vec::new())
         } else {
             self.forward(&plan, &mut collective)?;

@@ -1,6 +1,8 @@
-//! What outlives an epoch: slices that were loaded ahead, and KV pages.
+//! What outlives an epoch: slices that were loaded ahead, and KV pages, own and mirrored.
 
-use phalanx_proto::v1::{Chunk, Form, Peer, Prepare, Retire, StepPlan, coordinator_message::Message as ToShard};
+use phalanx_proto::v1::{
+    Chunk, Form, MirrorTarget, Peer, Prepare, Retire, StepPlan, coordinator_message::Message as ToShard,
+};
 
 use crate::played::{Attached, File, Played, Shard, form, next, start};
 
@@ -140,6 +142,66 @@ async fn other_pages_are_not_kept() {
         let mut attached = with_pages(&mut coordinator, 3, &file).await;
         assert_eq!(attached.loaded(wrong).await.kv_kept_through_step, None);
     }
+}
+
+/// The plan to both ranks; rank 0's first sampled token.
+async fn on_both([a, b]: [&mut Attached; 2], plan: StepPlan) -> u32 {
+    for shard in [&*a, &*b] {
+        shard.send(ToShard::StepPlan(plan.clone()));
+    }
+    let (result, _) = tokio::join!(a.result(), b.result());
+    result.samples[0].token_id
+}
+
+#[tokio::test]
+async fn a_spare_takes_over_with_mirrored_pages() {
+    let file = File::new();
+    let want = file.continuation(4);
+    let mut coordinator = Played::start().await;
+    let _first = Shard::start(&[coordinator.uri()]).await;
+    let mut first = coordinator.shard(1).await;
+    let _second = Shard::start(&[coordinator.uri()]).await;
+    let mut second = coordinator.shard(1).await;
+    let _spare = Shard::start(&[coordinator.uri()]).await;
+    let mut spare = coordinator.shard(1).await;
+    spare.send(ToShard::Prepare(Prepare { form: Some(of_two(1, 0, &file)), ranks: vec![1, 0] }));
+    spare.prepared().await;
+    spare.prepared().await;
+    spare.has_loaded = false;
+
+    let target = MirrorTarget {
+        shard_id: "spare".to_owned(),
+        address: spare.hello.mirror_address.clone(),
+        secret: spare.hello.mirror_secret.clone(),
+        ranks: 2,
+    };
+    let mirrored = |rank| Form { term: 1, mirrors: vec![target.clone()], ..of_two(2, rank, &file) };
+    tokio::join!(first.loaded(mirrored(0)), second.loaded(mirrored(1)));
+    tokio::join!(first.serve(2), second.serve(2));
+    let both = [&mut first, &mut second];
+    assert_eq!(on_both(both, start(2, &file.tokens)).await, want[0]);
+    let position = file.tokens.len();
+    assert_eq!(on_both([&mut first, &mut second], next(2, 2, position)).await, want[1]);
+    spare.beat(|beat| (beat.mirrored_epoch, beat.mirrored_step) == (2, 2)).await;
+
+    // The second rank is lost. A first attempt to form comes to nothing; the pages stay.
+    drop(second);
+    let wants = |epoch, rank| Form { term: 1, keep_kv_of_epoch: 2, ..of_two(epoch, rank, &file) };
+    spare.send(ToShard::Form(wants(3, 1)));
+    spare.beat(|beat| beat.waits_for_rank == Some(0)).await;
+    let (of_first, of_spare) = tokio::join!(first.loaded(wants(4, 0)), spare.loaded(wants(4, 1)));
+    assert_eq!((of_first.kv_kept_through_step, of_spare.kv_kept_through_step), (Some(2), Some(2)));
+    assert_eq!((of_spare.kv_blocks, spare.has_loaded), (4, false));
+    tokio::join!(first.serve(4), spare.serve(4));
+
+    let known: Vec<u32> = file.tokens.iter().chain(&want[..2]).copied().collect();
+    let mut plan = start(4, &known);
+    plan.started[0].prompt_len = position as u32;
+    plan.chunks = vec![Chunk { sequence: 0, start: position as u32 + 1, len: 1, sample: true }];
+    assert_eq!(on_both([&mut first, &mut spare], plan).await, want[2]);
+    assert_eq!(on_both([&mut first, &mut spare], next(4, 2, position + 2)).await, want[3]);
+    // Whoever has taken a rank is no mirror any more.
+    spare.beat(|beat| beat.mirrored_epoch == 0).await;
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ mod invariance;
 mod leaders;
 mod link;
 mod loading;
+mod mirrored;
 mod oracle;
 mod plans;
 mod played;

@@ -16,9 +16,9 @@ use futures::Stream;
 use phalanx_cluster::checkpoint::{self, Checkpoint};
 use phalanx_kernels::ops::Precision;
 use phalanx_proto::v1::{
-    Chunk, CoordinatorMessage, Failed, Form, Hello, JournalEntry, JournalRequest, LeaderRequest, LeaderResponse,
-    Loaded, Peer, Prepared, SequenceStart, Serve, ShardMessage, StatusRequest, StatusResponse, StepPlan, StepResult,
-    Welcome,
+    Chunk, CoordinatorMessage, Failed, Form, Heartbeat, Hello, JournalEntry, JournalRequest, LeaderRequest,
+    LeaderResponse, Loaded, Peer, Prepared, SequenceStart, Serve, ShardMessage, StatusRequest, StatusResponse,
+    StepPlan, StepResult, Welcome,
     cluster_server::{Cluster, ClusterServer},
     coordinator_message::Message as ToShard,
     leadership_server::{Leadership, LeadershipServer},
@@ -31,6 +31,7 @@ use phalanx_shard::{
         actor::{self, EngineHandle},
     },
     link::{End, Link},
+    mirror::{Receiver, Store},
     offline::{LocalRequest, greedy},
 };
 use tokio::{
@@ -95,7 +96,8 @@ impl Played {
     /// The next shard that attaches; it said hello and was welcomed under this term.
     pub async fn shard(&mut self, term: u64) -> Attached {
         let mut attached = timeout(AMPLE, self.shards.recv()).await.expect("a shard in time").expect("a shard");
-        assert_eq!(attached.hello().await.incarnation, 7);
+        attached.hello = attached.hello().await;
+        assert_eq!(attached.hello.incarnation, 7);
         attached.send(ToShard::Welcome(Welcome { heartbeat_ms: 20, term, ..Welcome::default() }));
         attached
     }
@@ -125,6 +127,7 @@ impl Leadership for Service {
 pub struct Shard {
     pub leave: watch::Sender<Option<String>>,
     pub engine: EngineHandle,
+    _mirror: Receiver,
     link: JoinHandle<End>,
 }
 
@@ -138,13 +141,27 @@ impl Shard {
     pub async fn patient(coordinators: &[String], leave_limit: Duration) -> Self {
         let device = DeviceConfig { name: "cpu".into(), threads: 1, isa: None };
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let config = RankConfig { device, collective: None, listener, host_id: "here".into() };
+        let mirror = Receiver::start(([127, 0, 0, 1], 0).into(), Store::new(1 << 30)).expect("a port");
+        let config = RankConfig {
+            device,
+            collective: None,
+            listener,
+            host_id: "here".into(),
+            mirror: Some(mirror.store().clone()),
+        };
         let engine = actor::start(config).await.expect("an engine");
-        let hello = Hello { shard_id: "a".into(), incarnation: 7, host_id: "here".into(), ..Hello::default() };
+        let hello = Hello {
+            shard_id: "a".into(),
+            incarnation: 7,
+            host_id: "here".into(),
+            mirror_address: mirror.address().to_string(),
+            mirror_secret: mirror.secret().to_vec(),
+            ..Hello::default()
+        };
         let uris: Vec<_> = coordinators.iter().map(|text| text.parse().expect("a URI")).collect();
         let (leave, told_to_leave) = watch::channel(None);
         let link = Link::new(&uris, hello, &engine, told_to_leave, leave_limit).expect("a thread");
-        Self { leave, engine, link: tokio::spawn(link.run()) }
+        Self { leave, engine, _mirror: mirror, link: tokio::spawn(link.run()) }
     }
 
     /// Why its link has ended.
@@ -161,6 +178,9 @@ impl Shard {
 pub struct Attached {
     from_shard: Streaming<ShardMessage>,
     to_shard: mpsc::UnboundedSender<Result<CoordinatorMessage, Status>>,
+    pub hello: Hello,
+    /// Its last sign of life.
+    pub beat: Heartbeat,
     /// Whether it said that it loads something.
     pub has_loaded: bool,
 }
@@ -176,7 +196,13 @@ impl Cluster for Service {
             return Err(refusal);
         }
         let (to_shard, messages) = mpsc::unbounded_channel();
-        let attached = Attached { from_shard: request.into_inner(), to_shard, has_loaded: false };
+        let attached = Attached {
+            from_shard: request.into_inner(),
+            to_shard,
+            hello: Hello::default(),
+            beat: Heartbeat::default(),
+            has_loaded: false,
+        };
         self.accepted.send(attached).map_err(|_| Status::unavailable("the test is over"))?;
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
     }
@@ -196,7 +222,7 @@ impl Attached {
         loop {
             let message = self.from_shard.message().await.expect("an open stream").expect("an open stream");
             match message.message.expect("a known message") {
-                FromShard::Heartbeat(_) => {}
+                FromShard::Heartbeat(beat) => self.beat = beat,
                 FromShard::LoadProgress(_) => self.has_loaded = true,
                 other => return other,
             }
@@ -241,6 +267,20 @@ impl Attached {
             FromShard::Prepared(prepared) => prepared,
             other => panic!("want a prepared slice, got {other:?}"),
         }
+    }
+
+    /// A sign of life that is as it should be; nothing else comes before it.
+    pub async fn beat(&mut self, is_good: impl Fn(&Heartbeat) -> bool) {
+        let wait = async {
+            loop {
+                match self.from_shard.message().await.expect("an open stream").and_then(|m| m.message) {
+                    Some(FromShard::Heartbeat(beat)) if is_good(&beat) => return,
+                    Some(FromShard::Heartbeat(_)) => {}
+                    other => panic!("want a heartbeat, got {other:?}"),
+                }
+            }
+        };
+        timeout(AMPLE, wait).await.expect("a good heartbeat in time");
     }
 
     /// The shard has ended this stream.

@@ -62,10 +62,7 @@ impl GroupMachine {
             return leaving();
         };
         if next == self.ranks {
-            let mirrors = self.choose_mirrors(&self.ranks, now);
-            let is_ready = |s: &ShardId| self.attached.get(s).is_some_and(|a| !a.prepared.is_empty());
-            return (self.mirrors.is_empty() && !mirrors.is_empty() && mirrors.iter().all(is_ready))
-                .then_some(Cause::Mirror);
+            return self.wants_mirror(now).then_some(Cause::Mirror);
         }
         let is_ready = |(rank, shard): (usize, &ShardId)| {
             // A rank that stays in the group under another number has nothing to prepare with.
@@ -150,25 +147,6 @@ impl GroupMachine {
             attached.asked_at = None;
         }
         self.reconsider(now);
-    }
-
-    /// The spare that is to get copies of the ranks' KV rows.
-    pub(super) fn choose_mirrors(&self, ranks: &[ShardId], now: Instant) -> Vec<ShardId> {
-        if !self.settings.mirrors_kv {
-            return Vec::new();
-        }
-        let kind = ranks.first().and_then(|s| self.attached.get(s)).map(|a| &a.candidate.kind);
-        let spares = self.attached.iter().filter(|(shard, a)| {
-            a.candidate.takes_mirror
-                && self.may_sit(a)
-                && Some(&a.candidate.kind) == kind
-                && !ranks.contains(shard)
-                && !self.is_doubtful(shard, now)
-        });
-        let n_prepared = |a: &Attached| a.prepared.iter().filter(|(size, _)| *size == ranks.len()).count();
-        let best = spares
-            .max_by(|(a_name, a), (b_name, b)| n_prepared(a).cmp(&n_prepared(b)).then_with(|| b_name.cmp(a_name)));
-        best.map(|(shard, _)| shard.clone()).into_iter().collect()
     }
 
     /// No step is in flight: the switch.

@@ -6,6 +6,50 @@ use phalanx_cluster::id::{Epoch, ShardId};
 
 use crate::group::change::ChangeError;
 
+/// Where ranks are to copy their KV rows to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MirrorTo {
+    /// Nowhere.
+    #[default]
+    Nowhere,
+    /// To a spare, if there is one.
+    Spare,
+    /// Each to the next rank.
+    Buddy,
+}
+
+/// Who gets copies of whose KV rows in a formation.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Mirrors {
+    /// Nobody.
+    #[default]
+    Nowhere,
+    /// This spare, of all ranks.
+    Spare(ShardId),
+    /// Each rank, of the one before it; the first one, of the last.
+    Buddies,
+}
+
+impl Mirrors {
+    /// Who gets copies of a rank's rows.
+    pub fn holder<'a>(&'a self, rank: usize, ranks: &'a [ShardId]) -> Option<&'a ShardId> {
+        match self {
+            Self::Nowhere => None,
+            Self::Spare(shard) => Some(shard),
+            Self::Buddies => ranks.get((rank + 1) % ranks.len().max(1)),
+        }
+    }
+
+    /// How many ranks copy their rows to one shard, of so many.
+    pub fn sources(&self, world_size: usize) -> usize {
+        match self {
+            Self::Nowhere => 0,
+            Self::Spare(_) => world_size,
+            Self::Buddies => 1,
+        }
+    }
+}
+
 /// A shard that could take a rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
@@ -17,7 +61,7 @@ pub struct Candidate {
     pub kind: String,
     /// Memory for weights and KV pages; 0 if it does not say.
     pub memory_bytes: u64,
-    /// Whether it takes copies of KV rows while it is a spare.
+    /// Whether it takes copies of KV rows.
     pub takes_mirror: bool,
 }
 
@@ -250,8 +294,10 @@ pub enum Action {
         ranks: Vec<ShardId>,
         /// KV pages of this epoch are wanted.
         keep_kv_of: Option<Epoch>,
-        /// Spares that get copies of KV rows.
-        mirrors: Vec<ShardId>,
+        /// Who gets copies of KV rows.
+        mirrors: Mirrors,
+        /// Ranks of which somebody has a copy of the pages that are wanted, and who.
+        copies: Vec<(usize, ShardId)>,
     },
     /// Tell all ranks to allocate this many KV blocks and take plans.
     Serve {

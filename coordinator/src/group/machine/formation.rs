@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-use super::{Action, Attached, Candidate, Cause, GroupMachine, LOOK_EVERY, Pages, Phase, Slice};
+use super::{Action, Attached, Candidate, Cause, GroupMachine, LOOK_EVERY, Mirrors, Pages, Phase, Slice};
 
 /// Pause after the first failure: the news of a peer's death, which may be its cause, is on the way.
 const NEWS_PAUSE: Duration = Duration::from_millis(30);
@@ -56,7 +56,9 @@ impl GroupMachine {
     pub(super) fn forget(&mut self, shard: &ShardId, cause: Cause, reason: &str, now: Instant) {
         let rank = self.rank_of(shard);
         self.attached.remove(shard);
-        self.mirrors.retain(|s| s != shard);
+        if self.mirrors == Mirrors::Spare(shard.clone()) {
+            self.mirrors = Mirrors::Nowhere;
+        }
         match rank {
             Some(rank) => {
                 self.dissolve(cause, &format!("rank {rank} ({shard}) is lost: {reason}"), false, now);
@@ -229,8 +231,8 @@ impl GroupMachine {
         let keep_kv_of = self.pages.filter(|p| p.world_size == ranks.len()).map(|p| p.epoch);
         self.phase = Phase::Loading(vec![None; ranks.len()], now);
         self.ranks.clone_from(&ranks);
-        let mirrors = self.mirrors.clone();
-        self.push(Action::Form { epoch, ranks, keep_kv_of, mirrors });
+        let (mirrors, copies) = (self.mirrors.clone(), self.copies_for(keep_kv_of));
+        self.push(Action::Form { epoch, ranks, keep_kv_of, mirrors, copies });
     }
 
     pub(super) fn on_loaded(&mut self, rank: usize, slice: Slice, now: Instant) {
@@ -330,6 +332,7 @@ impl GroupMachine {
         let epoch = self.epoch;
         if self.is_running() {
             self.pages = Some(Pages { epoch, world_size: self.ranks.len(), kv_blocks: self.kv_blocks });
+            self.copies = self.holders();
             self.stopped.get_or_insert(now);
             self.push(Action::Lost { epoch, cause, reason: reason.to_owned(), is_planned });
         }

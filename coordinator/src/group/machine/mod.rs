@@ -19,6 +19,7 @@
 mod changes;
 mod event;
 mod formation;
+mod mirroring;
 mod rollout;
 mod seating;
 mod watch;
@@ -30,7 +31,7 @@ use std::{
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-pub use event::{Action, Beat, Candidate, Cause, Changed, Event, Origin, Slice, Ticket, Turned};
+pub use event::{Action, Beat, Candidate, Cause, Changed, Event, MirrorTo, Mirrors, Origin, Slice, Ticket, Turned};
 use rollout::Rollout;
 use seating::{Owners, Sitter, SliceOf};
 use watch::{StepWatch, Witness};
@@ -49,8 +50,8 @@ pub struct Settings {
     pub give_up_after: Option<u32>,
     /// Time without enough shards after which fewer ranks serve; never if unset.
     pub regroup_after: Option<Duration>,
-    /// Whether ranks copy their KV rows to a spare.
-    pub mirrors_kv: bool,
+    /// Where ranks copy their KV rows to.
+    pub mirror_to: MirrorTo,
     /// A rank without a sign of life for so long counts as silent when somebody must be to blame for a late step.
     pub silent_after: Duration,
 }
@@ -129,8 +130,10 @@ pub struct GroupMachine {
     ranks: Vec<ShardId>,
     /// KV blocks of the present formation.
     kv_blocks: u32,
-    /// Spares that get copies of KV rows in the present formation.
-    mirrors: Vec<ShardId>,
+    /// Who gets copies of KV rows in the present formation.
+    mirrors: Mirrors,
+    /// Who had copies in the formation that served last: by rank.
+    copies: Vec<Option<Origin>>,
     /// What ranks keep of the formation that served last.
     pages: Option<Pages>,
     /// What the pages of the present formation hold, until the scheduler knows.
@@ -175,7 +178,8 @@ impl GroupMachine {
             owners: Owners::new(ranks.clone()),
             ranks,
             kv_blocks: 0,
-            mirrors: Vec::new(),
+            mirrors: Mirrors::Nowhere,
+            copies: Vec::new(),
             pages: None,
             kept: None,
             drained: BTreeSet::new(),
@@ -226,6 +230,11 @@ impl GroupMachine {
     /// Shards of the present formation in rank order; empty if there is none.
     pub fn ranks(&self) -> &[ShardId] {
         if self.is_formed() { &self.ranks } else { &[] }
+    }
+
+    /// Shards that get copies of KV rows in the present formation.
+    pub fn mirrors(&self) -> BTreeSet<&ShardId> {
+        (0..self.ranks.len()).filter_map(|rank| self.mirrors.holder(rank, &self.ranks)).collect()
     }
 
     /// Rank of a shard in the present formation.
@@ -418,7 +427,8 @@ impl GroupMachine {
         for (shard, attached) in &self.attached {
             if self.may_sit(attached) && also(shard) && self.has_memory_for(world_size, attached) {
                 let is_doubtful = self.is_doubtful(shard, now);
-                let sitter = Sitter { shard, is_doubtful, prepared: &attached.prepared };
+                let has_copies = self.mirrors == Mirrors::Spare(shard.clone());
+                let sitter = Sitter { shard, is_doubtful, prepared: &attached.prepared, has_copies };
                 kinds.entry(&attached.candidate.kind).or_default().push(sitter);
             }
         }

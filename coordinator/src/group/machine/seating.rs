@@ -1,7 +1,8 @@
 //! Who takes which rank. Pure functions of who is there.
 //!
 //! A rank goes, in this order, to its last owner, to a shard that has loaded its slice, to any other; and in each case
-//! rather to a shard that is trusted than to one that was lately found stuck, slow or failing.
+//! rather to a shard that is trusted than to one that was lately found stuck, slow or failing. Among several that have
+//! loaded it, one with copies of the ranks' KV rows comes first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,8 @@ pub struct Sitter<'a> {
     pub is_doubtful: bool,
     /// Slices that it has loaded.
     pub prepared: &'a BTreeSet<SliceOf>,
+    /// Whether it has copies of the ranks' KV rows.
+    pub has_copies: bool,
 }
 
 /// Who may take a rank, in the order of the attempts.
@@ -73,7 +76,7 @@ impl Owners {
                     if ranks[rank].is_none() {
                         let free = eligible().filter(|s| fits(rank, s) && !ranks.contains(&Some(s.shard)));
                         // Who could take several ranks leaves this one to who can take only this.
-                        ranks[rank] = free.min_by_key(|s| s.prepared.len()).map(|s| s.shard);
+                        ranks[rank] = free.min_by_key(|s| (!s.has_copies, s.prepared.len())).map(|s| s.shard);
                     }
                 }
             }
@@ -90,18 +93,24 @@ mod tests {
         ShardId(name.to_owned())
     }
 
-    /// Seats shards that are written as their name, `?` if doubtful, and the ranks of the world size they have loaded.
+    /// Seats shards that are written as their name, `?` if doubtful, `=` if they have copies, and the ranks of the world
+    /// size they have loaded.
     fn seat(owners: &[&str], world_size: usize, sitters: &[&str]) -> String {
-        let parsed: Vec<(ShardId, bool, BTreeSet<SliceOf>)> = sitters
+        let parsed: Vec<(ShardId, &str, BTreeSet<SliceOf>)> = sitters
             .iter()
             .map(|text| {
                 let prepared = text.chars().filter_map(|c| c.to_digit(10)).map(|r| (world_size, r as usize)).collect();
-                (id(&text[..1]), text.contains('?'), prepared)
+                (id(&text[..1]), *text, prepared)
             })
             .collect();
         let sitters: Vec<Sitter<'_>> = parsed
             .iter()
-            .map(|(shard, is_doubtful, prepared)| Sitter { shard, is_doubtful: *is_doubtful, prepared })
+            .map(|(shard, text, prepared)| Sitter {
+                shard,
+                is_doubtful: text.contains('?'),
+                prepared,
+                has_copies: text.contains('='),
+            })
             .collect();
         let owners = Owners::new(owners.iter().map(|o| id(o)).collect());
         match owners.seat(world_size, &sitters) {
@@ -118,6 +127,13 @@ mod tests {
         assert_eq!(seat(&["b", "x"], 2, &["a", "b", "c1"]), "bc");
         assert_eq!(seat(&["x", "b"], 2, &["a1", "b", "c"]), "cb", "who has loaded another rank is left for that");
         assert_eq!(seat(&["x", "y"], 2, &["a01", "b0"]), "ba", "nobody is left out");
+    }
+
+    #[test]
+    fn of_several_spares_the_one_with_copies_sits_first() {
+        assert_eq!(seat(&["a", "x"], 2, &["a", "b01", "c01="]), "ac");
+        assert_eq!(seat(&["a", "x"], 2, &["a", "b1", "c0="]), "ab", "it has not loaded the slice");
+        assert_eq!(seat(&["a", "x"], 2, &["a", "b01", "c01=?"]), "ab");
     }
 
     #[test]

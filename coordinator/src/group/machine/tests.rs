@@ -31,7 +31,7 @@ fn settings(world_size: usize) -> Settings {
         world_size,
         give_up_after: None,
         regroup_after: None,
-        mirrors_kv: false,
+        mirror_to: MirrorTo::Nowhere,
         silent_after: Duration::from_millis(400),
     }
 }
@@ -148,7 +148,8 @@ impl Group {
             epoch: epoch(in_epoch),
             ranks: shards(ranks),
             keep_kv_of: keep_kv_of.map(epoch),
-            mirrors: Vec::new(),
+            mirrors: Mirrors::Nowhere,
+            copies: Vec::new(),
         }
     }
 }

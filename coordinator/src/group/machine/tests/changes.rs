@@ -229,14 +229,15 @@ fn fewer_ranks_need_enough_memory() {
 
 #[test]
 fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
-    let mut group = pair_of(Settings { mirrors_kv: true, ..settings(2) });
+    let mut group = pair_of(Settings { mirror_to: MirrorTo::Spare, ..settings(2) });
     group.on(Event::Arrived(Candidate { takes_mirror: true, ..candidate("c", 1) }));
     assert_eq!(group.prepared("c", 2, 0), [Action::Hold(epoch(1))]);
     let mirrored = |in_epoch: u64, of: u64| Action::Form {
         epoch: epoch(in_epoch),
         ranks: shards("ab"),
         keep_kv_of: Some(epoch(of)),
-        mirrors: shards("c"),
+        mirrors: Mirrors::Spare(shard("c")),
+        copies: Vec::new(),
     };
     assert_eq!(group.idle().last(), Some(&mirrored(2, 1)));
     assert_eq!(group.serve(70, Some(4)), [serving(2, 70, Some((1, 4)))]);
@@ -247,6 +248,47 @@ fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
     group.on(Event::Arrived(Candidate { takes_mirror: true, ..candidate("c", 2) }));
     assert_eq!(group.prepared("c", 2, 0), [Action::Hold(epoch(2))]);
     assert_eq!(group.idle().last(), Some(&mirrored(3, 2)));
+    // It takes over, and has the other rank's pages too.
+    group.serve(70, Some(4));
+    group.answer();
+    let taken = Action::Form {
+        epoch: epoch(4),
+        ranks: shards("ac"),
+        keep_kv_of: Some(epoch(3)),
+        mirrors: Mirrors::Nowhere,
+        copies: vec![(0, shard("c")), (1, shard("c"))],
+    };
+    assert_eq!(group.lose("b", 1).last(), Some(&taken));
+}
+
+#[test]
+fn a_buddy_has_what_a_shard_needs_that_returns() {
+    let settings = Settings { mirror_to: MirrorTo::Buddy, ..settings(2) };
+    let candidate = |name, incarnation| Candidate { takes_mirror: true, ..candidate(name, incarnation) };
+    let form = |in_epoch, ranks, keep_kv_of: Option<u64>, copies: &[(usize, &str)]| Action::Form {
+        epoch: epoch(in_epoch),
+        ranks: shards(ranks),
+        keep_kv_of: keep_kv_of.map(epoch),
+        mirrors: Mirrors::Buddies,
+        copies: copies.iter().map(|(rank, name)| (*rank, shard(name))).collect(),
+    };
+    let mut group = Group::new(settings);
+    group.on(Event::Arrived(candidate("a", 1)));
+    group.on(Event::Arrived(candidate("b", 1)));
+    assert_eq!(group.answer(), [form(1, "ab", None, &[])]);
+    group.serve(70, None);
+    group.answer();
+    assert_eq!(group.machine.mirrors().len(), 2);
+    group.lose("b", 1);
+    // Rank 0 has rank 1's rows; what rank 1 had is gone.
+    assert_eq!(group.on(Event::Arrived(candidate("b", 2))), [form(2, "ab", Some(1), &[(1, "a")])]);
+    // The copy stays through a formation that fails, and goes with its holder.
+    group.lose("b", 2);
+    group.on(Event::Arrived(candidate("b", 3)));
+    assert_eq!(group.answer(), [form(3, "ab", Some(1), &[(1, "a")])]);
+    group.lose("a", 1);
+    group.on(Event::Arrived(candidate("a", 2)));
+    assert_eq!(group.answer(), [form(4, "ab", Some(1), &[])]);
 }
 
 #[test]

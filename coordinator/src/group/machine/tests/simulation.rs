@@ -71,7 +71,7 @@ impl World {
         let n_shards = world_size + random.below(3);
         let settings = Settings {
             regroup_after: (random.below(2) == 0).then_some(Duration::from_secs(5)),
-            mirrors_kv: random.below(2) == 0,
+            mirror_to: [MirrorTo::Nowhere, MirrorTo::Spare, MirrorTo::Buddy][random.below(3)],
             ..settings(world_size)
         };
         let now = Instant::now();
@@ -198,7 +198,8 @@ impl World {
                         self.others.push(Event::EpochTaken(epoch(self.store_epoch)));
                     }
                 }
-                Action::Form { epoch, ranks, keep_kv_of, mirrors } => {
+                Action::Form { epoch, ranks, keep_kv_of, mirrors, copies } => {
+                    assert!(copies.iter().all(|(rank, _)| *rank < ranks.len()), "copies of ranks that there are");
                     self.on_form(epoch, ranks, keep_kv_of, &mirrors, random);
                 }
                 Action::Serve { epoch, kv_blocks } => {
@@ -266,7 +267,7 @@ impl World {
         epoch: Epoch,
         ranks: Vec<ShardId>,
         keep_kv_of: Option<Epoch>,
-        mirrors: &[ShardId],
+        mirrors: &Mirrors,
         random: &mut Random,
     ) {
         let seed = self.seed;
@@ -278,7 +279,9 @@ impl World {
         for shard in &ranks {
             assert!(!self.drained.contains(shard), "seed {seed}: {shard} is drained");
         }
-        assert!(mirrors.iter().all(|m| !ranks.contains(m)), "seed {seed}: a rank is no spare");
+        if let Mirrors::Spare(spare) = mirrors {
+            assert!(!ranks.contains(spare), "seed {seed}: a rank is no spare");
+        }
         self.kept = vec![false; ranks.len()];
         let fails = random.below(12) == 0;
         let by = random.below(ranks.len());

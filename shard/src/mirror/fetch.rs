@@ -1,0 +1,132 @@
+//! Rows on their way back: from a mirror to the shard that takes the rank over.
+//!
+//! The mirror says what it has ([`handshake::offer`]) and sends all of it in frames like those that brought it; the last
+//! one is empty and says through which step rows are whole.
+
+use std::{
+    io::{self, Read, Write},
+    net::TcpStream,
+};
+
+use phalanx_kernels::{collective::AbortFlag, error::KernelError, pages::KvPages, slots::KvRange};
+
+use super::{
+    frame::{self, FrameError, HEADER_BYTES, Header, MOST_RANGES, RANGE_BYTES, Stream, TRAILER_BYTES},
+    handshake::{self, HandshakeError, Purpose, Source, Verdict},
+    lane::{Target, WRITE_LIMIT},
+    store::{Adopted, Lent},
+};
+
+/// Why rows could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// The mirror can't be reached, or does not speak as it should.
+    #[error("{0}")]
+    Handshake(String),
+    /// The connection broke.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// The mirror has other rows, or none.
+    #[error("the mirror has no such rows: {0}")]
+    Nothing(String),
+    /// What came is no frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// There is no memory for the pages.
+    #[error(transparent)]
+    Pages(#[from] KernelError),
+    /// The formation that wanted them is over.
+    #[error("the formation is over")]
+    Interrupted,
+}
+
+impl From<HandshakeError> for FetchError {
+    fn from(error: HandshakeError) -> Self {
+        Self::Handshake(error.to_string())
+    }
+}
+
+/// Reads frames of a stream.
+pub(super) struct Frames {
+    stream: Stream,
+    bytes: Vec<u8>,
+    ranges: Vec<KvRange>,
+}
+
+impl Frames {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { stream, bytes: Vec::new(), ranges: Vec::new() }
+    }
+
+    /// The next frame: header, ranges, rows.
+    pub(super) fn next<E>(&mut self, link: &mut TcpStream) -> Result<(Header, &[KvRange], &[u8]), E>
+    where
+        E: From<io::Error> + From<FrameError>,
+    {
+        let mut head = [0; HEADER_BYTES];
+        link.read_exact(&mut head)?;
+        let header = Header::parse(&head, &self.stream)?;
+        let of_ranges = header.n_ranges * RANGE_BYTES;
+        self.bytes.resize(of_ranges + header.row_bytes, 0);
+        link.read_exact(&mut self.bytes)?;
+        let mut trailer = [0; TRAILER_BYTES];
+        link.read_exact(&mut trailer)?;
+        let (ranges, rows) = self.bytes.split_at(of_ranges);
+        frame::check_sum([&head, ranges, rows], trailer)?;
+        header.parse_ranges(ranges, &self.stream, &mut self.ranges)?;
+        Ok((header, &self.ranges, rows))
+    }
+}
+
+/// Sends everything that is lent.
+pub(super) fn give(link: &mut TcpStream, mut lent: Lent) -> Result<(), super::receiver::End> {
+    handshake::answer(link, Verdict::Welcome)?;
+    handshake::offer(link, &lent.source)?;
+    link.set_write_timeout(Some(WRITE_LIMIT))?;
+    let stream = lent.source.stream();
+    let step = lent.through_step;
+    let (mut bytes, mut ranges) = (Vec::new(), Vec::new());
+    let mut written = std::mem::take(&mut lent.written);
+    while !written.is_empty() {
+        ranges.clear();
+        written.take(stream.most_rows().min(MOST_RANGES), &mut ranges);
+        Header::begin(&stream, step, None, &ranges, &mut bytes);
+        lent.read(&ranges, &mut bytes)?;
+        frame::seal(&mut bytes);
+        link.write_all(&bytes)?;
+    }
+    Header::begin(&stream, step, Some(step), &[], &mut bytes);
+    frame::seal(&mut bytes);
+    link.write_all(&bytes)?;
+    Ok(())
+}
+
+/// Fetches the rows of a rank. `wanted`: of which epoch, and in pages of which shape, in whatever number.
+///
+/// # Errors
+/// If the mirror has none, or breaks off.
+pub fn fetch(target: &Target, wanted: &Source, abort: &AbortFlag) -> Result<Adopted, FetchError> {
+    let (mut link, verdict) = target.call(Purpose::Fetch, wanted)?;
+    if verdict != Verdict::Welcome {
+        return Err(FetchError::Nothing(format!("{verdict:?}")));
+    }
+    let source = handshake::hear_offer(&mut link)?;
+    if !source.is_of_kind(wanted) {
+        return Err(FetchError::Nothing(format!("it offers {source:?}, want {wanted:?}")));
+    }
+    let has_pages = source.shape.n_kv_heads > 0 && source.shape.n_layers > 0;
+    let mut pages = has_pages.then(|| KvPages::new(source.shape, source.precision)).transpose()?;
+    let mut frames = Frames::new(source.stream());
+    loop {
+        if abort.is_aborted() {
+            return Err(FetchError::Interrupted);
+        }
+        let (header, ranges, rows) = frames.next::<FetchError>(&mut link)?;
+        if let Some(pages) = pages.as_mut().filter(|_| !ranges.is_empty()) {
+            pages.write(ranges, rows)?;
+        }
+        if let Some(through_step) = header.through {
+            return Ok(Adopted { source, pages, through_step });
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Frames of the stream from a rank to its mirror: how they lie on the wire, and what a receiver believes.
+//!
+//! ```text
+//! header   magic, number of ranges, epoch, rank, step, through, bytes of rows      little-endian
+//! ranges   block, first slot, number of rows; each                                 little-endian
+//! rows     as `phalanx_kernels::pages` says                                        of the machine
+//! trailer  CRC-32 of all that
+//! ```
+
+use phalanx_kernels::slots::{self, KvRange};
+
+const MAGIC: [u8; 4] = *b"PhKV";
+/// Size of a header.
+pub(super) const HEADER_BYTES: usize = 4 + 4 + 8 + 4 + 8 + 8 + 8;
+/// Size of a range.
+pub(super) const RANGE_BYTES: usize = 12;
+/// Size of what follows the rows.
+pub(super) const TRAILER_BYTES: usize = 4;
+
+/// Most bytes of rows in a frame, unless one row has more.
+pub(super) const MOST_ROW_BYTES: usize = 4 << 20;
+/// Most ranges in a frame.
+pub(super) const MOST_RANGES: usize = 8192;
+
+/// On the wire, for no step.
+const NO_STEP: u64 = u64::MAX;
+
+/// What is wrong with a frame. The connection is of no use after it.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FrameError {
+    /// It does not begin as frames do.
+    #[error("a frame begins with {0:02x?}")]
+    Magic([u8; 4]),
+    /// A number is not what it can be.
+    #[error("{what} is {got}, want {want}")]
+    Number {
+        /// Which number.
+        what: &'static str,
+        /// As it came.
+        got: u64,
+        /// What would do.
+        want: String,
+    },
+    /// A range lies outside of the pages.
+    #[error("a range of {} rows from slot {} of block {}: want it within {n_blocks} blocks of {block_size}", range.n_rows, range.first, range.block)]
+    Range {
+        /// The range.
+        range: KvRange,
+        /// Blocks that there are.
+        n_blocks: usize,
+        /// Slots in a block.
+        block_size: usize,
+    },
+    /// Bits were changed on the way.
+    #[error("the checksum is {got:08x}, want {want:08x}")]
+    Checksum {
+        /// As it came.
+        got: u32,
+        /// Of what came.
+        want: u32,
+    },
+}
+
+fn number(what: &'static str, got: u64, want: impl Into<String>) -> FrameError {
+    FrameError::Number { what, got, want: want.into() }
+}
+
+/// What the handshake settled about all frames of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Stream {
+    pub(super) epoch: u64,
+    pub(super) rank: u32,
+    pub(super) n_blocks: usize,
+    pub(super) block_size: usize,
+    /// 0 on a rank without KV heads.
+    pub(super) row_bytes: usize,
+}
+
+impl Stream {
+    /// Most rows of a frame.
+    pub(super) fn most_rows(&self) -> usize {
+        (MOST_ROW_BYTES / self.row_bytes.max(1)).max(1)
+    }
+}
+
+/// A checked header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    /// Last step before the rows were copied.
+    pub(super) step: u64,
+    /// With this frame, all rows of steps up to this one are there.
+    pub(super) through: Option<u64>,
+    pub(super) n_ranges: usize,
+    pub(super) row_bytes: usize,
+}
+
+impl Header {
+    /// Begins a frame in an empty buffer; rows are appended to it, then [`seal`] ends it.
+    pub(super) fn begin(stream: &Stream, step: u64, through: Option<u64>, ranges: &[KvRange], frame: &mut Vec<u8>) {
+        let row_bytes = slots::n_rows(ranges) * stream.row_bytes;
+        frame.clear();
+        frame.reserve(HEADER_BYTES + ranges.len() * RANGE_BYTES + row_bytes + TRAILER_BYTES);
+        frame.extend_from_slice(&MAGIC);
+        frame.extend_from_slice(&(ranges.len() as u32).to_le_bytes());
+        frame.extend_from_slice(&stream.epoch.to_le_bytes());
+        frame.extend_from_slice(&stream.rank.to_le_bytes());
+        frame.extend_from_slice(&step.to_le_bytes());
+        frame.extend_from_slice(&through.unwrap_or(NO_STEP).to_le_bytes());
+        frame.extend_from_slice(&(row_bytes as u64).to_le_bytes());
+        for range in ranges {
+            for field in [range.block, range.first, range.n_rows] {
+                frame.extend_from_slice(&field.to_le_bytes());
+            }
+        }
+    }
+
+    /// Checks a header that came. What it says of lengths can be allocated then.
+    pub(super) fn parse(bytes: &[u8; HEADER_BYTES], stream: &Stream) -> Result<Self, FrameError> {
+        let mut fields = Fields(bytes);
+        let magic = fields.take::<4>();
+        if magic != MAGIC {
+            return Err(FrameError::Magic(magic));
+        }
+        let n_ranges = u64::from(u32::from_le_bytes(fields.take()));
+        let (epoch, rank) = (fields.u64(), u64::from(u32::from_le_bytes(fields.take())));
+        let (step, through, row_bytes) = (fields.u64(), fields.u64(), fields.u64());
+        if epoch != stream.epoch {
+            return Err(number("epoch", epoch, stream.epoch.to_string()));
+        }
+        if rank != u64::from(stream.rank) {
+            return Err(number("rank", rank, stream.rank.to_string()));
+        }
+        if through != NO_STEP && through > step {
+            return Err(number("through", through, format!("at most the step, {step}")));
+        }
+        if n_ranges > MOST_RANGES as u64 {
+            return Err(number("number of ranges", n_ranges, format!("at most {MOST_RANGES}")));
+        }
+        let most = stream.most_rows() * stream.row_bytes;
+        if row_bytes > most as u64 {
+            return Err(number("bytes of rows", row_bytes, format!("at most {most}")));
+        }
+        Ok(Self {
+            step,
+            through: (through != NO_STEP).then_some(through),
+            n_ranges: n_ranges as usize,
+            row_bytes: row_bytes as usize,
+        })
+    }
+
+    /// Checks the ranges that came and appends them to `ranges`.
+    pub(super) fn parse_ranges(
+        &self,
+        bytes: &[u8],
+        stream: &Stream,
+        ranges: &mut Vec<KvRange>,
+    ) -> Result<(), FrameError> {
+        ranges.clear();
+        let mut n_rows = 0;
+        for bytes in bytes.chunks_exact(RANGE_BYTES) {
+            let mut fields = Fields(bytes);
+            let mut field = || u32::from_le_bytes(fields.take());
+            let range = KvRange { block: field(), first: field(), n_rows: field() };
+            let end = u64::from(range.first) + u64::from(range.n_rows);
+            let (n_blocks, block_size) = (stream.n_blocks, stream.block_size);
+            if range.n_rows == 0 || range.block as usize >= n_blocks || end > block_size as u64 {
+                return Err(FrameError::Range { range, n_blocks, block_size });
+            }
+            n_rows += u64::from(range.n_rows);
+            ranges.push(range);
+        }
+        let want = n_rows.saturating_mul(stream.row_bytes as u64);
+        if self.row_bytes as u64 != want || ranges.len() != self.n_ranges {
+            return Err(number("bytes of rows", self.row_bytes as u64, format!("{want} for {n_rows} rows")));
+        }
+        Ok(())
+    }
+}
+
+/// Ends a frame.
+pub(super) fn seal(frame: &mut Vec<u8>) {
+    let sum = crc32fast::hash(frame);
+    frame.extend_from_slice(&sum.to_le_bytes());
+}
+
+/// Checks the trailer of a frame that came in these parts.
+pub(super) fn check_sum(parts: [&[u8]; 3], trailer: [u8; TRAILER_BYTES]) -> Result<(), FrameError> {
+    let mut hasher = crc32fast::Hasher::new();
+    parts.into_iter().for_each(|part| hasher.update(part));
+    let (got, want) = (u32::from_le_bytes(trailer), hasher.finalize());
+    if got == want { Ok(()) } else { Err(FrameError::Checksum { got, want }) }
+}
+
+/// Reads numbers off the front of bytes that are long enough.
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
+
+impl Fields<'_> {
+    /// The next `N` bytes; zeros beyond the end.
+    pub(super) fn take<const N: usize>(&mut self) -> [u8; N] {
+        match self.0.split_first_chunk::<N>() {
+            Some((field, rest)) => {
+                self.0 = rest;
+                *field
+            }
+            None => [0; N],
+        }
+    }
+
+    pub(super) fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    pub(super) fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STREAM: Stream = Stream { epoch: 7, rank: 1, n_blocks: 10, block_size: 16, row_bytes: 24 };
+
+    fn frame(ranges: &[KvRange]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        Header::begin(&STREAM, 9, Some(8), ranges, &mut frame);
+        frame.extend((0..slots::n_rows(ranges) * STREAM.row_bytes).map(|i| i as u8));
+        seal(&mut frame);
+        frame
+    }
+
+    /// As a receiver does.
+    fn parse(bytes: &[u8]) -> Result<(Header, Vec<KvRange>), FrameError> {
+        let short = || number("length", bytes.len() as u64, "more");
+        let (head, rest) = bytes.split_first_chunk().ok_or_else(short)?;
+        let header = Header::parse(head, &STREAM)?;
+        let (ranges, rest) = rest.split_at_checked(header.n_ranges * RANGE_BYTES).ok_or_else(short)?;
+        let (rows, rest) = rest.split_at_checked(header.row_bytes).ok_or_else(short)?;
+        let (trailer, _) = rest.split_first_chunk().ok_or_else(short)?;
+        check_sum([head, ranges, rows], *trailer)?;
+        let mut parsed = Vec::new();
+        header.parse_ranges(ranges, &STREAM, &mut parsed)?;
+        Ok((header, parsed))
+    }
+
+    fn range(block: u32, first: u32, n_rows: u32) -> KvRange {
+        KvRange { block, first, n_rows }
+    }
+
+    #[test]
+    fn what_is_sent_is_what_comes() {
+        for ranges in [vec![], vec![range(9, 15, 1)], vec![range(0, 0, 16), range(3, 2, 5)]] {
+            let (header, parsed) = parse(&frame(&ranges)).expect("a good frame");
+            assert_eq!((header.step, header.through), (9, Some(8)));
+            assert_eq!(parsed, ranges);
+        }
+    }
+
+    #[test]
+    fn lengths_are_checked_before_anything_is_allocated() {
+        let good = frame(&[range(1, 0, 2)]);
+        let with = |at: usize, bytes: &[u8]| {
+            let mut bad = good.clone();
+            bad[at..at + bytes.len()].copy_from_slice(bytes);
+            let (head, _) = bad.split_first_chunk().expect("a header");
+            Header::parse(head, &STREAM).expect_err("a bad header").to_string()
+        };
+        assert!(with(0, b"GET ").starts_with("a frame begins"));
+        assert!(with(4, &u32::MAX.to_le_bytes()).contains("number of ranges"));
+        assert!(with(8, &6u64.to_le_bytes()).contains("epoch is 6, want 7"));
+        assert!(with(16, &2u32.to_le_bytes()).contains("rank is 2"));
+        assert!(with(28, &10u64.to_le_bytes()).contains("through is 10"));
+        assert!(with(36, &(1u64 << 40).to_le_bytes()).contains("bytes of rows"));
+    }
+
+    #[test]
+    fn ranges_lie_in_the_pages_and_fit_the_rows() {
+        let refused = |ranges: &[KvRange]| parse(&frame(ranges)).expect_err("a bad range").to_string();
+        assert!(refused(&[range(10, 0, 1)]).contains("block 10"));
+        assert!(refused(&[range(0, 15, 2)]).contains("slot 15"));
+        assert!(refused(&[range(0, 0, 0)]).contains("0 rows"));
+        let mut long = frame(&[range(1, 0, 2)]);
+        long[36..44].copy_from_slice(&24u64.to_le_bytes());
+        let (head, rest) = long.split_first_chunk().expect("a header");
+        let header = Header::parse(head, &STREAM).expect("a good header");
+        assert!(header.parse_ranges(&rest[..RANGE_BYTES], &STREAM, &mut Vec::new()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_are_errors(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(parse(&bytes).is_err());
+        }
+
+        #[test]
+        fn no_changed_frame_is_taken(
+            (at, change) in (0..200usize, 1..=255u8),
+            ranges in prop::collection::vec((0..10u32, 0..15u32), 0..4),
+        ) {
+            let ranges: Vec<KvRange> = ranges.into_iter().map(|(block, first)| range(block, first, 1)).collect();
+            let mut bytes = frame(&ranges);
+            let at = at % bytes.len();
+            bytes[at] ^= change;
+            prop_assert!(parse(&bytes).is_err());
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Copies of KV rows in the memory of a spare, so that losing a rank loses no rows.
+//!
+//! Each rank copies the rows that it wrote in a step ([`sender`]) and sends them behind the step, on a thread of its own
+//! ([`lane`]), as [`frame`]s over a connection that both sides have proved to be theirs ([`handshake`]). A spare takes
+//! them in ([`receiver`]) and keeps them as pages ([`store`]), which a device takes over as they are: taking the rank of
+//! a lost shard then costs the same at any length of context. Where there is no spare, another rank keeps the copy, and
+//! whoever takes the rank fetches it from there ([`fetch`]).
+//!
+//! **Invariant.** A step never waits for a mirror, and no mirror claims rows that it has not.
+
+mod fetch;
+mod frame;
+mod handshake;
+mod lane;
+mod receiver;
+mod sender;
+mod store;
+#[cfg(test)]
+mod tests;
+
+pub use fetch::{FetchError, fetch};
+pub use handshake::Source;
+pub use lane::Target;
+pub use receiver::Receiver;
+pub use sender::Mirrors;
+pub use store::{Adopted, Progress, Store, Taking};
+
+/// Steps go first where there are too few cores.
+const NICENESS: i32 = 5;
+
+/// Gives this thread a lower priority than those that compute.
+fn give_way() {
+    // Where it is not allowed, it runs like the others.
+    let _refused = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
+}

@@ -1,0 +1,216 @@
+//! What a serving rank does for its mirrors: after each step it copies the step's rows, without ever waiting.
+//!
+//! Rows that found no room in the queue, and all rows when a connection is new, are *missing* at the mirror. They are
+//! copied from the pages later, a few after each step and more when there is none: pages have whatever was written last,
+//! which is all that anybody can want. While rows are missing the mirror
+//! counts as being at the last step that it has whole.
+
+use std::time::{Duration, Instant};
+
+use phalanx_kernels::{
+    error::KernelError,
+    ops::{Ops, RowChunk},
+    slots::{self, KvRange, SlotSet},
+};
+
+use super::{
+    frame::{Header, MOST_RANGES, Stream},
+    handshake::Source,
+    lane::{Lane, Target},
+};
+
+/// Bytes of missing rows that are copied after one step, for each microsecond since the one before: about a twentieth of
+/// that time goes into it.
+const CATCH_UP_PER_US: u128 = 50;
+/// Least of that, and what is copied at a time between steps: some tenths of a millisecond.
+const CATCH_UP_BYTES: usize = 512 << 10;
+/// Most of that, whatever a step took.
+const MOST_CATCH_UP_BYTES: usize = 8 << 20;
+/// Between steps: how soon to look again while rows are missing,
+const SOON: Duration = Duration::from_millis(2);
+/// and while none is, for mirrors that connect anew.
+const LATER: Duration = Duration::from_millis(200);
+
+/// The mirrors of a rank.
+#[derive(Debug)]
+pub struct Mirrors {
+    stream: Stream,
+    lanes: Vec<Outgoing>,
+    /// The last step that ran.
+    step: u64,
+    /// When it had run.
+    stepped: Instant,
+    ranges: Vec<KvRange>,
+}
+
+/// What one mirror has.
+#[derive(Debug)]
+struct Outgoing {
+    lane: Lane,
+    /// The connection that `missing` is about.
+    connection: Option<u64>,
+    missing: SlotSet,
+    /// The last step that the mirror has whole.
+    told: Option<u64>,
+}
+
+impl Mirrors {
+    /// Starts to send to these mirrors. One that can't be reached is tried again for as long as the rank serves.
+    pub fn start(source: Source, targets: Vec<Target>) -> Self {
+        let start = |target: Target| match Lane::start(source, target) {
+            Ok(lane) => Some(Outgoing { lane, connection: None, missing: SlotSet::default(), told: None }),
+            Err(error) => {
+                tracing::warn!(epoch = source.epoch, %error, "no thread for a mirror");
+                None
+            }
+        };
+        let lanes = targets.into_iter().filter_map(start).collect();
+        Self { stream: source.stream(), lanes, step: 0, stepped: Instant::now(), ranges: Vec::new() }
+    }
+
+    /// Copies the rows that a step wrote. `chunks`: the step's; `ops`: has their pages.
+    ///
+    /// # Errors
+    /// If the device can't read its pages.
+    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], ops: &dyn Ops) -> Result<(), KernelError> {
+        self.step = step;
+        let took = self.stepped.elapsed();
+        self.stepped += took;
+        let catch_up = usize::try_from(took.as_micros() * CATCH_UP_PER_US).unwrap_or(usize::MAX);
+        let catch_up = catch_up.clamp(CATCH_UP_BYTES, MOST_CATCH_UP_BYTES);
+        self.ranges.clear();
+        for chunk in chunks.iter().filter(|_| self.stream.row_bytes > 0) {
+            let positions = chunk.start..chunk.start + chunk.n_rows;
+            self.ranges.extend(KvRange::of_positions(&chunk.blocks, positions, self.stream.block_size));
+        }
+        for outgoing in &mut self.lanes {
+            outgoing.step_done(&self.stream, step, &self.ranges, ops)?;
+            outgoing.catch_up(&self.stream, step, catch_up, ops)?;
+        }
+        Ok(())
+    }
+
+    /// Copies some of the rows that mirrors lack.
+    ///
+    /// # Errors
+    /// If the device can't read its pages.
+    pub fn catch_up(&mut self, ops: &dyn Ops) -> Result<(), KernelError> {
+        for outgoing in &mut self.lanes {
+            outgoing.catch_up(&self.stream, self.step, CATCH_UP_BYTES, ops)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all mirrors are connected, as far as the last look saw.
+    #[cfg(test)]
+    pub(super) fn are_connected(&self) -> bool {
+        self.lanes.iter().all(|outgoing| outgoing.connection.is_some())
+    }
+
+    /// When to call [`Mirrors::catch_up`] if there is no step to run.
+    pub fn next_look(&self) -> Option<Duration> {
+        let is_behind = |o: &Outgoing| o.connection.is_some() && (!o.missing.is_empty() || o.told != Some(self.step));
+        match self.lanes.iter().any(is_behind) {
+            _ if self.lanes.is_empty() => None,
+            true => Some(SOON),
+            false => Some(LATER),
+        }
+    }
+}
+
+impl Outgoing {
+    fn step_done(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], ops: &dyn Ops) -> Result<(), KernelError> {
+        if self.look_at_connection(ops) {
+            // A new connection lacks this step's rows with all others.
+            return Ok(());
+        }
+        if self.connection.is_none() {
+            return Ok(());
+        }
+        ranges.iter().for_each(|range| self.missing.insert(*range));
+        let most = stream.most_rows();
+        let mut left = ranges;
+        let mut first = None;
+        while let Some(range) = first.take().or_else(|| left.split_off_first().copied()) {
+            let mut batch = vec![range];
+            let mut n_rows = range.n_rows as usize;
+            // A range of more rows than fit, in blocks of many large rows.
+            if n_rows > most {
+                let (head, tail) = cut(range, most);
+                (batch[0], first, n_rows) = (head, Some(tail), most);
+            }
+            while first.is_none()
+                && batch.len() < MOST_RANGES
+                && let Some(next) = left.first().filter(|next| n_rows + next.n_rows as usize <= most)
+            {
+                n_rows += next.n_rows as usize;
+                batch.push(*next);
+                left = &left[1..];
+            }
+            if !self.send(stream, step, &batch, ops)? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends about so many bytes of missing rows, or else says that there are none.
+    fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, ops: &dyn Ops) -> Result<(), KernelError> {
+        self.look_at_connection(ops);
+        if self.connection.is_none() {
+            return Ok(());
+        }
+        let mut left = (bytes / stream.row_bytes.max(1)).max(1);
+        while left > 0 && !self.missing.is_empty() {
+            let mut ranges = Vec::new();
+            self.missing.take(left.min(MOST_RANGES).min(stream.most_rows()), &mut ranges);
+            left -= slots::n_rows(&ranges);
+            if !self.send(stream, step, &ranges, ops)? {
+                return Ok(());
+            }
+        }
+        if self.missing.is_empty() && self.told != Some(step) {
+            self.send(stream, step, &[], ops)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the connection is a new one, which lacks all rows that were ever written.
+    fn look_at_connection(&mut self, ops: &dyn Ops) -> bool {
+        let connection = self.lane.connection();
+        let is_new = connection.is_some() && connection != self.connection;
+        self.connection = connection;
+        if is_new {
+            self.missing = ops.written_kv().cloned().unwrap_or_default();
+            self.told = None;
+        }
+        is_new
+    }
+
+    /// Copies rows into a frame and queues it. Returns whether there was room; without, the rows are missing.
+    fn send(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], ops: &dyn Ops) -> Result<bool, KernelError> {
+        let Some(connection) = self.connection else { return Ok(false) };
+        let Some(mut bytes) = self.lane.buffer(slots::n_rows(ranges) * stream.row_bytes) else {
+            ranges.iter().for_each(|range| self.missing.insert(*range));
+            return Ok(false);
+        };
+        ranges.iter().for_each(|range| self.missing.remove(*range));
+        // Whatever later steps lack, earlier ones have.
+        let through = if self.missing.is_empty() { Some(step) } else { self.told };
+        Header::begin(stream, step, through, ranges, &mut bytes);
+        if let Err(error) = if ranges.is_empty() { Ok(()) } else { ops.read_kv(ranges, &mut bytes) } {
+            self.lane.give_back(bytes);
+            return Err(error);
+        }
+        self.lane.send(connection, bytes, step, through);
+        self.told = through;
+        Ok(true)
+    }
+}
+
+/// The first `n` rows of a range, and the others.
+fn cut(range: KvRange, n: usize) -> (KvRange, KvRange) {
+    let n = n as u32;
+    let tail = KvRange { first: range.first + n, n_rows: range.n_rows - n, ..range };
+    (KvRange { n_rows: n, ..range }, tail)
+}

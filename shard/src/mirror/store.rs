@@ -1,0 +1,509 @@
+//! Rows of all ranks of one epoch, as a mirror keeps them: in pages that a device takes over as they are.
+//!
+//! **Invariant.** What the store says of a rank's rows is true of the pages that it gives away for that rank: frames come
+//! in order, and each says through which step rows are whole with it.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use phalanx_kernels::{
+    error::KernelError,
+    pages::KvPages,
+    slots::{KvRange, SlotSet},
+};
+
+use super::handshake::{Source, Verdict};
+
+/// What `through` holds while rows are missing,
+const MISSING: u64 = u64::MAX;
+/// and for a rank that has never sent anything.
+const ABSENT: u64 = u64::MAX - 1;
+
+/// Copies of rows, for whoever takes a rank. Cloning shares them.
+#[derive(Debug, Clone)]
+pub struct Store(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// Most bytes of pages.
+    limit: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    group: Option<Arc<Group>>,
+    /// Term and epoch in which this shard last became a rank: rows of earlier groups are of no use any more.
+    over: (u64, u64),
+}
+
+/// All ranks of an epoch.
+#[derive(Debug)]
+struct Group {
+    term: u64,
+    epoch: u64,
+    /// Ranks that copy their rows here.
+    n_sources: usize,
+    ranks: Vec<Rank>,
+    /// Bytes of pages that have been written.
+    taken: AtomicU64,
+    /// Rows went beyond the limit: the epoch is not mirrored.
+    full: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Rank {
+    /// Last step of which all rows are here, and all of earlier ones.
+    through: AtomicU64,
+    copy: Mutex<Copy>,
+}
+
+#[derive(Debug, Default)]
+struct Copy {
+    /// Counts the connections that have written here; the last one may.
+    connection: u64,
+    source: Option<Source>,
+    /// None on a rank without KV heads, or when they are given away.
+    pages: Option<KvPages>,
+}
+
+/// A rank that this shard is to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taking {
+    /// Leadership under which its group forms.
+    pub term: u64,
+    /// Epoch that forms.
+    pub epoch: u64,
+    /// The rank.
+    pub rank: u32,
+    /// Epoch whose rows are wanted; 0 for none.
+    pub kv_of_epoch: u64,
+}
+
+/// What a rank's rows are given away as.
+#[derive(Debug)]
+pub struct Adopted {
+    /// Whose rows they are.
+    pub source: Source,
+    /// The pages; none for a rank without KV heads.
+    pub pages: Option<KvPages>,
+    /// Last step of which all rows are there.
+    pub through_step: u64,
+}
+
+/// How far all ranks are mirrored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// In which epoch.
+    pub epoch: u64,
+    /// All rows of all ranks through this step.
+    pub step: u64,
+}
+
+/// Why rows could not be taken in. The connection is of no use then.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another connection has come, another epoch, or the pages are given away.
+    #[error("the rows are not wanted any more")]
+    Unwanted,
+    /// There is no memory for them.
+    #[error("the rows of epoch {epoch} take more than {limit} bytes: it is not mirrored; raise --mirror-memory")]
+    Full {
+        /// The epoch.
+        epoch: u64,
+        /// Most bytes.
+        limit: u64,
+    },
+    /// The pages refuse them.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+/// Takes in the rows of one connection.
+#[derive(Debug)]
+pub(super) struct Writer {
+    group: Arc<Group>,
+    rank: usize,
+    connection: u64,
+    limit: u64,
+}
+
+impl Store {
+    /// An empty store of up to `limit` bytes.
+    pub fn new(limit: u64) -> Self {
+        Self(Arc::new(Shared { state: Mutex::default(), limit }))
+    }
+
+    /// A rank begins to send.
+    ///
+    /// # Errors
+    /// Why it should not.
+    pub(super) fn begin(&self, source: &Source) -> Result<Writer, Verdict> {
+        let mut state = lock(&self.0.state);
+        if (source.term, source.epoch) < state.over {
+            return Err(Verdict::Stale);
+        }
+        let group = match state.group.as_ref().filter(|group| group.is_of(source)) {
+            Some(group) => group.clone(),
+            None if state.group.as_ref().is_some_and(|group| group.outlives(source)) => return Err(Verdict::Stale),
+            None => {
+                let group = Arc::new(Group::new(source));
+                drop_aside(state.group.replace(group.clone()));
+                group
+            }
+        };
+        drop(state);
+        if group.full.load(Ordering::Acquire) {
+            return Err(Verdict::Full);
+        }
+        let rank = group.ranks.get(source.rank as usize).ok_or(Verdict::Stale)?;
+        let mut copy = lock(&rank.copy);
+        // The sender sends all of it again.
+        rank.through.store(MISSING, Ordering::Release);
+        if copy.source != Some(*source) || copy.pages.is_none() {
+            let has_pages = source.shape.n_kv_heads > 0 && source.shape.n_layers > 0;
+            let pages = has_pages.then(|| KvPages::new(source.shape, source.precision)).transpose();
+            match pages {
+                Ok(pages) => copy.pages = pages,
+                Err(error) => {
+                    tracing::warn!(epoch = source.epoch, rank = source.rank, %error, "KV rows are not mirrored");
+                    return Err(Verdict::Full);
+                }
+            }
+            copy.source = Some(*source);
+        }
+        copy.connection += 1;
+        let connection = copy.connection;
+        drop(copy);
+        Ok(Writer { group, rank: source.rank as usize, connection, limit: self.0.limit })
+    }
+
+    /// How far all ranks of the epoch are mirrored; `None` while a row is missing.
+    pub fn progress(&self) -> Option<Progress> {
+        let group = lock(&self.0.state).group.clone()?;
+        let through = group.ranks.iter().map(|rank| rank.through.load(Ordering::Acquire));
+        let through: Vec<u64> = through.filter(|step| *step != ABSENT).collect();
+        let all = through.len() >= group.n_sources && !through.contains(&MISSING);
+        let step = through.into_iter().min()?;
+        (all && !group.full.load(Ordering::Acquire)).then_some(Progress { epoch: group.epoch, step })
+    }
+
+    /// Gives away the rows of the rank, if they are here. Others of that epoch stay for whoever fetches them, until
+    /// [`Store::forget_before`]; those of other epochs are forgotten.
+    pub fn adopt(&self, taking: Taking) -> Option<Adopted> {
+        let mut state = lock(&self.0.state);
+        state.over = state.over.max((taking.term, taking.epoch));
+        if let Some(other) = state.group.take_if(|group| !group.is_wanted(taking.term, taking.kv_of_epoch)) {
+            drop_aside(Some(other));
+        }
+        let group = state.group.clone()?;
+        drop(state);
+        group.give_away(taking)
+    }
+
+    /// A group of this epoch serves: nobody needs rows of earlier ones.
+    pub fn forget_before(&self, epoch: u64) {
+        drop_aside(lock(&self.0.state).group.take_if(|group| group.epoch < epoch));
+    }
+
+    /// The rows that a caller came to fetch, if they are here. From now on they don't change.
+    pub(super) fn lend(&self, wanted: &Source) -> Option<Lent> {
+        let group = lock(&self.0.state).group.clone().filter(|group| group.is_wanted(wanted.term, wanted.epoch))?;
+        let rank = group.ranks.get(wanted.rank as usize)?;
+        let mut copy = lock(&rank.copy);
+        copy.connection += 1;
+        let through_step = group.through_step(rank)?;
+        let source = copy.source.filter(|source| source.is_of_kind(wanted))?;
+        let written = copy.pages.as_ref().map(|pages| pages.written().clone()).unwrap_or_default();
+        drop(copy);
+        Some(Lent { group, rank: wanted.rank as usize, source, written, through_step })
+    }
+}
+
+/// Rows that somebody else fetches.
+#[derive(Debug)]
+pub(super) struct Lent {
+    group: Arc<Group>,
+    rank: usize,
+    /// Whose they are.
+    pub(super) source: Source,
+    /// Which there are.
+    pub(super) written: SlotSet,
+    /// Last step of which all rows are there.
+    pub(super) through_step: u64,
+}
+
+impl Lent {
+    /// Appends the rows of `ranges` to `rows`.
+    pub(super) fn read(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), StoreError> {
+        let rank = self.group.ranks.get(self.rank).ok_or(StoreError::Unwanted)?;
+        let copy = lock(&rank.copy);
+        Ok(copy.pages.as_ref().ok_or(StoreError::Unwanted)?.read(ranges, rows)?)
+    }
+}
+
+impl Group {
+    fn new(source: &Source) -> Self {
+        let rank = || Rank { through: AtomicU64::new(ABSENT), copy: Mutex::default() };
+        Self {
+            term: source.term,
+            epoch: source.epoch,
+            n_sources: source.n_sources as usize,
+            ranks: (0..source.world_size).map(|_| rank()).collect(),
+            taken: AtomicU64::new(0),
+            full: AtomicBool::new(false),
+        }
+    }
+
+    fn is_of(&self, source: &Source) -> bool {
+        (self.term, self.epoch, self.ranks.len()) == (source.term, source.epoch, source.world_size as usize)
+    }
+
+    /// Whether rows of `source` would come too late.
+    fn outlives(&self, source: &Source) -> bool {
+        (self.term, self.epoch) >= (source.term, source.epoch)
+    }
+
+    /// Whether a formation of that term wants these rows.
+    fn is_wanted(&self, term: u64, kv_of_epoch: u64) -> bool {
+        self.epoch == kv_of_epoch && self.term <= term
+    }
+
+    /// The last step of which all rows are there.
+    fn through_step(&self, rank: &Rank) -> Option<u64> {
+        let step = rank.through.load(Ordering::Acquire);
+        (step != MISSING && step != ABSENT && !self.full.load(Ordering::Acquire)).then_some(step)
+    }
+
+    fn give_away(&self, taking: Taking) -> Option<Adopted> {
+        let rank = self.ranks.get(taking.rank as usize)?;
+        let mut copy = lock(&rank.copy);
+        // Under the lock: no frame comes between the number and the pages.
+        copy.connection += 1;
+        let through_step = self.through_step(rank)?;
+        rank.through.store(MISSING, Ordering::Release);
+        Some(Adopted { source: copy.source.take()?, pages: copy.pages.take(), through_step })
+    }
+}
+
+impl Writer {
+    /// Takes in a frame: rows of `ranges`, with which all rows `through` a step are here.
+    pub(super) fn write(&self, ranges: &[KvRange], rows: &[u8], through: Option<u64>) -> Result<(), StoreError> {
+        let rank = self.group.ranks.get(self.rank).ok_or(StoreError::Unwanted)?;
+        let mut copy = lock(&rank.copy);
+        if copy.connection != self.connection {
+            return Err(StoreError::Unwanted);
+        }
+        if !ranges.is_empty() {
+            let pages = copy.pages.as_mut().ok_or(StoreError::Unwanted)?;
+            let new = n_new_blocks(pages, ranges) * pages.block_bytes() as u64;
+            let taken = self.group.taken.fetch_add(new, Ordering::AcqRel) + new;
+            if taken > self.limit || self.group.full.load(Ordering::Acquire) {
+                self.group.full.store(true, Ordering::Release);
+                drop_aside(copy.pages.take());
+                return Err(StoreError::Full { epoch: self.group.epoch, limit: self.limit });
+            }
+            pages.write(ranges, rows)?;
+        }
+        rank.through.store(through.unwrap_or(MISSING), Ordering::Release);
+        Ok(())
+    }
+}
+
+/// Blocks among those of `ranges` that had no row before.
+fn n_new_blocks(pages: &KvPages, ranges: &[KvRange]) -> u64 {
+    let mut blocks: Vec<u32> =
+        ranges.iter().map(|range| range.block).filter(|block| !pages.written().has_block(*block)).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks.len() as u64
+}
+
+/// Giving gigabytes back to the system takes a while.
+fn drop_aside<T: Send + 'static>(value: Option<T>) {
+    let Some(value) = value else { return };
+    // Without a thread it is dropped here: the closure is.
+    let _aside = thread::Builder::new().name("mirror-drop".to_owned()).spawn(move || {
+        super::give_way();
+        drop(value);
+    });
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change is complete in itself, so a panicking thread leaves nothing half done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_kernels::{
+        ops::{KvShape, Precision},
+        pages::row_bytes,
+    };
+
+    use super::*;
+
+    fn source(epoch: u64, rank: u32) -> Source {
+        let shape = KvShape { n_layers: 2, n_blocks: 8, block_size: 16, n_kv_heads: 1, head_dim: 8 };
+        Source { term: 1, epoch, rank, world_size: 2, n_sources: 2, shape, precision: Precision::Auto }
+    }
+
+    fn taking(term: u64, kv_of_epoch: u64, rank: u32) -> Taking {
+        Taking { term, epoch: 9, rank, kv_of_epoch }
+    }
+
+    fn range(block: u32) -> KvRange {
+        KvRange { block, first: 3, n_rows: 2 }
+    }
+
+    fn rows(fill: u8) -> Vec<u8> {
+        let Source { shape, precision, .. } = source(1, 0);
+        vec![fill; 2 * row_bytes(shape, precision)]
+    }
+
+    fn read(adopted: &Adopted, range: KvRange) -> Vec<u8> {
+        let mut rows = Vec::new();
+        adopted.pages.as_ref().expect("pages").read(&[range], &mut rows).expect("in the pages");
+        rows
+    }
+
+    #[test]
+    fn progress_is_that_of_the_rank_that_lags() {
+        let store = Store::new(1 << 30);
+        assert_eq!(store.progress(), None);
+        let first = store.begin(&source(4, 0)).expect("welcome");
+        first.write(&[range(1)], &rows(1), Some(7)).expect("room");
+        assert_eq!(store.progress(), None);
+        let second = store.begin(&source(4, 1)).expect("welcome");
+        assert_eq!(store.progress(), None);
+        second.write(&[], &[], Some(5)).expect("room");
+        assert_eq!(store.progress(), Some(Progress { epoch: 4, step: 5 }));
+        // Rows of earlier steps lack, until it says that they don't.
+        second.write(&[range(2)], &rows(2), None).expect("room");
+        assert_eq!(store.progress(), None);
+        second.write(&[range(3)], &rows(2), Some(9)).expect("room");
+        assert_eq!(store.progress(), Some(Progress { epoch: 4, step: 7 }));
+    }
+
+    #[test]
+    fn rows_are_given_away_once_and_for_their_epoch_only() {
+        let written = || {
+            let store = Store::new(1 << 30);
+            let writer = store.begin(&source(4, 1)).expect("welcome");
+            writer.write(&[range(1)], &rows(9), Some(7)).expect("room");
+            (store, writer)
+        };
+        let (store, writer) = written();
+        let adopted = store.adopt(taking(2, 4, 1)).expect("rows");
+        assert_eq!((adopted.through_step, adopted.source), (7, source(4, 1)));
+        assert_eq!(read(&adopted, range(1)), rows(9));
+        assert!(matches!(writer.write(&[range(1)], &rows(1), Some(8)), Err(StoreError::Unwanted)));
+        assert!(store.adopt(taking(2, 4, 1)).is_none());
+        assert!(written().0.adopt(taking(2, 5, 1)).is_none());
+        assert!(written().0.adopt(taking(0, 4, 1)).is_none());
+        assert!(written().0.adopt(taking(2, 4, 0)).is_none(), "rank 0 sent nothing");
+        assert!(written().0.adopt(taking(2, 4, 7)).is_none());
+    }
+
+    #[test]
+    fn a_later_epoch_replaces_an_earlier_one_and_never_the_other_way() {
+        let store = Store::new(1 << 30);
+        let old = store.begin(&source(4, 0)).expect("welcome");
+        let new = store.begin(&source(5, 0)).expect("welcome");
+        assert_eq!(store.begin(&source(4, 1)).err(), Some(Verdict::Stale));
+        assert_eq!(store.begin(&Source { world_size: 3, ..source(5, 0) }).err(), Some(Verdict::Stale));
+        old.write(&[], &[], Some(100)).expect("it does no harm");
+        new.write(&[], &[], Some(1)).expect("room");
+        store.begin(&source(5, 1)).expect("welcome").write(&[], &[], Some(1)).expect("room");
+        assert_eq!(store.progress(), Some(Progress { epoch: 5, step: 1 }));
+    }
+
+    #[test]
+    fn whoever_takes_a_rank_is_no_mirror_of_earlier_epochs() {
+        let store = Store::new(1 << 30);
+        let _writer = store.begin(&source(4, 0)).expect("welcome");
+        assert!(store.adopt(taking(1, 0, 0)).is_none());
+        assert_eq!(store.begin(&source(4, 0)).err(), Some(Verdict::Stale));
+        assert_eq!(store.begin(&source(8, 0)).err(), Some(Verdict::Stale));
+        assert!(store.begin(&source(9, 0)).is_ok(), "ranks of its own group may copy their rows to it");
+        assert!(store.begin(&source(10, 0)).is_ok());
+    }
+
+    #[test]
+    fn rows_of_other_ranks_stay_until_the_next_group_serves() {
+        let store = Store::new(1 << 30);
+        let wanted = Source { term: 2, ..source(4, 0) };
+        for rank in [0, 1] {
+            store.begin(&source(4, rank)).expect("welcome").write(&[range(1)], &rows(1), Some(7)).expect("room");
+        }
+        assert!(store.adopt(taking(2, 4, 1)).is_some());
+        assert_eq!(store.progress(), None, "one is gone");
+        let lent = store.lend(&wanted).expect("the other rank's");
+        assert_eq!((lent.source, lent.through_step, lent.written.len()), (source(4, 0), 7, 2));
+        // A formation that failed is followed by another.
+        assert!(store.adopt(taking(2, 4, 1)).is_none());
+        assert!(store.lend(&wanted).is_some());
+        store.forget_before(4);
+        assert!(store.lend(&wanted).is_some());
+        store.forget_before(9);
+        assert!(store.lend(&wanted).is_none());
+        let mut bytes = Vec::new();
+        lent.read(&[range(1)], &mut bytes).expect("it is still lent");
+        assert_eq!(bytes, rows(1));
+    }
+
+    #[test]
+    fn a_mirror_of_one_rank_waits_for_no_other() {
+        let store = Store::new(1 << 30);
+        let writer = store.begin(&Source { n_sources: 1, ..source(4, 1) }).expect("welcome");
+        assert_eq!(store.progress(), None);
+        writer.write(&[range(1)], &rows(1), Some(7)).expect("room");
+        assert_eq!(store.progress(), Some(Progress { epoch: 4, step: 7 }));
+    }
+
+    #[test]
+    fn a_second_connection_takes_over_and_begins_anew() {
+        let store = Store::new(1 << 30);
+        let first = store.begin(&source(4, 0)).expect("welcome");
+        first.write(&[range(1)], &rows(1), Some(3)).expect("room");
+        let second = store.begin(&source(4, 0)).expect("welcome");
+        assert!(matches!(first.write(&[range(1)], &rows(2), Some(4)), Err(StoreError::Unwanted)));
+        second.write(&[range(2)], &rows(3), Some(5)).expect("room");
+        let adopted = store.adopt(taking(1, 4, 0)).expect("rows");
+        assert_eq!((read(&adopted, range(1)), read(&adopted, range(2))), (rows(1), rows(3)));
+    }
+
+    #[test]
+    fn beyond_the_limit_nothing_is_mirrored() {
+        let block = row_bytes(source(1, 0).shape, Precision::Auto) as u64 * 16 * 2;
+        // Elements are padded to 16: a block of 8 takes half as much again, and less than twice as much.
+        let store = Store::new(3 * block);
+        let (first, second) =
+            (store.begin(&source(4, 0)).expect("welcome"), store.begin(&source(4, 1)).expect("welcome"));
+        first.write(&[range(1)], &rows(1), Some(3)).expect("room");
+        first.write(&[range(1)], &rows(1), Some(3)).expect("the same block");
+        second.write(&[range(1), range(2)], &[rows(1), rows(1)].concat(), Some(3)).expect("room");
+        assert!(store.progress().is_some());
+        let full = (2..8).map(|block| first.write(&[range(block)], &rows(1), Some(3))).find(Result::is_err);
+        assert!(matches!(full, Some(Err(StoreError::Full { epoch: 4, .. }))));
+        assert_eq!(store.progress(), None);
+        assert!(matches!(second.write(&[range(1)], &rows(1), Some(4)), Err(StoreError::Full { .. })));
+        assert_eq!(store.begin(&source(4, 0)).err(), Some(Verdict::Full));
+        assert!(store.begin(&source(5, 0)).is_ok(), "another epoch may have less");
+    }
+
+    #[test]
+    fn a_rank_without_heads_has_no_pages() {
+        let store = Store::new(0);
+        let shape = KvShape { n_kv_heads: 0, ..source(4, 0).shape };
+        let writer = store.begin(&Source { shape, ..source(4, 0) }).expect("welcome");
+        writer.write(&[], &[], Some(2)).expect("nothing to write");
+        let adopted = store.adopt(taking(1, 4, 0)).expect("a step");
+        assert!(adopted.pages.is_none() && adopted.through_step == 2);
+    }
+}
