@@ -280,6 +280,7 @@ impl Deployment {
         ensure!(status.phase == "serving", "the group is {}", status.phase);
         let unprepared = status.members.iter().find(|m| m.role == "spare" && m.prepared_ranks.is_empty());
         ensure!(unprepared.is_none(), "{unprepared:?} has loaded nothing ahead");
+        ensure!(!self.setup.mirrors() || self.mirror_lag().is_some(), "the spare has no copies of KV rows");
         ensure!(metric(http, "sequences_running") == 0.0, "sequences run");
         Ok(())
     }
@@ -287,6 +288,13 @@ impl Deployment {
     /// A number of the leader's metrics, summed over labels.
     pub fn metric(&self, name: &str) -> f64 {
         self.leader().map_or(0.0, |leader| metric(&self.coordinators[leader].http, name))
+    }
+
+    /// Steps whose KV rows the mirrors lack; `None` while nobody has a whole copy.
+    pub fn mirror_lag(&self) -> Option<u64> {
+        let lag = self.metric("phalanx_mirror_lag_steps");
+        // A gauge without a value is no number.
+        (lag >= 0.0).then_some(lag as u64)
     }
 
     /// The greatest epoch that any coordinator tells.

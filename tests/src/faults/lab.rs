@@ -157,7 +157,10 @@ fn run_rounds(
 ) -> Result<()> {
     let runtime = Arc::new(Runtime::new()?);
     let sizes = row.sizes.map_or_else(|| Sizes::of(setup.model), |sizes| sizes(setup.model));
-    let jobs = load::mix(options.seed, sizes);
+    let jobs = match row.long_prompts {
+        Some(n_tokens) => load::long(options.seed, sizes.vocab, n_tokens, sizes.tokens),
+        None => load::mix(options.seed, sizes),
+    };
     let plain = Setup { own_shards: setup.own_shards.iter().map(|_| Default::default()).collect(), ..setup.clone() };
     let mut deployment = Deployment::start_on(&runtime, if row.fresh { &plain } else { &setup }, hosts)?;
     let reference = reference(&runtime, &mut deployment, &jobs)?;
@@ -218,6 +221,9 @@ fn round(
     numbers: Numbers,
     is_long: bool,
 ) -> Result<Outcome> {
+    if row.mirrored {
+        eventually("all KV rows are mirrored", || deployment.mirror_lag() == Some(0))?;
+    }
     let (epoch, failovers) = (deployment.epoch(), deployment.failovers());
     let replayed = deployment.metric("phalanx_replayed_tokens_total");
     let lives = deployment.coordinator_pids();
@@ -261,6 +267,13 @@ fn round(
         outcome.problems.push(format!("{} KV blocks stay in use", deployment.metric("kv_blocks_used")));
     }
     outcome.replayed = (deployment.metric("phalanx_replayed_tokens_total") - replayed).max(0.0);
+    if let Some(share) = row.most_replayed {
+        let held: usize = records.iter().map(|r| r.held_at(injected)).sum();
+        if outcome.replayed > held as f64 * share {
+            let replayed = outcome.replayed;
+            outcome.problems.push(format!("{replayed} of {held} tokens were computed again in spite of copies"));
+        }
+    }
     let grown = deployment.epoch() - epoch;
     match row.epochs {
         Epochs::Same if grown != 0.0 => outcome.problems.push(format!("the epoch grew by {grown}")),

@@ -80,6 +80,36 @@ pub fn mix(seed: u64, sizes: Sizes) -> Vec<Job> {
     (0..CLIENTS).map(|index| job(index, &mut numbers, &system, sizes)).collect()
 }
 
+/// Prompts of about so many tokens, of which no two have a block in common, and outputs of `tokens`: greedy and sampled,
+/// over gRPC and HTTP.
+pub fn long(seed: u64, vocab: u64, prompt: usize, tokens: u32) -> Vec<Job> {
+    let mut numbers = Numbers(seed);
+    let job = |index: usize| {
+        let n_prompt = prompt - usize::try_from(numbers.below(prompt as u64 / 16 + 1)).unwrap_or(0);
+        let ids = numbers.tokens(n_prompt, vocab);
+        let temperature = if index.is_multiple_of(2) { 0.0 } else { 0.9 };
+        let seed = numbers.below(1 << 40);
+        if index % 4 < 2 {
+            let request = GenerateRequest {
+                prompt: Some(Prompt::TokenIds(TokenIds { ids })),
+                temperature: Some(temperature),
+                seed: Some(seed),
+                max_tokens: Some(tokens),
+                ignore_eos: true,
+                logprobs: Some(1),
+                ..GenerateRequest::default()
+            };
+            return Job { kind: "grpc, long prompt", call: Call::Grpc(Box::new(request)), n: 1 };
+        }
+        let body = json!({
+            "prompt": ids, "max_tokens": tokens, "temperature": temperature, "seed": seed, "ignore_eos": true,
+            "stream": true, "stream_options": {"include_usage": true}, "return_token_ids": true,
+        });
+        Job { kind: "completions, long prompt", call: Call::Http { path: "/v1/completions", body }, n: 1 }
+    };
+    (0..CLIENTS).map(job).collect()
+}
+
 fn job(index: usize, numbers: &mut Numbers, system: &str, sizes: Sizes) -> Job {
     let below = |numbers: &mut Numbers, bound: u64| numbers.below(bound.max(1));
     let n_tokens = sizes.tokens / 2 + u32::try_from(below(numbers, u64::from(sizes.tokens / 2))).unwrap_or(0);

@@ -134,6 +134,30 @@ impl Round<'_> {
         Ok(())
     }
 
+    /// Waits until copies of KV rows are at most so many steps behind.
+    pub fn wait_mirrored(&self, steps: u64) -> Result<()> {
+        within(MOMENT_LIMIT, "copies of KV rows have caught up", || {
+            self.is_over() || self.deployment.mirror_lag().is_some_and(|lag| lag <= steps)
+        })?;
+        if self.is_over() {
+            bail!("all streams ended before the fault");
+        }
+        Ok(())
+    }
+
+    /// Waits until every stream has a token.
+    pub fn wait_all_begun(&self) -> Result<()> {
+        let all = self.load.tasks.len() as u64;
+        let progress = &self.load.progress;
+        within(MOMENT_LIMIT, "every stream has a token", || {
+            progress.begun.load(Ordering::Relaxed) >= all || progress.ended.load(Ordering::Relaxed) > 0
+        })?;
+        if progress.ended.load(Ordering::Relaxed) > 0 {
+            bail!("a stream ended before all had begun");
+        }
+        Ok(())
+    }
+
     /// Whether all streams have ended.
     pub fn is_over(&self) -> bool {
         self.load.progress.ended.load(Ordering::Relaxed) == self.load.tasks.len() as u64

@@ -134,6 +134,11 @@ impl Setup {
         self
     }
 
+    /// Whether ranks copy their KV rows to a spare.
+    pub fn mirrors(&self) -> bool {
+        self.shards() > self.world_size as usize && !self.args.iter().any(|arg| arg == "off" || arg == "buddy")
+    }
+
     /// Shards that are attached when all is well.
     pub fn shards(&self) -> usize {
         // Every coordinator starts its own local shards, and all of them serve the one that leads.

@@ -98,6 +98,13 @@ impl Record {
         gaps.max().unwrap_or_default()
     }
 
+    /// Tokens that it had at that moment, prompt and answer, if it ran then.
+    pub fn held_at(&self, moment: Instant) -> usize {
+        let n_before = self.arrivals.iter().filter(|at| **at < moment).count();
+        let prompt = self.usage.map_or(0, |(prompt, _)| usize::try_from(prompt).unwrap_or(0));
+        if n_before < self.arrivals.len() { prompt + n_before } else { 0 }
+    }
+
     /// From the request to its first token.
     pub fn first_token(&self) -> Option<Duration> {
         Some(*self.arrivals.first()? - self.started)

@@ -4,6 +4,7 @@ mod capacity;
 mod clients;
 mod coordinators;
 mod hosts;
+mod mirrored;
 mod network;
 mod planned;
 mod poison;
@@ -57,6 +58,12 @@ pub struct Row {
     pub repeats: bool,
     /// Other sizes than a model's usual ones.
     pub sizes: Option<fn(Model) -> Sizes>,
+    /// Prompts of about so many tokens, each another, instead of the usual mix.
+    pub long_prompts: Option<usize>,
+    /// Whether a round begins only when copies of KV rows have caught up.
+    pub mirrored: bool,
+    /// Largest share of the tokens that running streams have at the fault that may be computed again.
+    pub most_replayed: Option<f64>,
     /// What becomes of the epoch.
     pub epochs: Epochs,
     /// Waits for its moment and breaks something; may heal it too.
@@ -76,6 +83,9 @@ const PLAIN: Row = Row {
     resumes: false,
     repeats: false,
     sizes: None,
+    long_prompts: None,
+    mirrored: false,
+    most_replayed: None,
     epochs: Epochs::Grow,
     inject: |_| Ok(()),
 };
@@ -108,6 +118,7 @@ fn have_failpoints() -> bool {
 pub fn all() -> Vec<&'static Row> {
     let rows = [
         shards::ROWS,
+        mirrored::ROWS,
         poison::ROWS,
         capacity::ROWS,
         network::ROWS,

@@ -132,7 +132,8 @@ pub(super) static ROWS: &[Row] = &[
     Row {
         name: "spare-kill",
         fault: "SIGKILL of the spare in decode",
-        epochs: Epochs::Same,
+        // The group is switched when the spare is back, to copy KV rows to it.
+        epochs: Epochs::Any,
         inject: |round| {
             round.wait_decode(10, 60)?;
             let pid = round.deployment.spare()?.pid;
@@ -214,7 +215,7 @@ fn long_prompts(model: Model) -> Sizes {
     }
 }
 
-fn kill(round: &mut Round<'_>) -> Result<()> {
+pub(super) fn kill(round: &mut Round<'_>) -> Result<()> {
     let pid = round.rank_pid(None)?;
     round.signal(pid, Signal::KILL);
     Ok(())
