@@ -452,5 +452,6 @@ impl State {
 
 fn what_it_does(beat: &Heartbeat) -> Beat {
     let busy = (beat.busy_epoch != 0).then(|| (Epoch::from_raw(beat.busy_epoch), beat.busy_step));
-    Beat { busy, waits_for: beat.waits_for_rank.map(|r| r as usize) }
+    let mirrored = (beat.mirrored_epoch != 0).then(|| Epoch::from_raw(beat.mirrored_epoch));
+    Beat { busy, waits_for: beat.waits_for_rank.map(|r| r as usize), mirrored }
 }

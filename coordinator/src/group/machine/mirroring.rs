@@ -45,6 +45,12 @@ impl GroupMachine {
             }
     }
 
+    /// Whether copies are being made, or will be, that are not whole yet: a rank that is lost now would be computed again.
+    pub(super) fn lacks_copies(&self, now: Instant) -> bool {
+        let is_whole = |s: &&ShardId| self.attached.get(*s).is_some_and(|a| a.beat.mirrored == Some(self.epoch));
+        self.wants_mirror(now) || !self.mirrors().iter().all(is_whole)
+    }
+
     /// Which lives of shards have copies of the present formation's rows, by rank.
     pub(super) fn holders(&self) -> Vec<Option<Origin>> {
         let holder = |rank| {

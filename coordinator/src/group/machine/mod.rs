@@ -363,6 +363,9 @@ impl GroupMachine {
                 if let Some(attached) = self.life(&from) {
                     (attached.beat, attached.heard) = (beat, now);
                 }
+                if self.is_rolling() {
+                    self.advance_rollout(now);
+                }
             }
             Event::Idle(epoch) => self.on_idle(epoch, now),
             Event::Recovered { epoch, stall } => self.on_recovered(epoch, stall, now),

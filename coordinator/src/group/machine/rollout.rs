@@ -14,6 +14,8 @@ use crate::group::change::ChangeError;
 const RETURN_LIMIT: Duration = Duration::from_secs(120);
 /// Longest wait for a shard that is back to have loaded a slice ahead.
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
+/// Longest wait for copies of KV rows to be whole again before the next turn: a mirror may have no memory for them.
+const MIRROR_LIMIT: Duration = Duration::from_secs(20);
 
 /// A rolling restart.
 #[derive(Debug, Clone)]
@@ -45,6 +47,8 @@ enum Stage {
     Restarting(Instant),
     /// It was back, then; it is done when it serves or has loaded a slice.
     Rejoining(Instant),
+    /// It has been back since then; copies of KV rows are being made whole, so that the next turn computes nothing again.
+    Mirroring(Instant),
 }
 
 impl Rollout {
@@ -54,6 +58,7 @@ impl Rollout {
             Stage::Draining => None,
             Stage::Restarting(since) => Some(since + self.return_limit),
             Stage::Rejoining(since) => Some(since + PREPARE_LIMIT),
+            Stage::Mirroring(since) => Some(since + MIRROR_LIMIT),
         }
     }
 }
@@ -172,16 +177,28 @@ impl GroupMachine {
                 let is_late = now >= since + PREPARE_LIMIT;
                 let is_back = attached.is_some_and(|a| is_late || is_ready(a) && self.recovering.is_none());
                 if self.phase == Phase::Serving && is_back {
-                    if let Some(rollout) = &mut self.rollout {
-                        rollout.done += 1;
-                        let stall = rollout.turn.as_ref().map_or(Duration::ZERO, |turn| turn.stall);
-                        rollout.longest_stall = rollout.longest_stall.max(stall);
-                    }
-                    self.tell_turn("returned");
-                    self.next_turn(now);
+                    self.set_stage(Stage::Mirroring(now));
+                    self.advance_rollout(now);
+                }
+            }
+            Stage::Mirroring(since) => {
+                let is_late = now >= since + MIRROR_LIMIT;
+                let is_settled = self.recovering.is_none() && !self.lacks_copies(now);
+                if self.phase == Phase::Serving && (is_settled || is_late) {
+                    self.end_turn(now);
                 }
             }
         }
+    }
+
+    fn end_turn(&mut self, now: Instant) {
+        if let Some(rollout) = &mut self.rollout {
+            rollout.done += 1;
+            let stall = rollout.turn.as_ref().map_or(Duration::ZERO, |turn| turn.stall);
+            rollout.longest_stall = rollout.longest_stall.max(stall);
+        }
+        self.tell_turn("returned");
+        self.next_turn(now);
     }
 
     /// Ends a rolling restart whose present shard does not come back.
@@ -202,6 +219,14 @@ impl GroupMachine {
                 match self.attached.contains_key(&turn.shard) && self.phase == Phase::Serving {
                     true => self.advance_rollout(now),
                     false => self.set_stage(Stage::Restarting(now)),
+                }
+            }
+            Stage::Mirroring(since) if now >= since + MIRROR_LIMIT => {
+                match (self.attached.contains_key(&turn.shard), self.phase == Phase::Serving) {
+                    (true, true) => self.advance_rollout(now),
+                    // The group was lost meanwhile, or is being switched.
+                    (true, false) => self.set_stage(Stage::Mirroring(now)),
+                    (false, _) => self.set_stage(Stage::Restarting(now)),
                 }
             }
             _ => {}

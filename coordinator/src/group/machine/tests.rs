@@ -108,7 +108,7 @@ impl Group {
     }
 
     fn beat(&mut self, name: &str, waits_for: Option<usize>) {
-        let beat = Beat { busy: Some((self.machine.epoch(), 1)), waits_for };
+        let beat = Beat { busy: Some((self.machine.epoch(), 1)), waits_for, mirrored: None };
         assert_eq!(self.on(Event::Beat { from: self.life_of(name), beat }), []);
     }
 

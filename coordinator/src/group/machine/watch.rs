@@ -208,7 +208,7 @@ mod tests {
     const SILENT: Duration = Duration::from_millis(400);
 
     fn alive(waits_for: Option<usize>) -> Witness {
-        Witness { silent: 20 * MS, beat: Beat { busy: None, waits_for } }
+        Witness { silent: 20 * MS, beat: Beat { waits_for, ..Beat::default() } }
     }
 
     fn silent(waits_for: Option<usize>) -> Witness {

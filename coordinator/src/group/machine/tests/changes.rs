@@ -261,6 +261,51 @@ fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
     assert_eq!(group.lose("b", 1).last(), Some(&taken));
 }
 
+/// A group whose spare has been restarted in its turn, and is about to get copies again.
+fn mirror_restarted() -> Group {
+    let mut group = pair_of(Settings { mirror_to: MirrorTo::Spare, ..settings(2) });
+    let spare = |incarnation| Event::Arrived(Candidate { takes_mirror: true, ..candidate("c", incarnation) });
+    let take_copies = |group: &mut Group, of| {
+        assert_eq!(group.prepared("c", 2, 0), [Action::Hold(epoch(of))]);
+        group.idle();
+        group.serve(70, Some(4));
+        group.answer();
+    };
+    group.on(spare(1));
+    take_copies(&mut group, 1);
+    let told = group.on(Event::Rollout { but: Vec::new(), return_limit: None });
+    assert!(told.iter().any(|a| matches!(a, Action::Shutdown { shard: s, .. } if *s == shard("c"))), "{told:?}");
+    group.lose("c", 1);
+    group.on(spare(2));
+    take_copies(&mut group, 2);
+    group
+}
+
+fn ends_a_turn(actions: &[Action]) -> bool {
+    actions.iter().any(|a| matches!(a, Action::Turned(Ok(turned)) if turned.phase == "returned"))
+}
+
+#[test]
+fn a_rolling_restart_waits_for_whole_copies() {
+    let mut group = mirror_restarted();
+    let mut beat = |mirrored| {
+        let beat = Beat { mirrored, ..Beat::default() };
+        group.on(Event::Beat { from: group.life_of("c"), beat })
+    };
+    assert!(!ends_a_turn(&beat(None)));
+    assert!(!ends_a_turn(&beat(Some(epoch(2)))), "copies of the epoch before");
+    assert!(ends_a_turn(&beat(Some(epoch(3)))));
+}
+
+#[test]
+fn a_rolling_restart_goes_on_if_a_mirror_has_no_memory() {
+    let mut group = mirror_restarted();
+    group.wait(Duration::from_secs(19));
+    assert!(!ends_a_turn(&group.tick()));
+    group.wait(Duration::from_secs(1));
+    assert!(ends_a_turn(&group.tick()));
+}
+
 #[test]
 fn a_buddy_has_what_a_shard_needs_that_returns() {
     let settings = Settings { mirror_to: MirrorTo::Buddy, ..settings(2) };
