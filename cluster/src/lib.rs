@@ -10,4 +10,5 @@ pub mod partition;
 pub mod rope;
 pub mod source;
 pub mod store;
+pub mod tls;
 pub mod tokenizer;

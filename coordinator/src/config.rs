@@ -18,9 +18,12 @@ use std::{
 use clap::error::ErrorKind;
 use phalanx_cluster::{
     byte_size::ByteSize,
+    error_text::with_causes,
     source::DEFAULT_MODEL,
     store::{self, TlsFiles},
+    tls::{ClusterTls, ClusterTlsError},
 };
+use phalanx_proto::dial::Dialer;
 
 pub use self::{
     flags::{CollectiveChoice, Dtype, Flags, KvMirror},
@@ -93,6 +96,8 @@ pub struct Config {
     pub kv_mirror: KvMirror,
     /// What shards must know to join; `None`: nothing.
     pub join_token: Option<JoinToken>,
+    /// What coordinators and shards show each other; `None`: plain text.
+    pub cluster_tls: Option<ClusterTls>,
     /// Host under which others reach this coordinator; `None`: an address of this machine.
     pub advertise_host: Option<String>,
     /// Silence after which another coordinator may lead.
@@ -132,6 +137,12 @@ pub enum ConfigError {
         /// What is wrong, and what would do.
         reason: String,
     },
+}
+
+impl From<ClusterTlsError> for ConfigError {
+    fn from(ClusterTlsError { option, value, reason }: ClusterTlsError) -> Self {
+        Self::Value { option, value, reason }
+    }
 }
 
 impl ConfigError {
@@ -254,6 +265,10 @@ impl Config {
         let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(500), 100, 600_000)?;
         let regroup_after = within("regroup-after", flags.regroup_after.unwrap_or(30), 0, 86_400)?;
         let join_token = JoinToken::from_flags(flags.join_token, flags.join_token_file)?;
+        let cluster_tls = ClusterTls::read(flags.cluster_ca, flags.cluster_cert, flags.cluster_key)?;
+        if let Some(tls) = &cluster_tls {
+            Self::dialer_of(tls)?;
+        }
         let leader_ttl_ms = within("leader-ttl-ms", flags.leader_ttl_ms.unwrap_or(3000), 500, 600_000)?;
         let advertise_host = match flags.advertise_host {
             Some(host) if host.is_empty() || host.contains(|c: char| c.is_whitespace() || "/@".contains(c)) => {
@@ -314,12 +329,23 @@ impl Config {
             regroup_after: (regroup_after > 0).then(|| Duration::from_secs(u64::from(regroup_after))),
             kv_mirror: flags.kv_mirror.unwrap_or_default(),
             join_token,
+            cluster_tls,
             advertise_host,
             leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
             admin_http: flags.admin_http.unwrap_or_default(),
             shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
             log_level,
         })
+    }
+
+    /// How other coordinators are dialled.
+    pub fn dialer(&self) -> Result<Dialer, ConfigError> {
+        self.cluster_tls.as_ref().map_or_else(|| Ok(Dialer::default()), Self::dialer_of)
+    }
+
+    fn dialer_of(tls: &ClusterTls) -> Result<Dialer, ConfigError> {
+        let dialer = Dialer::with_certificates(&tls.ca, &tls.certificate, &tls.key);
+        dialer.map_err(|error| tls.unusable(with_causes(&error)).into())
     }
 
     /// Flags that resolve to this configuration.
@@ -360,6 +386,9 @@ impl Config {
             kv_mirror: Some(self.kv_mirror),
             join_token: self.join_token.as_ref().filter(|t| t.file().is_none()).map(|t| t.secret().to_owned()),
             join_token_file: self.join_token.as_ref().and_then(JoinToken::file).map(PathBuf::from),
+            cluster_ca: self.cluster_tls.as_ref().map(|tls| tls.ca_file.clone()),
+            cluster_cert: self.cluster_tls.as_ref().map(|tls| tls.certificate_file.clone()),
+            cluster_key: self.cluster_tls.as_ref().map(|tls| tls.key_file.clone()),
             advertise_host: self.advertise_host.clone(),
             leader_ttl_ms: Some(clamp(self.leader_ttl.as_millis())),
             admin_http: Some(self.admin_http),

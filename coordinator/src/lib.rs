@@ -1,6 +1,7 @@
 //! Owns requests: frontends, scheduler, groups, journal, policy. No tensor math.
 
 pub mod admin;
+pub mod certs;
 pub mod cluster_cli;
 pub mod config;
 pub mod coverage;

@@ -1,5 +1,6 @@
 //! The process: opens the model, starts actors, servers and shards, waits, and ends them in order.
 
+mod gate;
 mod parts;
 mod servers;
 
@@ -10,13 +11,15 @@ use phalanx_cluster::{
     id::{Epoch, ShardId},
     store::{self, OpenOptions},
 };
-use phalanx_proto::v1::{LeaderRequest, leadership_client::LeadershipClient};
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{LeaderRequest, leadership_client::LeadershipClient},
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
     time::timeout,
 };
-use tonic::transport::Endpoint;
 use tracing_subscriber::EnvFilter;
 
 use self::{
@@ -28,7 +31,7 @@ use crate::{
     frontend::{connections, prometheus},
     group::actor::Notice,
     leadership::{
-        View,
+        CoordinatorRecord, View,
         actor::{LeadershipConfig, LeadershipHandle, StoreSource},
         address, follower,
         journal_feed::ReplicatedJournal,
@@ -152,7 +155,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let metrics = prometheus::install_metrics().context("metrics")?;
     metrics::gauge!(names::IS_LEADER).set(0.0);
     let leadership = LeadershipHandle::start(LeadershipConfig {
-        me: address::record(config.advertise_host.as_deref(), http, grpc),
+        me: CoordinatorRecord {
+            grpc_speaks_tls: config.cluster_tls.is_some(),
+            ..address::record(config.advertise_host.as_deref(), http, grpc)
+        },
         ttl: config.leader_ttl,
         is_alone: store.is_exclusive(),
         store: if store.is_exclusive() {
@@ -163,8 +169,9 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     })
     .context("no thread for leadership")?;
     let journal = Arc::new(ReplicatedJournal::default());
-    let base = Foundation { config, store, model, metrics, leadership, journal, feed: FeedSlot::default() };
-    tokio::spawn(follower::follow(base.leadership.clone(), base.journal.clone()));
+    let dialer = config.dialer()?;
+    let base = Foundation { config, store, model, dialer, metrics, leadership, journal, feed: FeedSlot::default() };
+    tokio::spawn(follower::follow(base.dialer.clone(), base.leadership.clone(), base.journal.clone()));
     let servers = Servers::start(&base, http_listener, grpc_listener)?;
     println!("phalanx listening http://{http} grpc://{grpc}");
     tracing::info!(%http, %grpc, "listening");
@@ -261,7 +268,7 @@ impl Process {
     async fn end(mut self, in_peace: bool, interrupts: &mut Interrupts) {
         let limit = self.base.config.shutdown_timeout;
         let view = self.base.view().get();
-        let hands_over = in_peace && self.parts.is_some() && a_standby_answers(&view).await;
+        let hands_over = in_peace && self.parts.is_some() && a_standby_answers(&self.base.dialer, &view).await;
         if hands_over {
             tracing::info!("handing leadership over");
             self.base.leadership.resign().await;
@@ -312,9 +319,9 @@ async fn next_of(parts: &mut Option<Parts>) -> anyhow::Result<Notice> {
 }
 
 /// Whether somebody is there to lead next: a record in the store may be that of a dead process.
-async fn a_standby_answers(view: &View) -> bool {
+async fn a_standby_answers(dialer: &Dialer, view: &View) -> bool {
     let ask = |address: String| async move {
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(STANDBY_LIMIT);
+        let endpoint = dialer.endpoint(&address).ok()?.connect_timeout(STANDBY_LIMIT);
         let channel = endpoint.timeout(STANDBY_LIMIT).connect().await.ok()?;
         LeadershipClient::new(channel).leader(LeaderRequest::default()).await.ok()
     };

@@ -33,7 +33,11 @@ use crate::{
         actor::GroupMsg,
         machine::{Cause, Origin},
     },
-    leadership::{LeadershipView, View, standby},
+    leadership::{
+        LeadershipView, View,
+        shards::{ShardRecord, ShardRegistry},
+        standby,
+    },
     membership::actor::{GroupAddress, MembershipMsg},
 };
 
@@ -54,6 +58,7 @@ const NAME_LIMIT: usize = 128;
 pub struct LinkHandle {
     origin: Arc<Origin>,
     stream: u64,
+    host: Arc<str>,
     queue: mpsc::Sender<Result<CoordinatorMessage, Status>>,
     closing: Arc<Notify>,
 }
@@ -67,6 +72,11 @@ impl LinkHandle {
     /// Which stream: one life of a shard may open several, one after the other.
     pub fn stream(&self) -> u64 {
         self.stream
+    }
+
+    /// The address that it comes from, without port; empty if that is not known.
+    pub fn host(&self) -> &str {
+        &self.host
     }
 
     /// Queues a message; never waits. A link that can't take it is closed, which counts as the loss of the shard.
@@ -95,6 +105,7 @@ pub struct ClusterService {
     status: StatusSource,
     heartbeat_timeout: Duration,
     leadership: LeadershipView,
+    registry: ShardRegistry,
     join_token: Option<JoinToken>,
     streams: AtomicU64,
 }
@@ -110,20 +121,30 @@ pub fn silent_after(heartbeat_timeout: Duration) -> Duration {
 }
 
 impl ClusterService {
-    /// As a gRPC service that reports to these actors, which live as long as this coordinator leads. With a `join_token`,
-    /// only shards that know it are admitted.
+    /// As a gRPC service that reports to these actors, which live as long as this coordinator leads, and to the registry of
+    /// shards. With a `join_token`, only shards that know it are admitted.
     pub fn server(
         membership: ActorRef<MembershipMsg>,
         group: GroupAddress,
         status: StatusSource,
         heartbeat_timeout: Duration,
         leadership: LeadershipView,
+        registry: ShardRegistry,
         join_token: Option<JoinToken>,
     ) -> ClusterServer<Self> {
         let streams = AtomicU64::new(1);
-        ClusterServer::new(Self { membership, group, status, heartbeat_timeout, leadership, join_token, streams })
-            .max_decoding_message_size(MESSAGE_LIMIT)
-            .max_encoding_message_size(MESSAGE_LIMIT)
+        ClusterServer::new(Self {
+            membership,
+            group,
+            status,
+            heartbeat_timeout,
+            leadership,
+            registry,
+            join_token,
+            streams,
+        })
+        .max_decoding_message_size(MESSAGE_LIMIT)
+        .max_encoding_message_size(MESSAGE_LIMIT)
     }
 }
 
@@ -152,6 +173,8 @@ impl cluster_server::Cluster for ClusterService {
     type AttachStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
 
     async fn attach(&self, request: Request<Streaming<ShardMessage>>) -> Result<Response<Self::AttachStream>, Status> {
+        let host: Arc<str> =
+            request.remote_addr().map_or_else(String::new, |a| a.ip().to_canonical().to_string()).into();
         let mut stream = request.into_inner();
         let first = timeout(HELLO_LIMIT, stream.message())
             .await
@@ -165,12 +188,13 @@ impl cluster_server::Cluster for ClusterService {
         let origin = Origin { shard: ShardId(hello.shard_id.clone()), incarnation: hello.incarnation };
         let stream_number = self.streams.fetch_add(1, Ordering::Relaxed);
         let closing = Arc::new(Notify::new());
-        let link = LinkHandle { origin: Arc::new(origin), stream: stream_number, queue, closing };
+        let link = LinkHandle { origin: Arc::new(origin), stream: stream_number, host, queue, closing };
         let interval = heartbeat_interval(self.heartbeat_timeout);
         let mut leadership = self.leadership.clone();
         let view = leadership.now();
         let Some(session) = view.session else { return Err(standby::not_leading(&view)) };
         link.send(ToShard::Welcome(welcome(&view, interval)));
+        let record = ShardRecord::new(&hello, link.host(), &view);
         let task = LinkTask {
             link,
             group: self.group.clone(),
@@ -180,7 +204,8 @@ impl cluster_server::Cluster for ClusterService {
             session: session.number,
         };
         // In a task of its own: a client that goes away now must still be detached.
-        let attached = tokio::spawn(attach(self.membership.clone(), hello, task, stream));
+        let registered = (self.registry.clone(), record);
+        let attached = tokio::spawn(attach(self.membership.clone(), registered, hello, task, stream));
         attached.await.map_err(|e| Status::internal(e.to_string()))??;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -202,6 +227,7 @@ fn welcome(view: &View, interval: Duration) -> Welcome {
 /// Announces a shard and lets its task run, if it may stay.
 async fn attach(
     membership: ActorRef<MembershipMsg>,
+    (registry, record): (ShardRegistry, ShardRecord),
     hello: Hello,
     task: LinkTask,
     stream: Streaming<ShardMessage>,
@@ -217,7 +243,13 @@ async fn attach(
     };
     match answer {
         Ok(CallResult::Success(Ok(()))) => {
-            tokio::spawn(async move { detached(task.run(stream).await) });
+            let (session, shard) = (task.session, record.shard_id.clone());
+            registry.attached(session, number, record);
+            tokio::spawn(async move {
+                let ended = task.run(stream).await;
+                registry.detached(session, number, &shard);
+                detached(ended);
+            });
             Ok(())
         }
         Ok(CallResult::Success(Err(refused))) => Err(Status::already_exists(refused)),

@@ -104,7 +104,8 @@ fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
         IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
         ip => ip,
     };
-    let coordinator = format!("http://{}", SocketAddr::new(address, grpc.port()));
+    let scheme = if config.cluster_tls.is_some() { "https" } else { "http" };
+    let coordinator = format!("{scheme}://{}", SocketAddr::new(address, grpc.port()));
     let mut args: Vec<OsString> = vec!["--exit-with-parent".into()];
     for (flag, value) in [
         ("--coordinator", coordinator),
@@ -117,6 +118,16 @@ fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
     }
     if config.kv_mirror == KvMirror::Off {
         args.extend(["--mirror-memory".into(), "0".into()]);
+    }
+    if let Some(tls) = &config.cluster_tls {
+        let files = [
+            ("--cluster-ca", &tls.ca_file),
+            ("--cluster-cert", &tls.certificate_file),
+            ("--cluster-key", &tls.key_file),
+        ];
+        for (flag, file) in files {
+            args.extend([flag.into(), file.clone().into_os_string()]);
+        }
     }
     args
 }

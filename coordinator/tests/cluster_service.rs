@@ -1,18 +1,22 @@
 //! The `Cluster` service with its actors, over real sockets, with shards that the tests play.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use phalanx_cluster::store::embedded::EmbeddedStore;
+use phalanx_cluster::store::{MembershipStore, embedded::EmbeddedStore};
 use phalanx_coordinator::{
     admin::status::StatusSource,
     group::{
         actor::{GroupConfig, Notice},
         machine::{MirrorTo, Settings},
     },
-    leadership::{CoordinatorRecord, LeadershipView},
+    leadership::{
+        CoordinatorRecord, LeadershipView,
+        shards::{ShardKeeper, ShardRecord, recorded},
+    },
     membership::actor::{Membership, MembershipMsg},
     scheduler::handle::GroupEvent,
     shard_link::ClusterService,
@@ -36,12 +40,14 @@ struct Coordinator {
     events: mpsc::UnboundedReceiver<GroupEvent>,
     notices: mpsc::UnboundedReceiver<Notice>,
     membership: ActorRef<MembershipMsg>,
+    store: Arc<dyn MembershipStore>,
 }
 
 impl Coordinator {
     async fn start(world_size: usize, heartbeat_timeout: Duration) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let (notice_sender, notices) = mpsc::unbounded_channel();
+        let store: Arc<dyn MembershipStore> = Arc::new(EmbeddedStore::open(None, 64).await.unwrap());
         let config = GroupConfig {
             settings: Settings {
                 world_size,
@@ -52,7 +58,8 @@ impl Coordinator {
             },
             name: "model".to_owned(),
             form: Form { model: "m.gguf".to_owned(), block_size: 16, ..Form::default() },
-            store: Arc::new(EmbeddedStore::open(None, 64).await.unwrap()),
+            expected: (BTreeMap::new(), Instant::now()),
+            store: Arc::clone(&store),
             scheduler: Box::new(move |event| drop(sender.send(event))),
             notices: notice_sender,
             serving: Mutex::new(None),
@@ -64,18 +71,33 @@ impl Coordinator {
         let service = {
             let record = CoordinatorRecord { coordinator_id: "c".to_owned(), ..CoordinatorRecord::default() };
             let view = LeadershipView::alone(record, 7);
-            let status = StatusSource::new(group.clone(), None, view.clone());
-            ClusterService::server(membership.clone(), group, status, heartbeat_timeout, view, None)
+            let (keeper, registry) = ShardKeeper::new();
+            tokio::spawn(keeper.run(Arc::clone(&store), PATIENCE, view.clone()));
+            let status = StatusSource::new(group.clone(), None, view.clone()).with_leases(registry.clone());
+            ClusterService::server(membership.clone(), group, status, heartbeat_timeout, view, registry, None)
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        Self { address, events, notices, membership }
+        Self { address, events, notices, membership, store }
     }
 
     async fn event(&mut self) -> GroupEvent {
         timeout(PATIENCE, self.events.recv()).await.expect("an event comes").expect("the group lives")
+    }
+
+    /// Waits until the store has these records.
+    async fn records(&self, holds: impl Fn(&[ShardRecord]) -> bool) -> Vec<ShardRecord> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let records = recorded(&*self.store).await.unwrap();
+            if holds(&records) {
+                return records;
+            }
+            assert!(Instant::now() < deadline, "the store still has {records:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn status(&self) -> StatusResponse {
@@ -283,4 +305,20 @@ async fn shards_are_told_to_shut_down() {
     let shutdown = |reply| MembershipMsg::Shutdown { reason: "end".to_owned(), reply };
     coordinator.membership.call(shutdown, Some(PATIENCE)).await.unwrap();
     assert!(matches!(shard.hear().await, FromCoordinator::Shutdown(s) if s.reason == "end"));
+}
+
+#[tokio::test]
+async fn attached_shards_have_a_record_in_the_store() {
+    let coordinator = Coordinator::start(2, PATIENCE).await;
+    let first = FakeShard::attach(&coordinator, "a", 1).await.unwrap();
+    let _b = FakeShard::attach(&coordinator, "b", 5).await.unwrap();
+    let records = coordinator.records(|r| r.len() == 2).await;
+    assert_eq!((records[0].shard_id.as_str(), records[1].incarnation), ("a", 5));
+    assert_eq!((records[0].host.as_str(), records[0].coordinator_id.as_str(), records[0].term), ("127.0.0.1", "c", 7));
+    let shows = async || coordinator.status().await.members.iter().map(|m| m.lease_ms.is_some()).collect::<Vec<_>>();
+    while shows().await != [true, true] {
+        tokio::task::yield_now().await;
+    }
+    drop(first);
+    coordinator.records(|r| r.len() == 1 && r[0].shard_id == "b").await;
 }

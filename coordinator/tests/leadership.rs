@@ -21,6 +21,7 @@ use phalanx_coordinator::leadership::{
     service::{FeedSlot, LeadershipService},
     standby::{LEADER_METADATA, StandbyCluster},
 };
+use phalanx_proto::dial::Dialer;
 use phalanx_proto::v1::{
     JournalBegan, JournalEntry, JournalSynced, JournalTokens, LeaderRequest, LeaderResponse, StatusRequest,
     cluster_client::ClusterClient, journal_entry::What, leadership_client::LeadershipClient,
@@ -266,13 +267,13 @@ impl Node {
         feed.set(Some(Arc::new(Said(says))));
         let services = tonic::transport::Server::builder()
             .add_service(LeadershipService::server(leadership.clone(), feed))
-            .add_service(StandbyCluster::server(leadership.view()));
+            .add_service(StandbyCluster::server(Dialer::default(), leadership.view()));
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).unwrap();
             services.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
         let journal = Arc::new(ReplicatedJournal::default());
-        runtime.spawn(follower::follow(leadership.clone(), journal.clone()));
+        runtime.spawn(follower::follow(Dialer::default(), leadership.clone(), journal.clone()));
         Self { leadership, journal, address, runtime: DropLater(Some(runtime)) }
     }
 

@@ -15,8 +15,13 @@ use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
-use phalanx_cluster::byte_size::ByteSize;
+use phalanx_cluster::{
+    byte_size::ByteSize,
+    error_text::with_causes,
+    tls::{ClusterTls, ClusterTlsError},
+};
 use phalanx_kernels::{collective, ops::Precision};
+use phalanx_proto::dial::Dialer;
 use serde::{Deserialize, Serialize};
 use tonic::transport::Uri;
 
@@ -71,6 +76,22 @@ pub struct Flags {
     #[arg(long, env = "PHALANX_JOIN_TOKEN_FILE", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     join_token_file: Option<PathBuf>,
+
+    /// PEM file with the authority that the cluster's certificates come from: speak TLS with coordinators, which must be
+    /// given as https://HOST:PORT [default: plain text]
+    #[arg(long, env = "PHALANX_CLUSTER_CA", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_ca: Option<PathBuf>,
+
+    /// PEM file with the certificate that coordinators are shown
+    #[arg(long, env = "PHALANX_CLUSTER_CERT", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_cert: Option<PathBuf>,
+
+    /// PEM file with that certificate's key
+    #[arg(long, env = "PHALANX_CLUSTER_KEY", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_key: Option<PathBuf>,
 
     /// Longest wait for the coordinator to let this shard go after the first Ctrl-C or SIGTERM, in seconds; a second one
     /// ends at once [default: 30]
@@ -133,6 +154,9 @@ struct Merged {
     advertise: Option<String>,
     join_token: Option<String>,
     join_token_file: Option<PathBuf>,
+    cluster_ca: Option<PathBuf>,
+    cluster_cert: Option<PathBuf>,
+    cluster_key: Option<PathBuf>,
     leave_timeout: u32,
     mirror_memory: Option<MirrorMemory>,
     mirror_listen: Option<String>,
@@ -174,7 +198,7 @@ struct Defaults {
 const DEFAULTS: Defaults = Defaults { device: "cpu", leave_timeout: 30, isa: "auto", collective: "auto" };
 
 /// What a shard runs with; checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Coordinators, in the order in which they are tried.
     pub coordinators: Vec<Uri>,
@@ -186,6 +210,8 @@ pub struct Config {
     pub advertise: Option<Advertised>,
     /// Proof that it may join; empty for none.
     pub join_token: String,
+    /// How coordinators are dialled.
+    pub dialer: Dialer,
     /// Longest wait for leave.
     pub leave_timeout: Duration,
     /// Most bytes of copies of other ranks' rows; 0 for no copies, `None` for a share of what is free.
@@ -281,7 +307,9 @@ impl Merged {
             Addresses::List(texts) => texts,
             Addresses::Text(text) => text.split(',').map(str::to_owned).collect(),
         };
-        let coordinators = texts.iter().map(|text| coordinator(text.trim())).collect::<Result<Vec<_>, _>>()?;
+        let dialer = dialer(self.cluster_ca, self.cluster_cert, self.cluster_key)?;
+        let coordinators =
+            texts.iter().map(|text| coordinator(text.trim(), dialer.scheme())).collect::<Result<Vec<_>, _>>()?;
         if coordinators.is_empty() {
             let hint = "give the coordinator's gRPC address, such as http://127.0.0.1:50051";
             return Err(ConfigError::Missing { option: "coordinator", hint });
@@ -320,6 +348,7 @@ impl Merged {
             listen,
             advertise,
             join_token,
+            dialer,
             leave_timeout: Duration::from_secs(u64::from(self.leave_timeout)),
             mirror_memory,
             mirror_listen,
@@ -404,12 +433,25 @@ fn join_token(token: Option<String>, file: Option<PathBuf>) -> Result<String, Co
     }
 }
 
-fn coordinator(text: &str) -> Result<Uri, ConfigError> {
+fn dialer(ca: Option<PathBuf>, certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Dialer, ConfigError> {
+    let refused = |ClusterTlsError { option, value, reason }| ConfigError::Value { option, value, reason };
+    match ClusterTls::read(ca, certificate, key).map_err(refused)? {
+        Some(tls) => Dialer::with_certificates(&tls.ca, &tls.certificate, &tls.key)
+            .map_err(|error| refused(tls.unusable(with_causes(&error)))),
+        None => Ok(Dialer::default()),
+    }
+}
+
+fn coordinator(text: &str, scheme: &str) -> Result<Uri, ConfigError> {
     let wrong = |reason: String| value("coordinator", text.to_owned(), reason);
-    let uri = Uri::from_str(text).map_err(|error| wrong(format!("{error}: want http://HOST:PORT")))?;
+    let uri = Uri::from_str(text).map_err(|error| wrong(format!("{error}: want {scheme}://HOST:PORT")))?;
     match (uri.scheme_str(), uri.port_u16()) {
-        (Some("http"), Some(_)) => Ok(uri),
-        _ => Err(wrong("want http://HOST:PORT".to_owned())),
+        (Some(given), Some(_)) if given == scheme => Ok(uri),
+        (Some("https"), Some(_)) => {
+            Err(wrong("needs --cluster-ca, --cluster-cert and --cluster-key; without them want http://".to_owned()))
+        }
+        (Some("http"), Some(_)) => Err(wrong("want https://HOST:PORT, because --cluster-ca is given".to_owned())),
+        _ => Err(wrong(format!("want {scheme}://HOST:PORT"))),
     }
 }
 
@@ -538,6 +580,8 @@ mod tests {
         assert!(refused(&[]).contains("--coordinator is missing"));
         assert!(refused(&["--coordinator", "127.0.0.1:1"]).contains("want http://HOST:PORT"));
         assert!(refused(&["--coordinator", "http://host"]).contains("want http://HOST:PORT"));
+        assert!(refused(&["--coordinator", "https://host:1"]).contains("needs --cluster-ca"));
+        assert!(refused(&[JOIN, "--cluster-ca", "/does/not/exist"]).contains("--cluster-cert and --cluster-key"));
         assert!(refused(&[JOIN, "--threads", "0"]).contains("1 to 1024"));
         assert!(refused(&[JOIN, "--device", "cuda:0"]).contains("no CUDA backend"));
         assert!(refused(&[JOIN, "--isa", "sse"]).contains("sse"));

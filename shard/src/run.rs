@@ -106,7 +106,8 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     .await?;
 
     let (leave, told_to_leave) = watch::channel(None);
-    let link = Link::new(&config.coordinators, hello, &engine, told_to_leave, config.leave_timeout)
+    let (coordinators, dialer) = (&config.coordinators, config.dialer.clone());
+    let link = Link::new(coordinators, dialer, hello, &engine, told_to_leave, config.leave_timeout)
         .context("no thread for heartbeats")?;
     let signals = async {
         // The first asks for leave; the second does not wait for it.

@@ -8,6 +8,7 @@ use phalanx_proto::v1::{
     inference_client::InferenceClient,
 };
 use serde_json::Value;
+use tonic::transport::{Channel, Endpoint};
 
 /// One choice of an answer, put together.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -54,9 +55,14 @@ pub fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
 
 /// Calls `Generate` and puts the stream together.
 pub async fn generate(grpc: &str, request: GenerateRequest) -> Result<Answer> {
+    let channel = Endpoint::from_shared(grpc.to_owned())?.connect().await.context("connect")?;
+    generate_over(channel, request).await
+}
+
+/// The same over a connection that is there.
+pub async fn generate_over(channel: Channel, request: GenerateRequest) -> Result<Answer> {
     let n = request.n.unwrap_or(1) as usize;
-    let mut client =
-        InferenceClient::connect(grpc.to_owned()).await.context("connect")?.max_decoding_message_size(64 << 20);
+    let mut client = InferenceClient::new(channel).max_decoding_message_size(64 << 20);
     let mut stream = client.generate(request).await?.into_inner();
     let mut answer = Answer { choices: vec![Choice::default(); n], ..Answer::default() };
     let mut finished = false;

@@ -33,7 +33,7 @@ pub fn binary(name: &str) -> PathBuf {
     let built = modified(&binary)
         .unwrap_or_else(|| panic!("{} is missing: run `cargo test --workspace` or build it first", binary.display()));
     let own = if matches!(name, "coordinator" | "cluster") { Some("coordinator/src") } else { None };
-    for folder in ["shard/src", "kernels/src", "cluster/src", "proto/proto"].into_iter().chain(own) {
+    for folder in ["shard/src", "kernels/src", "cluster/src", "proto/proto", "proto/src"].into_iter().chain(own) {
         let newest = newest_source(&repository().join(folder));
         assert!(newest <= built, "{} is older than {folder}: run `cargo build --workspace` first", binary.display());
     }
@@ -229,10 +229,11 @@ impl Cluster {
     pub fn launch(model: &Path, args: &[&str]) -> Self {
         let state = tempfile::tempdir().expect("a temporary folder can be made");
         let mut all = vec![model.display().to_string()];
-        for arg in ["--port", "0", "--grpc-port", "0", "--threads-per-shard", "1", "--state-dir"] {
-            all.push(arg.to_owned());
+        all.extend(["--port", "0", "--grpc-port", "0", "--threads-per-shard", "1"].map(str::to_owned));
+        // Other stores keep nothing here.
+        if !args.contains(&"--store") {
+            all.extend(["--state-dir".to_owned(), state.path().display().to_string()]);
         }
-        all.push(state.path().display().to_string());
         all.extend(args.iter().map(|a| (*a).to_owned()));
         let process = Process::start("coordinator", &all);
         Self { process, http: String::new(), grpc: String::new(), _state: state }

@@ -24,7 +24,7 @@ const REOPEN_PAUSE: Duration = Duration::from_millis(250);
 const DEFAULT_PREFIX: &str = "phalanx";
 
 /// The parts of a URL behind `etcd://`.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Location {
     endpoints: Vec<String>,
     prefix: String,
@@ -357,6 +357,8 @@ impl Watcher {
 
 #[cfg(test)]
 mod tests {
+    use etcd_client::Permission;
+
     use super::{
         super::contract::{self, EtcdServer},
         *,
@@ -410,6 +412,61 @@ mod tests {
         assert!(open(None).await.is_err());
         let absent = TlsFiles { ca: "/nonexistent/ca.pem".into(), identity: None };
         assert!(matches!(open(Some(absent)).await, Err(StoreError::File { .. })));
+    }
+
+    /// A user who may read and write keys under one prefix, and nothing else. Everybody must log in from now on.
+    async fn admit(server: &EtcdServer, user: &str, password: &str, prefix: &str) {
+        let client = Client::connect([&server.endpoint], None).await.unwrap();
+        let mut auth = client.auth_client();
+        auth.user_add("root", "r", None).await.unwrap();
+        auth.role_add("root").await.unwrap();
+        auth.user_grant_role("root", "root").await.unwrap();
+        auth.user_add(user, password, None).await.unwrap();
+        auth.role_add("ours").await.unwrap();
+        auth.role_grant_permission("ours", Permission::read_write(prefix).with_prefix()).await.unwrap();
+        auth.user_grant_role(user, "ours").await.unwrap();
+        auth.auth_enable().await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn logs_in_where_users_are_known() {
+        let mut server = EtcdServer::start();
+        admit(&server, "us", "secret", "phalanx/").await;
+        let open = async |login: &str, options: OpenOptions| {
+            EtcdStore::connect(location(&format!("{login}{}", server.endpoint)), &options).await
+        };
+        let apart = ("us".to_owned(), "secret".to_owned());
+        let apart = OpenOptions { credentials: Some(apart), ..OpenOptions::default() };
+        open("", apart).await.unwrap();
+        let store: Arc<dyn MembershipStore> = Arc::new(open("us:secret@", OpenOptions::default()).await.unwrap());
+        // The rights on the prefix are all that is needed.
+        contract::check(&*store).await;
+        contract::check_election(&store).await;
+
+        for wrong in ["", "us:guess@", "them:secret@"] {
+            let refused = open(wrong, OpenOptions::default()).await.err().unwrap();
+            assert!(matches!(refused, StoreError::Refused { .. }), "{wrong}: {refused}");
+        }
+        let elsewhere = location(&format!("us:secret@{}/other", server.endpoint));
+        let refused = EtcdStore::connect(elsewhere, &OpenOptions::default()).await.err().unwrap();
+        assert!(matches!(&refused, StoreError::Refused { reason, .. } if reason.contains("denied")), "{refused}");
+
+        // A server that starts again has forgotten who is logged in.
+        server.restart();
+        contract::retry(async || store.put("k", b"2".to_vec(), None).await).await;
+        assert_eq!(store.get("k").await.unwrap().unwrap().value, b"2");
+        let lease = store.grant_lease(Duration::from_secs(60)).await.unwrap();
+        store.keep_alive(lease).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_endpoint_of_several_is_enough() {
+        let server = EtcdServer::start();
+        // Port 1 (tcpmux) is closed on any machine that runs tests.
+        let several = location(&format!("127.0.0.1:1,{}", server.endpoint));
+        let store = contract::retry(async || EtcdStore::connect(several.clone(), &OpenOptions::default()).await).await;
+        contract::retry(async || store.put("k", b"1".to_vec(), None).await).await;
+        assert_eq!(contract::retry(async || store.get("k").await).await.unwrap().value, b"1");
     }
 
     #[tokio::test(flavor = "multi_thread")]

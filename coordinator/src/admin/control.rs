@@ -76,13 +76,10 @@ impl Leading {
 fn not_leading(view: &View) -> AdminError {
     // One that leads no longer may not know of another yet.
     let other = view.leader.as_ref().filter(|leader| !leader.record.is_same_life(&view.me));
-    let url = |address: &str| format!("http://{address}");
-    AdminError::NotLeader(
-        other.map(|leader| LeaderAddress {
-            http: url(&leader.record.http_address),
-            grpc: url(&leader.record.grpc_address),
-        }),
-    )
+    AdminError::NotLeader(other.map(|leader| LeaderAddress {
+        http: format!("http://{}", leader.record.http_address),
+        grpc: leader.record.grpc_url(),
+    }))
 }
 
 #[tonic::async_trait]

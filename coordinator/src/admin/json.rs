@@ -47,6 +47,7 @@ struct MemberJson<'a> {
     kv_bytes: u64,
     resident_bytes: u64,
     silent_ms: u32,
+    lease_ms: Option<u32>,
 }
 
 #[derive(Debug, Serialize)]
@@ -104,6 +105,7 @@ impl<'a> From<&'a Member> for MemberJson<'a> {
             kv_bytes: member.kv_bytes,
             resident_bytes: member.resident_bytes,
             silent_ms: member.silent_ms,
+            lease_ms: member.lease_ms,
         }
     }
 }
@@ -187,7 +189,7 @@ mod tests {
         assert_eq!(
             keys(&json["members"][0]),
             "shard_id role rank prepared_ranks device threads host_id pid incarnation version collective_address \
-             weight_bytes kv_bytes resident_bytes silent_ms"
+             weight_bytes kv_bytes resident_bytes silent_ms lease_ms"
         );
         assert_eq!(keys(&json["load"]), "requests sequences_waiting sequences_running kv_blocks_used kv_blocks");
         assert!(json["waits_for"].is_null() && json["members"][0]["rank"].is_null());

@@ -8,7 +8,7 @@ use ractor::rpc::CallResult;
 use super::AdminError;
 use crate::{
     group::actor::GroupMsg,
-    leadership::LeadershipView,
+    leadership::{LeadershipView, shards::ShardRegistry},
     membership::actor::GroupAddress,
     scheduler::{actor::SchedulerHandle, event::Status},
 };
@@ -24,12 +24,18 @@ pub struct StatusSource {
     group: GroupAddress,
     scheduler: Option<SchedulerHandle>,
     leadership: LeadershipView,
+    leases: Option<ShardRegistry>,
 }
 
 impl StatusSource {
     /// Of one leadership. Without a scheduler no load is told.
     pub fn new(group: GroupAddress, scheduler: Option<SchedulerHandle>, leadership: LeadershipView) -> Self {
-        Self { group, scheduler, leadership }
+        Self { group, scheduler, leadership, leases: None }
+    }
+
+    /// Shows how the leases of members stand.
+    pub fn with_leases(self, leases: ShardRegistry) -> Self {
+        Self { leases: Some(leases), ..self }
     }
 
     /// The present state.
@@ -47,9 +53,13 @@ impl StatusSource {
             Some(scheduler) => scheduler.status(LOAD_LIMIT).await.map(load_of),
             None => None,
         };
+        let mut status = *status;
+        if let Some(leases) = &self.leases {
+            leases.show(&mut status.members);
+        }
         let view = self.leadership.get();
         let term = view.session.map_or(0, |s| s.term);
-        Ok(StatusResponse { term, coordinators: view.listed(), load, ..*status })
+        Ok(StatusResponse { term, coordinators: view.listed(), load, ..status })
     }
 }
 

@@ -31,6 +31,7 @@ pub fn status() -> StatusResponse {
         threads: 2,
         incarnation: 7,
         collective_address: "127.0.0.1:5000".to_owned(),
+        lease_ms: Some(2500),
     };
     StatusResponse {
         epoch: 7,

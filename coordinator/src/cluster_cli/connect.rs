@@ -5,10 +5,9 @@
 
 use std::{error::Error, fmt, time::Duration};
 
-use tonic::{
-    Code, Status,
-    transport::{Channel, Endpoint},
-};
+use phalanx_cluster::error_text::with_causes;
+use phalanx_proto::dial::Dialer;
+use tonic::{Code, Status, transport::Channel};
 
 use crate::leadership::standby::LEADER_METADATA;
 
@@ -27,27 +26,39 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 pub(super) struct Url(String);
 
 impl Url {
-    /// `http://HOST:PORT`; scheme and port may be left out.
+    /// `http://HOST:PORT` or `https://HOST:PORT`; scheme and port may be left out.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let wrong =
             || "want http://HOST:PORT, with the port of gRPC (50051 unless --grpc-port says otherwise)".to_owned();
         let text = text.trim();
-        let authority = match text.split_once("://") {
-            Some(("http", rest)) => rest,
-            Some(("https", _)) => return Err("TLS is not supported yet: want http://HOST:PORT".to_owned()),
+        let (scheme, authority) = match text.split_once("://") {
+            Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
             Some(_) => return Err(wrong()),
-            None => text,
+            None => ("http", text),
         };
         let authority: http::uri::Authority = authority.trim_end_matches('/').parse().map_err(|_| wrong())?;
         if authority.host().is_empty() || authority.as_str().contains('@') {
             return Err(wrong());
         }
         match authority.port_u16() {
-            Some(_) => Ok(Self(format!("http://{authority}"))),
-            None if authority.as_str() == authority.host() => Ok(Self(format!("http://{authority}:{DEFAULT_PORT}"))),
+            Some(_) => Ok(Self(format!("{scheme}://{authority}"))),
+            None if authority.as_str() == authority.host() => {
+                Ok(Self(format!("{scheme}://{authority}:{DEFAULT_PORT}")))
+            }
             // Something behind the host that is no port.
             None => Err(wrong()),
         }
+    }
+
+    /// Whether it asks for TLS.
+    pub(super) fn wants_tls(&self) -> bool {
+        self.0.starts_with("https://")
+    }
+
+    /// The same, as it is dialled.
+    fn dialled(self, dialer: &Dialer) -> Self {
+        let authority = self.0.split_once("://").map_or(self.0.as_str(), |(_, rest)| rest);
+        Self(format!("{}://{authority}", dialer.scheme()))
     }
 }
 
@@ -93,12 +104,13 @@ fn advice(status: &Status) -> &'static str {
 #[derive(Debug, Clone)]
 pub(super) struct Coordinators {
     urls: Vec<Url>,
+    dialer: Dialer,
 }
 
 impl Coordinators {
-    /// In the order in which they are to be tried.
-    pub(super) fn new(urls: Vec<Url>) -> Self {
-        Self { urls }
+    /// In the order in which they are to be tried. With certificates all are dialled over TLS, whatever their URLs say.
+    pub(super) fn new(urls: Vec<Url>, dialer: Dialer) -> Self {
+        Self { urls: urls.into_iter().map(|url| url.dialled(&dialer)).collect(), dialer }
     }
 
     /// Makes a call to the first coordinator that answers, or to the one that it names as leader.
@@ -107,38 +119,50 @@ impl Coordinators {
     pub(super) async fn ask<T>(&self, call: impl AsyncFn(Channel) -> Result<T, Status>) -> Result<T, CallError> {
         let mut tried = Vec::new();
         for url in &self.urls {
-            let status = match attempt(url, &call).await {
+            let status = match self.attempt(url, &call).await {
                 Ok(answer) => return Ok(answer),
                 Err(status) => status,
             };
-            match leader(&status) {
-                Some(leader) => match attempt(&leader, &call).await {
+            match leader(&status).map(|url| url.dialled(&self.dialer)) {
+                Some(leader) => match self.attempt(&leader, &call).await {
                     Ok(answer) => return Ok(answer),
-                    Err(status) if is_gone(&status) => tried.push((leader, reason(&status))),
+                    Err(status) if is_gone(&status) => tried.push((leader, self.reason(&status))),
                     Err(status) => return Err(CallError::Refused(Box::new(status))),
                 },
-                None if is_gone(&status) => tried.push((url.clone(), reason(&status))),
+                None if is_gone(&status) => tried.push((url.clone(), self.reason(&status))),
                 None => return Err(CallError::Refused(Box::new(status))),
             }
         }
         Err(CallError::Nobody(tried))
     }
-}
 
-async fn attempt<T>(url: &Url, call: impl AsyncFn(Channel) -> Result<T, Status>) -> Result<T, Status> {
-    let endpoint = Endpoint::from_shared(url.0.clone())
-        .map_err(|e| Status::from_error(e.into()))?
-        .connect_timeout(CONNECT_LIMIT)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true);
-    let channel = endpoint.connect().await.map_err(|e| {
-        let why = innermost(&e);
-        let mut status = Status::unavailable(why);
-        status.set_source(std::sync::Arc::new(e));
-        status
-    })?;
-    call(channel).await
+    async fn attempt<T>(&self, url: &Url, call: impl AsyncFn(Channel) -> Result<T, Status>) -> Result<T, Status> {
+        let endpoint = self
+            .dialer
+            .endpoint(&url.0)
+            .map_err(|e| Status::from_error(e.into()))?
+            .connect_timeout(CONNECT_LIMIT)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await.map_err(|e| {
+            let why = innermost(&e);
+            let mut status = Status::unavailable(why);
+            status.set_source(std::sync::Arc::new(e));
+            status
+        })?;
+        call(channel).await
+    }
+
+    fn reason(&self, status: &Status) -> String {
+        match status.source() {
+            Some(source) => match self.dialer.advice(&with_causes(source)) {
+                Some(advice) => advice.to_owned(),
+                None => innermost(source),
+            },
+            None => message(status),
+        }
+    }
 }
 
 /// Whether another coordinator may do better: this one can't be reached, went away, or can't answer at present.
@@ -158,13 +182,6 @@ fn leader(status: &Status) -> Option<Url> {
         return None;
     }
     Url::parse(status.metadata().get(LEADER_METADATA)?.to_str().ok()?).ok()
-}
-
-fn reason(status: &Status) -> String {
-    match status.source() {
-        Some(source) => innermost(source),
-        None => message(status),
-    }
 }
 
 /// The last cause of an error: the ones around it say "transport error".
@@ -201,7 +218,9 @@ mod tests {
         {
             assert!(parsed(text).unwrap_err().contains("http://HOST:PORT"), "{text}");
         }
-        assert!(parsed("https://host:7").unwrap_err().contains("TLS"));
+        let secure = Url::parse("https://host:7").unwrap();
+        assert!(secure.wants_tls());
+        assert_eq!(secure.dialled(&Dialer::default()).to_string(), "http://host:7");
     }
 
     #[test]

@@ -16,11 +16,14 @@ mod text;
 use std::{
     ffi::{OsStr, OsString},
     io::{self, Write},
+    path::PathBuf,
     pin::Pin,
     process::ExitCode,
 };
 
-use clap::{Arg, ArgMatches};
+use clap::{Arg, ArgMatches, error::ErrorKind};
+use phalanx_cluster::{error_text::with_causes, tls::ClusterTls};
+use phalanx_proto::dial::Dialer;
 
 use self::connect::{CallError, Coordinators, DEFAULT_COORDINATOR};
 
@@ -28,6 +31,9 @@ use self::connect::{CallError, Coordinators, DEFAULT_COORDINATOR};
 pub const CLUSTER: &str = "cluster";
 
 const COORDINATOR: &str = "coordinator";
+const CLUSTER_CA: &str = "cluster-ca";
+const CLUSTER_CERT: &str = "cluster-cert";
+const CLUSTER_KEY: &str = "cluster-key";
 
 /// One command.
 struct Command {
@@ -105,11 +111,34 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 async fn run(mut matches: ArgMatches) -> Result<(), CliError> {
-    let urls = matches.remove_many::<connect::Url>(COORDINATOR).map(Iterator::collect).unwrap_or_default();
-    let coordinators = Coordinators::new(urls);
+    let urls: Vec<connect::Url> = matches.remove_many(COORDINATOR).map(Iterator::collect).unwrap_or_default();
+    let coordinators = Coordinators::new(urls.clone(), dialer(&mut matches, &urls)?);
     let (name, options) = matches.remove_subcommand().expect("clap asks for a command");
     let command = COMMANDS.iter().find(|c| (c.spec)().get_name() == name).expect("clap knows these commands only");
     (command.run)(options, coordinators).await
+}
+
+/// How coordinators are dialled.
+fn dialer(matches: &mut ArgMatches, urls: &[connect::Url]) -> Result<Dialer, CliError> {
+    let wrong = |reason: String| clap::Error::raw(ErrorKind::ValueValidation, format!("{reason}\n"));
+    let mut file = |name| matches.remove_one::<PathBuf>(name);
+    let (ca, certificate, key) = (file(CLUSTER_CA), file(CLUSTER_CERT), file(CLUSTER_KEY));
+    match ClusterTls::read(ca, certificate, key).map_err(|e| wrong(e.to_string()))? {
+        Some(tls) => Ok(Dialer::with_certificates(&tls.ca, &tls.certificate, &tls.key)
+            .map_err(|e| wrong(tls.unusable(with_causes(&e)).to_string()))?),
+        None => match urls.iter().find(|url| url.wants_tls()) {
+            Some(url) => {
+                Err(wrong(format!("--{COORDINATOR} {url}: needs --{CLUSTER_CA}, --{CLUSTER_CERT} and --{CLUSTER_KEY}"))
+                    .into())
+            }
+            None => Ok(Dialer::default()),
+        },
+    }
+}
+
+fn file_option(name: &'static str, variable: &'static str, help: &'static str) -> Arg {
+    let arg = Arg::new(name).long(name).global(true).env(variable).value_name("FILE");
+    arg.value_parser(clap::value_parser!(PathBuf)).help(help)
 }
 
 fn spec() -> clap::Command {
@@ -133,6 +162,17 @@ fn spec() -> clap::Command {
                 .value_parser(connect::Url::parse)
                 .help("gRPC addresses of coordinators, as http://HOST:PORT; the first that answers is asked"),
         )
+        .arg(file_option(
+            CLUSTER_CA,
+            "PHALANX_CLUSTER_CA",
+            "PEM file with the authority of the cluster's certificates: speak TLS [default: plain text]",
+        ))
+        .arg(file_option(
+            CLUSTER_CERT,
+            "PHALANX_CLUSTER_CERT",
+            "PEM file with the certificate that coordinators are shown",
+        ))
+        .arg(file_option(CLUSTER_KEY, "PHALANX_CLUSTER_KEY", "PEM file with that certificate's key"))
         .subcommands(COMMANDS.iter().map(|command| (command.spec)()))
 }
 

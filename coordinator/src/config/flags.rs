@@ -33,6 +33,7 @@ const OTHER_VARIABLES: &[&str] =
                   (TOML; the option's name with underscores). Flags come before variables, variables before the file.\n\n\
                   `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\
                   `coordinator cluster --help` shows and changes a running cluster: status, drain, undrain, rollout, plan.\n\
+                  `coordinator certs --help` makes certificates for the cluster's own connections.\n\
                   `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
@@ -239,6 +240,22 @@ pub struct Flags {
     #[arg(long, env = "PHALANX_JOIN_TOKEN_FILE", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub join_token_file: Option<PathBuf>,
+
+    /// PEM file with the authority that the cluster's certificates come from: the gRPC port speaks TLS, and shards and other
+    /// coordinators must show a certificate of it; `coordinator certs init --help` makes some [default: plain text]
+    #[arg(long, env = "PHALANX_CLUSTER_CA", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_ca: Option<PathBuf>,
+
+    /// PEM file with the certificate that this coordinator and its local shards show
+    #[arg(long, env = "PHALANX_CLUSTER_CERT", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_cert: Option<PathBuf>,
+
+    /// PEM file with that certificate's key
+    #[arg(long, env = "PHALANX_CLUSTER_KEY", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_key: Option<PathBuf>,
 
     /// Where shards, clients and other coordinators reach this one: a host name or an address [default: the --host
     /// address; where that means all, the first that is not for this machine alone]

@@ -75,6 +75,7 @@ fn contradictions_are_refused() {
     assert!(refused(&["--host", "nowhere.example"]).contains("IP address"));
     assert!(refused(&["--chat-template", "/does/not/exist"]).contains("/does/not/exist"));
     assert!(refused(&["--log-level", "a=b=c"]).contains("log-level"));
+    assert!(refused(&["--cluster-ca", "/does/not/exist"]).contains("--cluster-cert and --cluster-key too"));
     assert!(refused(&["--tensor-paralel-size", "1"]).contains("--tensor-parallel-size"));
 }
 

@@ -1,6 +1,7 @@
 //! The group's actor: what it is told, and what it tells others.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -131,6 +132,9 @@ pub struct GroupConfig {
     pub name: String,
     /// Every formation's `Form`, but for what differs between formations and ranks.
     pub form: Form,
+    /// Shards that were attached to the last leader, where each was seen, and until when the first formation waits for those
+    /// of them that had a rank.
+    pub expected: (BTreeMap<ShardId, String>, Instant),
     /// Where the epoch lives.
     pub store: Arc<dyn MembershipStore>,
     /// Takes what the scheduler must know. Must not block.
@@ -172,6 +176,7 @@ impl Actor for Group {
         let drained = drained::load(&*config.store).await?;
         let mut machine = GroupMachine::new(config.settings.clone(), epoch, record.ranks, Instant::now());
         machine.remember_drained(drained.clone());
+        machine.expect(config.expected.0.clone(), config.expected.1);
         let drained = DrainedRecord::start(Arc::clone(&config.store), drained);
         metrics::gauge!(names::EPOCH).set(record.epoch as f64);
         Ok(State::new(config, machine, drained, Alarm::start(myself)))
@@ -193,6 +198,7 @@ impl Actor for Group {
                     memory_bytes: hello.memory_bytes,
                     takes_mirror: !hello.mirror_address.is_empty(),
                 };
+                state.machine.saw(&candidate.shard, link.host());
                 state.seats.insert(*hello, link);
                 state.step(&myself, Event::Arrived(candidate), None)?;
             }

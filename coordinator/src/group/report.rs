@@ -33,6 +33,8 @@ pub fn status(config: &GroupConfig, machine: &GroupMachine, seats: &Seats, now: 
         threads: seat.hello.threads,
         incarnation: seat.hello.incarnation,
         collective_address: seat.hello.collective_address.clone(),
+        // Leases are not the group's to know.
+        lease_ms: None,
     };
     StatusResponse {
         epoch: machine.epoch().raw(),

@@ -22,6 +22,7 @@ use super::{
     CoordinatorRecord, Leader, LeadershipView, View,
     machine::{Action, Event, Machine},
     registry,
+    shards::{ShardKeeper, ShardRegistry},
 };
 
 /// Key that the leader holds.
@@ -70,6 +71,7 @@ enum Input {
 pub struct LeadershipHandle {
     inputs: mpsc::UnboundedSender<Input>,
     view: LeadershipView,
+    shards: ShardRegistry,
 }
 
 impl LeadershipHandle {
@@ -81,15 +83,21 @@ impl LeadershipHandle {
         let (inputs, receiver) = mpsc::unbounded_channel();
         let first = View { me: config.me.clone(), coordinators: vec![config.me.clone()], ..View::default() };
         let (sender, view) = watch::channel(first);
+        let (keeper, shards) = ShardKeeper::new();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         // Weak, so that the thread ends with the last handle.
         let own = inputs.downgrade();
         thread::Builder::new().name("leadership".to_owned()).spawn(move || {
-            runtime.block_on(run(config, own, receiver, sender));
+            runtime.block_on(run(config, own, receiver, keeper, sender));
             // A call to a silent store holds up nobody.
             runtime.shutdown_background();
         })?;
-        Ok(Self { inputs, view: LeadershipView::new(view) })
+        Ok(Self { inputs, view: LeadershipView::new(view), shards })
+    }
+
+    /// Keeps the records of shards in the store, on the thread that keeps leases.
+    pub fn shards(&self) -> ShardRegistry {
+        self.shards.clone()
     }
 
     /// What is known.
@@ -131,6 +139,7 @@ async fn run(
     config: LeadershipConfig,
     own: mpsc::WeakUnboundedSender<Input>,
     mut inputs: mpsc::UnboundedReceiver<Input>,
+    shards: ShardKeeper,
     view: watch::Sender<View>,
 ) {
     let Some(store) = open(&config.store, &view).await else { return };
@@ -139,8 +148,9 @@ async fn run(
         return;
     };
     let registrar = registry::Registrar::new(Arc::clone(&store), config.me.clone(), value.clone(), config.ttl);
-    let (leaving, stays) = watch::channel(false);
-    let registration = tokio::spawn(registrar.clone().keep(stays));
+    let (kept, registered) = registrar.kept();
+    let registration = tokio::spawn(kept.run());
+    tokio::spawn(shards.run(Arc::clone(&store), config.ttl, LeadershipView::new(view.subscribe())));
     let listeners = own.clone();
     tokio::spawn(async move {
         registrar
@@ -178,10 +188,10 @@ async fn run(
                 for leadership in held {
                     release(leadership, call_limit).await;
                 }
-                leaving.send_replace(true);
+                registered.send_replace(None);
                 if !registration.is_finished() {
                     // Its own task revokes the lease; a short wait, so that others know before the process is gone.
-                    let _ = timeout(call_limit, leaving.closed()).await;
+                    let _ = timeout(call_limit, registered.closed()).await;
                 }
                 // Who asked may have given up.
                 let _ = done.send(());

@@ -5,12 +5,15 @@
 
 use std::{io::ErrorKind, sync::Arc, time::Duration};
 
-use phalanx_proto::v1::{JournalRequest, leadership_client::LeadershipClient};
+use phalanx_cluster::error_text::with_causes;
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{JournalRequest, leadership_client::LeadershipClient},
+};
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
 };
-use tonic::transport::Endpoint;
 
 use super::{Leader, actor::LeadershipHandle, journal_feed::JournalSink};
 
@@ -29,14 +32,14 @@ const PROBE_LIMIT: Duration = Duration::from_millis(250);
 const MESSAGE_LIMIT: usize = 64 << 20;
 
 /// Follows whoever leads, for the life of the process.
-pub async fn follow(leadership: LeadershipHandle, journal: Arc<dyn JournalSink>) {
+pub async fn follow(dialer: Dialer, leadership: LeadershipHandle, journal: Arc<dyn JournalSink>) {
     let mut view = leadership.view();
     loop {
         let seen = view.wait_for(|v| v.session.is_none() && v.leader.is_some()).await;
         let Some(leader) = seen.leader else { continue };
         let mut others = leadership.view();
         let is_over = tokio::select! {
-            was_attached = listen(&seen.me.coordinator_id, &leader, &*journal) => {
+            was_attached = listen(&dialer, &seen.me.coordinator_id, &leader, &*journal) => {
                 // An address that never answered may be wrong: nothing follows from its silence.
                 if was_attached && is_dead(&leader.record.grpc_address).await {
                     leadership.leader_died(leader.term);
@@ -52,25 +55,30 @@ pub async fn follow(leadership: LeadershipHandle, journal: Arc<dyn JournalSink>)
 }
 
 /// Takes the leader's journal until the stream ends; says whether there was one.
-async fn listen(own_name: &str, leader: &Leader, journal: &dyn JournalSink) -> bool {
+async fn listen(dialer: &Dialer, own_name: &str, leader: &Leader, journal: &dyn JournalSink) -> bool {
     let attach = async {
-        let endpoint = Endpoint::from_shared(format!("http://{}", leader.record.grpc_address))
-            .map_err(|e| e.to_string())?
+        let endpoint = dialer
+            .endpoint(&leader.record.grpc_address)
+            .map_err(|e| with_causes(&e))?
             .connect_timeout(CONNECT_LIMIT)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_LIMIT)
             .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|e| e.to_string())?;
+        let channel = endpoint.connect().await.map_err(|e| with_causes(&e))?;
         let mut client = LeadershipClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT);
         let request = JournalRequest { coordinator_id: own_name.to_owned() };
         let answer = timeout(CONNECT_LIMIT, client.journal(request)).await.map_err(|e| e.to_string())?;
-        Ok::<_, String>(answer.map_err(|status| status.to_string())?.into_inner())
+        Ok::<_, String>(answer.map_err(|status| with_causes(&status))?.into_inner())
     };
     let mut stream = match attach.await {
         Ok(stream) => stream,
         Err(reason) => {
-            tracing::debug!(leader = leader.record.coordinator_id, reason, "the leader can't be followed");
+            // What a certificate is wrong for does not mend itself: that is said aloud.
+            match dialer.advice(&reason) {
+                Some(advice) => tracing::warn!(leader = leader.record.coordinator_id, reason, "{advice}"),
+                None => tracing::debug!(leader = leader.record.coordinator_id, reason, "the leader can't be followed"),
+            }
             return false;
         }
     };

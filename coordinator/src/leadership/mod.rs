@@ -9,9 +9,11 @@ pub mod actor;
 pub mod address;
 pub mod follower;
 pub mod journal_feed;
+pub mod kept;
 pub mod machine;
 pub mod registry;
 pub mod service;
+pub mod shards;
 pub mod standby;
 pub mod switch;
 
@@ -32,6 +34,9 @@ pub struct CoordinatorRecord {
     /// HOST:PORT where clients, shards and other coordinators reach its gRPC services.
     #[serde(default)]
     pub grpc_address: String,
+    /// Whether those services want TLS.
+    #[serde(default)]
+    pub grpc_speaks_tls: bool,
     /// Of the program.
     #[serde(default)]
     pub version: String,
@@ -47,6 +52,11 @@ impl CoordinatorRecord {
     /// Whether this is the very same process.
     pub fn is_same_life(&self, other: &Self) -> bool {
         self.coordinator_id == other.coordinator_id && self.incarnation == other.incarnation
+    }
+
+    /// URL of its gRPC services.
+    pub fn grpc_url(&self) -> String {
+        format!("{}://{}", if self.grpc_speaks_tls { "https" } else { "http" }, self.grpc_address)
     }
 
     /// Whether this process, which listens at its addresses, proves that the other one is gone.

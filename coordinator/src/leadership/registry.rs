@@ -4,21 +4,17 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use phalanx_cluster::store::{MembershipStore, Record, StoreError, WatchEvent};
-use tokio::{
-    sync::watch,
-    time::{sleep, timeout},
-};
+use tokio::time::sleep;
 
-use super::CoordinatorRecord;
+use super::{
+    CoordinatorRecord,
+    kept::{Kept, Wish},
+};
 
 /// Keys of coordinators begin so.
 const PREFIX: &str = "coordinators/";
-/// Renewals in a lease's time to live.
-const RENEWALS: u32 = 3;
 /// Pause before a store is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
-/// Longest wait for the store to forget a coordinator that leaves.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Keeps one record, and reads all.
 #[derive(Clone)]
@@ -35,36 +31,10 @@ impl Registrar {
         Self { store, me, value, ttl }
     }
 
-    /// Keeps the record until it is told to leave.
-    pub async fn keep(self, mut leaving: watch::Receiver<bool>) {
-        loop {
-            match self.register(&mut leaving).await {
-                Ok(()) => return,
-                // A lease that ended means that the store, or this process, was away: the record is simply put again.
-                Err(error) => tracing::debug!(%error, "registering this coordinator again"),
-            }
-            tokio::select! {
-                () = sleep(RETRY_PAUSE) => {}
-                () = told(&mut leaving) => return,
-            }
-        }
-    }
-
-    async fn register(&self, leaving: &mut watch::Receiver<bool>) -> Result<(), StoreError> {
-        let lease = self.store.grant_lease(self.ttl).await?;
+    /// What keeps the record, and what takes it back.
+    pub fn kept(&self) -> (Kept, Wish) {
         let key = format!("{PREFIX}{}", self.me.coordinator_id);
-        self.store.put(&key, self.value.clone(), Some(lease)).await?;
-        loop {
-            tokio::select! {
-                () = sleep(self.ttl / RENEWALS) => self.store.keep_alive(lease).await?,
-                () = told(leaving) => {
-                    if timeout(FAREWELL_LIMIT, self.store.revoke_lease(lease)).await.is_err() {
-                        tracing::debug!("the store does not answer: this coordinator's record goes with its lease");
-                    }
-                    return Ok(());
-                }
-            }
-        }
+        Kept::new(Arc::clone(&self.store), key, self.value.clone(), self.ttl)
     }
 
     /// Says who is registered, now and at every change, until nobody listens.
@@ -110,9 +80,4 @@ impl Registrar {
         by_name.insert(self.me.coordinator_id.clone(), self.me.clone());
         by_name.into_values().collect()
     }
-}
-
-/// Waits until this coordinator leaves. An error means that the process is being torn down.
-async fn told(leaving: &mut watch::Receiver<bool>) {
-    let _ = leaving.wait_for(|l| *l).await;
 }

@@ -2,13 +2,17 @@
 
 use std::time::Duration;
 
-use phalanx_proto::v1::{
-    CoordinatorMessage, ShardMessage, StatusRequest, StatusResponse,
-    cluster_client::ClusterClient,
-    cluster_server::{self, ClusterServer},
+use phalanx_cluster::error_text::with_causes;
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{
+        CoordinatorMessage, ShardMessage, StatusRequest, StatusResponse,
+        cluster_client::ClusterClient,
+        cluster_server::{self, ClusterServer},
+    },
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming, metadata::MetadataValue, transport::Endpoint};
+use tonic::{Request, Response, Status, Streaming, metadata::MetadataValue};
 
 use super::{LeadershipView, View};
 use crate::{
@@ -16,7 +20,7 @@ use crate::{
     scheduler::handle::{Readiness, RequestStream, Submit},
 };
 
-/// Metadata of a refusal: where the leader is, as `http://HOST:PORT`.
+/// Metadata of a refusal: where the leader is, as `http://HOST:PORT`, or `https://` where it wants TLS.
 pub const LEADER_METADATA: &str = "phalanx-leader";
 /// Set on calls that were passed on, so that they are not passed on again.
 const FORWARDED_METADATA: &str = "phalanx-forwarded";
@@ -25,13 +29,14 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The `Cluster` service of a standby.
 pub struct StandbyCluster {
+    dialer: Dialer,
     view: LeadershipView,
 }
 
 impl StandbyCluster {
     /// As a gRPC service.
-    pub fn server(view: LeadershipView) -> ClusterServer<Self> {
-        ClusterServer::new(Self { view })
+    pub fn server(dialer: Dialer, view: LeadershipView) -> ClusterServer<Self> {
+        ClusterServer::new(Self { dialer, view })
     }
 }
 
@@ -42,7 +47,7 @@ pub fn not_leading(view: &View) -> Status {
     };
     let id = &leader.record.coordinator_id;
     let mut status = Status::failed_precondition(format!("this coordinator stands by; {id} leads"));
-    if let Ok(address) = MetadataValue::try_from(format!("http://{}", leader.record.grpc_address)) {
+    if let Ok(address) = MetadataValue::try_from(leader.record.grpc_url()) {
         status.metadata_mut().insert(LEADER_METADATA, address);
     }
     status
@@ -63,13 +68,17 @@ impl cluster_server::Cluster for StandbyCluster {
         if request.metadata().contains_key(FORWARDED_METADATA) {
             return Err(not_leading(&self.view.get()));
         }
-        let channel = Endpoint::from_shared(format!("http://{}", leader.record.grpc_address))
-            .map_err(|e| Status::internal(e.to_string()))?
+        let channel = self
+            .dialer
+            .endpoint(&leader.record.grpc_address)
+            .map_err(|e| Status::internal(with_causes(&e)))?
             .connect_timeout(CALL_LIMIT)
             .timeout(CALL_LIMIT)
             .connect()
             .await
-            .map_err(|e| Status::unavailable(format!("{} leads, but: {e}", leader.record.coordinator_id)))?;
+            .map_err(|e| {
+                Status::unavailable(format!("{} leads, but: {}", leader.record.coordinator_id, with_causes(&e)))
+            })?;
         let mut call = Request::new(StatusRequest {});
         call.metadata_mut().insert(FORWARDED_METADATA, MetadataValue::from_static("1"));
         ClusterClient::new(channel).status(call).await

@@ -1,14 +1,15 @@
 //! What a leader has and a standby has not: scheduler, membership, group.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use metrics_exporter_prometheus::PrometheusHandle;
-use phalanx_cluster::store::MembershipStore;
-use phalanx_proto::v1::Form;
+use phalanx_cluster::{id::ShardId, store::MembershipStore};
+use phalanx_proto::{dial::Dialer, v1::Form};
 use ractor::{Actor, ActorRef, rpc::CallResult};
 use tokio::{
     sync::mpsc,
@@ -21,10 +22,10 @@ use crate::{
     frontend::{self, FrontendState},
     group::{
         actor::{GroupConfig, GroupMsg, Notice},
-        machine::{MirrorTo, Settings},
+        machine::{MirrorTo, OWNERS_LIMIT, Settings},
     },
     leadership::{
-        LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot,
+        LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot, shards,
     },
     membership::actor::{GroupAddress, Membership, MembershipMsg},
     model::OpenedModel,
@@ -52,6 +53,8 @@ pub struct Foundation {
     pub store: Arc<dyn MembershipStore>,
     /// Opened on leaders and standbys alike, so that a takeover is quick.
     pub model: OpenedModel,
+    /// How other coordinators are reached.
+    pub dialer: Dialer,
     /// Of the process.
     pub metrics: PrometheusHandle,
     /// Says who leads.
@@ -115,6 +118,7 @@ impl Parts {
         .await
         .context("the scheduler can't be started")?;
 
+        let expected = (expected(&*base.store).await, std::time::Instant::now() + OWNERS_LIMIT);
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let to_scheduler = scheduler.clone();
         let group_config = GroupConfig {
@@ -143,6 +147,7 @@ impl Parts {
                 term: session.term,
                 ..Form::default()
             },
+            expected,
             store: Arc::clone(&base.store),
             scheduler: Box::new(move |event| to_scheduler.group_event(event)),
             notices: notice_sender,
@@ -207,4 +212,24 @@ impl Parts {
             }
         }
     }
+}
+
+/// Shards that were attached to the last leader, and where each was seen. They are not members before they attach here.
+async fn expected(store: &dyn MembershipStore) -> BTreeMap<ShardId, String> {
+    let records = match timeout(CALL_LIMIT, shards::recorded(store)).await {
+        Ok(Ok(records)) => records,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "the store does not say which shards to expect: waiting for none in particular");
+            Vec::new()
+        }
+        Err(_) => {
+            tracing::warn!("the store does not say in time which shards to expect: waiting for none in particular");
+            Vec::new()
+        }
+    };
+    for record in &records {
+        let (shard, host, pid) = (&record.shard_id, &record.host, record.pid);
+        tracing::info!(shard, host, pid, coordinator = record.coordinator_id, term = record.term, "seen before");
+    }
+    records.into_iter().map(|record| (ShardId(record.shard_id), record.host)).collect()
 }

@@ -8,10 +8,17 @@ use std::{
 
 use anyhow::Context;
 use axum::Router;
+use phalanx_cluster::tls::ClusterTls;
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
-use tonic::{service::Routes, transport::server::TcpIncoming};
+use tonic::{
+    service::Routes,
+    transport::{Certificate, Identity, ServerTlsConfig, server::TcpIncoming},
+};
 
-use super::parts::{Foundation, Parts};
+use super::{
+    gate,
+    parts::{Foundation, Parts},
+};
 use crate::{
     admin::{
         self,
@@ -35,6 +42,8 @@ use crate::{
 
 /// HTTP/2 window: a large message comes in without waiting for window updates.
 const WINDOW_BYTES: u32 = 8 << 20;
+/// Longest wait for a TLS handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for answers to leave the process after their requests are finished.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
@@ -83,17 +92,23 @@ impl Servers {
         let limits = frontend::Limits::of(&base.config);
         let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone());
         let is_shared = !base.store.is_exclusive();
-        let inference = InferenceGateway::new(base.view(), is_shared);
+        let inference = InferenceGateway::new(base.dialer.clone(), base.view(), is_shared);
         let control = ControlSlot::new(Arc::new(StandingBy::new(base.view())));
         let standby_grpc = grpc_services(base, state.clone(), &inference, &control)?
-            .add_service(StandbyCluster::server(base.view()))
+            .add_service(StandbyCluster::server(base.dialer.clone(), base.view()))
             .prepare()
             .into_axum_router();
         let grpc_switch = Switch::new(standby_grpc.clone());
-        let grpc = tonic::transport::Server::builder()
+        let mut doors = Router::new().fallback_service(grpc_switch.clone());
+        let mut server = tonic::transport::Server::builder();
+        if let Some(tls) = &base.config.cluster_tls {
+            server = server.tls_config(demanded(tls)).context("--cluster-cert")?;
+            doors = doors.layer(axum::middleware::from_fn(gate::admit));
+        }
+        let grpc = server
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
-            .add_routes(Routes::from(Router::new().fallback_service(grpc_switch.clone())))
+            .add_routes(Routes::from(doors))
             .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
 
         let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits);
@@ -109,11 +124,13 @@ impl Servers {
         let timeout = base.config.heartbeat_timeout;
         let join_token = base.config.join_token.clone();
         let (membership, group) = (parts.membership.clone(), parts.group.clone());
+        let shards = base.leadership.shards();
         let status = StatusSource::new(group.clone(), Some(parts.scheduler.clone()), base.view());
+        let status = status.with_leases(shards.clone());
         let shape = Arc::new(base.model.shape.clone());
         let leading = Leading::new(group.clone(), status.clone(), base.leadership.clone(), shape);
         self.control.set(Arc::new(leading));
-        let cluster = ClusterService::server(membership, group, status, timeout, base.view(), join_token);
+        let cluster = ClusterService::server(membership, group, status, timeout, base.view(), shards, join_token);
         let services = grpc_services(base, parts.state.clone(), &self.inference, &self.control)?.add_service(cluster);
         self.grpc_switch.set(services.prepare().into_axum_router());
         let router = frontend::http_router(parts.state.clone());
@@ -163,6 +180,15 @@ impl Servers {
         self.http.abort();
         self.grpc.abort();
     }
+}
+
+/// TLS for everybody. A certificate is looked at if one is shown; who needs one is [`gate::admit`]'s to say.
+fn demanded(tls: &ClusterTls) -> ServerTlsConfig {
+    ServerTlsConfig::new()
+        .identity(Identity::from_pem(&tls.certificate, &tls.key))
+        .client_ca_root(Certificate::from_pem(&tls.ca))
+        .client_auth_optional(true)
+        .timeout(HANDSHAKE_LIMIT)
 }
 
 /// What leaders and standbys have in common.

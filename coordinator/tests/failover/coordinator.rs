@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Instant};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 use phalanx_coordinator::{
-    group::machine::{Candidate, GroupMachine, Origin, Settings},
+    group::machine::{Candidate, GroupMachine, OWNERS_LIMIT, Origin, Settings},
     scheduler::{
         event::{Limits, Recovery},
         machine::Machine,
@@ -38,12 +38,22 @@ pub fn number(shard: &ShardId) -> usize {
 }
 
 impl Coordinator {
-    /// Begins with nothing but what the store has.
-    pub fn new(term: u64, epoch: u64, settings: Settings, limits: Limits, recovery: Recovery, now: Instant) -> Self {
+    /// Begins with nothing but what the store has: the epoch, and who had the ranks, all of whom are recorded to be alive.
+    pub fn new(
+        term: u64,
+        (epoch, owners): (u64, Vec<ShardId>),
+        settings: Settings,
+        limits: Limits,
+        recovery: Recovery,
+        now: Instant,
+    ) -> Self {
+        let seen = owners.iter().map(|owner| (owner.clone(), "here".to_owned())).collect();
+        let mut group = GroupMachine::new(settings, Epoch::from_raw(epoch), owners, now);
+        group.expect(seen, now + OWNERS_LIMIT);
         Self {
             term,
             is_alive: true,
-            group: GroupMachine::new(settings, Epoch::from_raw(epoch), Vec::new(), now),
+            group,
             scheduler: Machine::new(limits, recovery, vec![EOS], Box::new(Letters)),
             links: BTreeMap::new(),
             ranks: Vec::new(),

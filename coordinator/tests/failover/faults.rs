@@ -100,7 +100,7 @@ impl World {
         let (term, recovery) = (self.coordinators[old].term + 1, self.coordinators[old].scheduler.recovery());
         self.coordinators.push(Coordinator::new(
             term,
-            self.stored_epoch,
+            (self.stored_epoch, self.coordinators[old].ranks.iter().copied().map(name).collect()),
             self.settings.clone(),
             self.limits,
             recovery,

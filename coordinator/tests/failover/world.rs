@@ -155,7 +155,7 @@ impl World {
             limits,
             world_size,
             shards: (0..n_shards).map(|_| Shard::new(1, n_blocks)).collect(),
-            coordinators: vec![Coordinator::new(1, 0, settings.clone(), limits, recovery, begun)],
+            coordinators: vec![Coordinator::new(1, (0, Vec::new()), settings.clone(), limits, recovery, begun)],
             leader: 0,
             lives_at: vec![0; n_clients],
             clients,

@@ -6,9 +6,12 @@ use std::{
 };
 
 use phalanx_cluster::error_text::with_causes;
-use phalanx_proto::v1::{
-    CoordinatorMessage, Hello, LeaderRequest, LeaderResponse, ShardMessage, cluster_client::ClusterClient,
-    leadership_client::LeadershipClient, shard_message::Message,
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{
+        CoordinatorMessage, Hello, LeaderRequest, LeaderResponse, ShardMessage, cluster_client::ClusterClient,
+        leadership_client::LeadershipClient, shard_message::Message,
+    },
 };
 use tokio::{net::UdpSocket, sync::mpsc, time};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -40,13 +43,21 @@ pub struct Attached {
 }
 
 /// Opens a stream and says hello.
-pub async fn attach(uri: &Uri, hello: Hello) -> Result<Attached, Broken> {
-    let channel = endpoint(uri)
+pub async fn attach(dialer: &Dialer, uri: &Uri, hello: Hello) -> Result<Attached, Broken> {
+    let failed = |error: &dyn std::error::Error| {
+        let reason = with_causes(error);
+        match dialer.advice(&reason) {
+            Some(advice) => Broken::Advised { advice, reason },
+            None => Broken::Connect(reason),
+        }
+    };
+    let channel = endpoint(dialer, uri)
+        .map_err(|error| failed(&error))?
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .connect()
         .await
-        .map_err(|error| Broken::Connect(with_causes(&error)))?;
+        .map_err(|error| failed(&error))?;
     let mut client: ClusterClient<Channel> =
         ClusterClient::new(channel).max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT);
     let (sender, receiver) = mpsc::unbounded_channel();
@@ -54,10 +65,14 @@ pub async fn attach(uri: &Uri, hello: Hello) -> Result<Attached, Broken> {
     let _sent = sender.send(ShardMessage { message: Some(Message::Hello(hello)) });
     match time::timeout(CONNECT_LIMIT, client.attach(UnboundedReceiverStream::new(receiver))).await {
         Ok(Ok(response)) => Ok(Attached { stream: response.into_inner(), sender }),
-        Ok(Err(status)) => {
-            let leader = status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
-            Err(Broken::Refused { leader: leader.map(str::to_owned), status: Box::new(status) })
-        }
+        // Only what went wrong on the way has a cause; what a coordinator says has none.
+        Ok(Err(status)) => match std::error::Error::source(&status) {
+            Some(cause) => Err(failed(cause)),
+            None => {
+                let leader = status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
+                Err(Broken::Refused { leader: leader.map(str::to_owned), status: Box::new(status) })
+            }
+        },
         Err(_) => Err(Broken::Connect(format!("no answer within {CONNECT_LIMIT:?}"))),
     }
 }
@@ -71,9 +86,10 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    /// Connects when it is asked first.
-    pub fn new(uri: &Uri) -> Self {
-        Self { uri: uri.clone(), client: LeadershipClient::new(endpoint(uri).connect_lazy()) }
+    /// Connects when it is asked first. `None` if the address can't be dialled.
+    pub fn new(dialer: &Dialer, uri: &Uri) -> Option<Self> {
+        let endpoint = endpoint(dialer, uri).ok()?;
+        Some(Self { uri: uri.clone(), client: LeadershipClient::new(endpoint.connect_lazy()) })
     }
 
     /// Who leads; says to a leader of an older term that there is a newer one. Nothing if it does not answer soon.
@@ -84,8 +100,9 @@ impl Oracle {
     }
 }
 
-fn endpoint(uri: &Uri) -> Endpoint {
-    Endpoint::from(uri.clone()).connect_timeout(CONNECT_LIMIT).tcp_nodelay(true)
+fn endpoint(dialer: &Dialer, uri: &Uri) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = dialer.endpoint(&uri.to_string())?;
+    Ok(endpoint.connect_timeout(CONNECT_LIMIT).tcp_nodelay(true))
 }
 
 /// The address from which this machine talks to a coordinator: where others can reach it, most likely.

@@ -13,13 +13,15 @@ pub struct Directory {
     learned: Vec<Uri>,
     /// Where a leader is said to be.
     hint: Option<Uri>,
+    /// How all are dialled.
+    scheme: &'static str,
     term: u64,
 }
 
 impl Directory {
-    /// Of the coordinators of the command line.
-    pub fn new(given: &[Uri]) -> Self {
-        Self { given: given.to_vec(), learned: Vec::new(), hint: None, term: 0 }
+    /// Of the coordinators of the command line, all of which are dialled as `scheme`.
+    pub fn new(given: &[Uri], scheme: &'static str) -> Self {
+        Self { given: given.to_vec(), learned: Vec::new(), hint: None, scheme, term: 0 }
     }
 
     /// All, the likeliest leader first.
@@ -41,13 +43,13 @@ impl Directory {
     /// A coordinator names those that it knows, as `HOST:PORT`.
     pub fn learn(&mut self, addresses: &[String]) {
         if !addresses.is_empty() {
-            self.learned = addresses.iter().filter_map(|text| uri_of(text)).collect();
+            self.learned = addresses.iter().filter_map(|text| self.uri_of(text)).collect();
         }
     }
 
     /// Somebody says that the leader is there. Returns whether that is news.
     pub fn hint(&mut self, address: &str) -> bool {
-        let uri = uri_of(address);
+        let uri = self.uri_of(address);
         let is_news = uri.as_ref().is_some_and(|uri| !self.all().contains(uri));
         if uri.is_some() {
             self.hint = uri;
@@ -64,12 +66,14 @@ impl Directory {
         self.term = term;
         true
     }
-}
 
-/// `http://HOST:PORT` or `HOST:PORT` as a URI; `None` for what is neither.
-pub fn uri_of(address: &str) -> Option<Uri> {
-    let text = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
-    Uri::from_str(&text).ok().filter(|uri| uri.scheme_str() == Some("http") && uri.port_u16().is_some())
+    /// `HOST:PORT`, or a URL of it, as a URI; `None` for what is neither. Whatever others say, this shard dials as it was
+    /// told to: nobody talks it out of TLS.
+    pub fn uri_of(&self, address: &str) -> Option<Uri> {
+        let authority = address.split_once("://").map_or(address, |(_, rest)| rest);
+        let uri = Uri::from_str(&format!("{}://{authority}", self.scheme)).ok();
+        uri.filter(|uri| uri.port_u16().is_some())
+    }
 }
 
 /// Pauses between attempts: short at first, longer and longer, and not the same for all who wait.
@@ -102,13 +106,17 @@ impl Default for Backoff {
 mod tests {
     use super::*;
 
+    fn directory(given: &[Uri]) -> Directory {
+        Directory::new(given, "http")
+    }
+
     fn uri(port: u16) -> Uri {
-        uri_of(&format!("host:{port}")).expect("a good address")
+        directory(&[]).uri_of(&format!("host:{port}")).expect("a good address")
     }
 
     #[test]
     fn all_are_known_once_the_likeliest_first() {
-        let mut directory = Directory::new(&[uri(1), uri(2)]);
+        let mut directory = directory(&[uri(1), uri(2)]);
         assert_eq!(directory.all(), [uri(1), uri(2)]);
         directory.learn(&["host:3".into(), "host:1".into(), "no address".into()]);
         assert_eq!(directory.all(), [uri(1), uri(2), uri(3)]);
@@ -123,7 +131,7 @@ mod tests {
 
     #[test]
     fn an_older_leadership_is_not_followed() {
-        let mut directory = Directory::new(&[uri(1)]);
+        let mut directory = directory(&[uri(1)]);
         assert!(directory.may_follow(0));
         assert!(directory.may_follow(7) && directory.may_follow(7));
         assert!(!directory.may_follow(6) && !directory.may_follow(0));
@@ -131,10 +139,16 @@ mod tests {
     }
 
     #[test]
-    fn addresses_have_a_port_and_no_encryption() {
-        assert_eq!(uri_of("10.0.0.1:50051"), uri_of("http://10.0.0.1:50051"));
-        assert!(uri_of("[::1]:50051").is_some());
-        assert!(uri_of("https://host:1").is_none() && uri_of("host").is_none() && uri_of("").is_none());
+    fn addresses_have_a_port_and_the_scheme_of_this_shard() {
+        for scheme in ["http", "https"] {
+            let directory = Directory::new(&[], scheme);
+            let uri = directory.uri_of("10.0.0.1:50051").unwrap();
+            assert_eq!(uri.to_string(), format!("{scheme}://10.0.0.1:50051/"));
+            assert_eq!(directory.uri_of("http://10.0.0.1:50051"), Some(uri.clone()));
+            assert_eq!(directory.uri_of("https://10.0.0.1:50051"), Some(uri));
+            assert!(directory.uri_of("[::1]:50051").is_some());
+            assert!(directory.uri_of("host").is_none() && directory.uri_of("").is_none());
+        }
     }
 
     #[test]

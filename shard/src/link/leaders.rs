@@ -6,10 +6,9 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time;
 use tonic::transport::Uri;
 
-use super::{
-    dial::Oracle,
-    directory::{Directory, uri_of},
-};
+use phalanx_proto::dial::Dialer;
+
+use super::{dial::Oracle, directory::Directory};
 
 /// Pause between looks for a newer leader.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -26,13 +25,19 @@ pub struct Newer {
 /// The coordinators to attach to, in this order: the leader if one is found, else those that can't say who leads.
 ///
 /// One coordinator alone is not asked. A coordinator that answers that it does not lead is left out.
-pub async fn candidates(directory: &mut Directory) -> Vec<Uri> {
+pub async fn candidates(directory: &mut Directory, dialer: &Dialer) -> Vec<Uri> {
     let all = directory.all();
     if all.len() < 2 {
         return all;
     }
     let term = directory.term();
-    let ask = |uri: Uri| async move { (Oracle::new(&uri).ask(term).await, uri) };
+    let ask = |uri: Uri| async move {
+        let answer = match Oracle::new(dialer, &uri) {
+            Some(oracle) => oracle.ask(term).await,
+            None => None,
+        };
+        (answer, uri)
+    };
     let mut asked: FuturesUnordered<_> = all.into_iter().map(ask).collect();
     let mut unknown = Vec::new();
     while let Some((answer, uri)) = asked.next().await {
@@ -41,7 +46,7 @@ pub async fn candidates(directory: &mut Directory) -> Vec<Uri> {
             Some(answer) if answer.is_leader && answer.term >= term => return vec![uri],
             Some(answer) => {
                 if directory.hint(&answer.grpc_address)
-                    && let Some(uri) = uri_of(&answer.grpc_address)
+                    && let Some(uri) = directory.uri_of(&answer.grpc_address)
                 {
                     asked.push(ask(uri));
                 }
@@ -55,8 +60,8 @@ pub async fn candidates(directory: &mut Directory) -> Vec<Uri> {
 }
 
 /// Returns when one of these coordinators leads under a term greater than `term`.
-pub async fn newer(others: &[Uri], term: u64) -> Newer {
-    let oracles: Vec<Oracle> = others.iter().map(Oracle::new).collect();
+pub async fn newer(dialer: &Dialer, others: &[Uri], term: u64) -> Newer {
+    let oracles: Vec<Oracle> = others.iter().filter_map(|uri| Oracle::new(dialer, uri)).collect();
     if oracles.is_empty() {
         return std::future::pending().await;
     }

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::v1::Hello;
+use phalanx_proto::{dial::Dialer, v1::Hello};
 use ractor::ActorRef;
 use tokio::{sync::watch, time};
 use tonic::transport::Uri;
@@ -51,6 +51,8 @@ pub enum End {
 enum Broken {
     #[error("{0}")]
     Connect(String),
+    #[error("{advice} ({reason})")]
+    Advised { advice: &'static str, reason: String },
     #[error("refused: {}", status.message())]
     Refused { leader: Option<String>, status: Box<tonic::Status> },
     #[error("the stream broke: {0}")]
@@ -68,6 +70,7 @@ enum Broken {
 /// Keeps the shard attached to the coordinator that leads.
 pub struct Link {
     coordinators: Vec<Uri>,
+    dialer: Dialer,
     hello: Hello,
     engine: ActorRef<EngineMsg>,
     pulse: Pulse,
@@ -78,7 +81,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Of a shard that introduces itself with `hello`. An address in it that is unspecified (`0.0.0.0`) becomes the one
+    /// Of a shard that introduces itself with `hello`, to coordinators that it dials with `dialer`. An address in it that is unspecified (`0.0.0.0`) becomes the one
     /// from which the coordinator is reached. When `leave` says why, the shard asks the coordinator for leave and goes on
     /// until it has it, or for `leave_limit`.
     ///
@@ -86,6 +89,7 @@ impl Link {
     /// If the system has no thread left for heartbeats.
     pub fn new(
         coordinators: &[Uri],
+        dialer: Dialer,
         hello: Hello,
         engine: &EngineHandle,
         leave: watch::Receiver<Option<String>>,
@@ -99,7 +103,7 @@ impl Link {
             canary: canary.clone(),
         })?;
         let (coordinators, engine) = (coordinators.to_vec(), engine.actor.clone());
-        Ok(Self { coordinators, hello, engine, pulse, canary, leave, leave_limit })
+        Ok(Self { coordinators, dialer, hello, engine, pulse, canary, leave, leave_limit })
     }
 
     /// Returns when the shard shall end.
@@ -113,26 +117,33 @@ impl Link {
     }
 
     async fn follow(mut self) -> End {
-        let mut directory = Directory::new(&self.coordinators);
+        let mut directory = Directory::new(&self.coordinators, self.dialer.scheme());
         let mut backoff = Backoff::default();
         let mut logged: Option<Instant> = None;
+        // A coordinator that hangs up says why, or is gone before that is heard: what it said once is remembered.
+        let mut advised: Option<(&str, String)> = None;
+        let mut told = "";
         loop {
             if let Some(reason) = self.leave.borrow().clone() {
                 return End::Left(format!("{reason}, and no coordinator is attached"));
             }
             let mut failure = "no coordinator that answers leads".to_owned();
-            for uri in leaders::candidates(&mut directory).await {
-                let attached = match dial::attach(&uri, self.hello_from(&uri).await).await {
+            for uri in leaders::candidates(&mut directory, &self.dialer).await {
+                let attached = match dial::attach(&self.dialer, &uri, self.hello_from(&uri).await).await {
                     Ok(attached) => attached,
                     Err(broken) => {
                         if let Broken::Refused { leader: Some(leader), .. } = &broken {
                             directory.hint(leader);
                         }
                         failure = format!("{uri}: {broken}");
+                        if let Broken::Advised { advice, .. } = broken {
+                            advised = Some((advice, failure.clone()));
+                        }
                         continue;
                     }
                 };
                 tracing::info!(coordinator = %uri, "attached");
+                (advised, told) = (None, "");
                 let begun = Instant::now();
                 let ended = session::run(&mut self, attached, &uri, &mut directory).await;
                 self.pulse.end();
@@ -153,7 +164,11 @@ impl Link {
                 failure = format!("{uri}: {broken}");
                 break;
             }
-            if logged.is_none_or(|at| at.elapsed() >= WAITING_LOG_INTERVAL) {
+            let is_news = advised.as_ref().is_some_and(|(advice, _)| *advice != told);
+            if is_news || logged.is_none_or(|at| at.elapsed() >= WAITING_LOG_INTERVAL) {
+                if let Some((advice, advised)) = advised.take() {
+                    (told, failure) = (advice, advised);
+                }
                 tracing::info!("waiting for a coordinator: {failure}");
                 logged = Some(Instant::now());
             }

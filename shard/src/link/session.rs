@@ -35,7 +35,7 @@ pub async fn run(
     link.pulse.begin(sender.clone());
     let mut silence = Silence::default();
     let mut ticks = ticks(&silence);
-    let mut watch = watch(directory, uri);
+    let mut watch = watch(link, directory, uri);
     let mut leaving_until: Option<time::Instant> = None;
     // Known from the welcome on: coordinators of versions without terms know nothing of leaving.
     let mut gives_leave = None;
@@ -51,7 +51,7 @@ pub async fn run(
                         silence = greet(link, &welcome, directory)?;
                         gives_leave = Some(welcome.term > 0);
                         ticks = self::ticks(&silence);
-                        watch = self::watch(directory, uri);
+                        watch = self::watch(link, directory, uri);
                     }
                     _ => if let Some(end) = pass_on(link, message)? {
                         return Ok(end);
@@ -113,10 +113,10 @@ fn engine_ended() -> End {
     End::Shutdown("the engine has ended".to_owned())
 }
 
-fn watch(directory: &Directory, present: &Uri) -> Watch<'static> {
+fn watch(link: &Link, directory: &Directory, present: &Uri) -> Watch<'static> {
     let others: Vec<Uri> = directory.all().into_iter().filter(|uri| uri != present).collect();
-    let term = directory.term();
-    Box::pin(async move { leaders::newer(&others, term).await })
+    let (term, dialer) = (directory.term(), link.dialer.clone());
+    Box::pin(async move { leaders::newer(&dialer, &others, term).await })
 }
 
 async fn until(deadline: Option<time::Instant>) {

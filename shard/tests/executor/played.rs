@@ -15,6 +15,7 @@ use candle_core::{
 use futures::Stream;
 use phalanx_cluster::checkpoint::{self, Checkpoint};
 use phalanx_kernels::ops::Precision;
+use phalanx_proto::dial::Dialer;
 use phalanx_proto::v1::{
     Chunk, CoordinatorMessage, Failed, Form, Heartbeat, Hello, JournalEntry, JournalRequest, LeaderRequest,
     LeaderResponse, Loaded, Peer, Prepared, SequenceStart, Serve, ShardMessage, StatusRequest, StatusResponse,
@@ -160,7 +161,7 @@ impl Shard {
         };
         let uris: Vec<_> = coordinators.iter().map(|text| text.parse().expect("a URI")).collect();
         let (leave, told_to_leave) = watch::channel(None);
-        let link = Link::new(&uris, hello, &engine, told_to_leave, leave_limit).expect("a thread");
+        let link = Link::new(&uris, Dialer::default(), hello, &engine, told_to_leave, leave_limit).expect("a thread");
         Self { leave, engine, _mirror: mirror, link: tokio::spawn(link.run()) }
     }
 

@@ -7,8 +7,11 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, stream::BoxStream};
-use phalanx_proto::v1::{
-    FinishReason, GenerateRequest, GenerateResponse, inference_client::InferenceClient, inference_server::Inference,
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{
+        FinishReason, GenerateRequest, GenerateResponse, inference_client::InferenceClient, inference_server::Inference,
+    },
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -18,7 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Code, Request, Response, Status,
     metadata::{MetadataMap, MetadataValue},
-    transport::{Channel, Endpoint},
+    transport::Channel,
 };
 
 use super::{
@@ -46,6 +49,7 @@ type Answer = BoxStream<'static, Result<GenerateResponse, Status>>;
 /// The `Inference` service of leaders and standbys. Clones are the same.
 #[derive(Clone)]
 pub struct InferenceGateway {
+    dialer: Dialer,
     finder: Finder<Arc<InferenceService>>,
     local: watch::Sender<Option<Local<Arc<InferenceService>>>>,
     /// The connection to the last leader.
@@ -56,11 +60,11 @@ pub struct InferenceGateway {
 
 impl InferenceGateway {
     /// As a standby's. `is_shared` says that others may lead.
-    pub fn new(view: LeadershipView, is_shared: bool) -> Self {
+    pub fn new(dialer: Dialer, view: LeadershipView, is_shared: bool) -> Self {
         let (local, receiver) = watch::channel(None);
         let finder = Finder::new(view, receiver);
         let n_busy = watch::Sender::new(0);
-        Self { finder, local, channel: Arc::default(), is_shared, n_busy }
+        Self { dialer, finder, local, channel: Arc::default(), is_shared, n_busy }
     }
 
     /// This process's service while it leads.
@@ -79,7 +83,9 @@ impl InferenceGateway {
         let channel = match &*kept {
             Some((at, channel)) if at == address => channel.clone(),
             _ => {
-                let endpoint = Endpoint::from_shared(format!("http://{address}"))
+                let endpoint = self
+                    .dialer
+                    .endpoint(address)
                     .map_err(|e| Status::internal(format!("the leader's address {address}: {e}")))?
                     .connect_timeout(CONNECT_LIMIT)
                     .tcp_nodelay(true)

@@ -113,8 +113,9 @@ impl GroupMachine {
         }
         self.doubts.retain(|_, (_, until)| now < *until);
         self.stop_waiting_for_recovery(now);
+        let has_waited = self.has_waited_for_owners(now);
         match self.phase.clone() {
-            Phase::Waiting if self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
+            Phase::Waiting if has_waited || self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
             Phase::Pausing(Some(until)) if now >= until => self.try_to_form(now),
             Phase::Loading(slices, since) if now >= since + LOAD_LIMIT => {
                 let late: Vec<bool> = slices.iter().map(Option::is_none).collect();
@@ -177,6 +178,9 @@ impl GroupMachine {
 
     /// Who could form a group now: as many ranks as are wanted, else as many as can after a while without them.
     fn select(&self, now: Instant) -> Option<Vec<ShardId>> {
+        if self.awaits_owners_until().is_some_and(|until| now < until) {
+            return None;
+        }
         let wanted = self.settings.world_size;
         self.seats(wanted, now, |_| true).or_else(|| {
             self.regroups_at().filter(|at| now >= *at)?;
@@ -218,6 +222,8 @@ impl GroupMachine {
         self.epoch = epoch;
         self.mirrors = self.choose_mirrors(&ranks, now);
         self.owners.record(&ranks);
+        self.ranks.clone_from(&ranks);
+        self.stop_expecting();
         if ranks.len() == self.settings.world_size {
             self.short_since = None;
         }
@@ -230,7 +236,6 @@ impl GroupMachine {
         }
         let keep_kv_of = self.pages.filter(|p| p.world_size == ranks.len()).map(|p| p.epoch);
         self.phase = Phase::Loading(vec![None; ranks.len()], now);
-        self.ranks.clone_from(&ranks);
         let (mirrors, copies) = (self.mirrors.clone(), self.copies_for(keep_kv_of));
         self.push(Action::Form { epoch, ranks, keep_kv_of, mirrors, copies });
     }

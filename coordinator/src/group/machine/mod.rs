@@ -18,6 +18,7 @@
 
 mod changes;
 mod event;
+mod expected;
 mod formation;
 mod mirroring;
 mod rollout;
@@ -32,6 +33,8 @@ use std::{
 use phalanx_cluster::id::{Epoch, ShardId};
 
 pub use event::{Action, Beat, Candidate, Cause, Changed, Event, MirrorTo, Mirrors, Origin, Slice, Ticket, Turned};
+use expected::Expected;
+pub use expected::OWNERS_LIMIT;
 use rollout::Rollout;
 use seating::{Owners, Sitter, SliceOf};
 use watch::{StepWatch, Witness};
@@ -126,6 +129,7 @@ pub struct GroupMachine {
     /// Lives that were found stuck, slow or failing, and until when that counts.
     doubts: BTreeMap<ShardId, (u64, Instant)>,
     owners: Owners,
+    expected: Expected,
     /// Of the present formation, else of the last one; in rank order.
     ranks: Vec<ShardId>,
     /// KV blocks of the present formation.
@@ -176,6 +180,7 @@ impl GroupMachine {
             attached: BTreeMap::new(),
             doubts: BTreeMap::new(),
             owners: Owners::new(ranks.clone()),
+            expected: Expected::default(),
             ranks,
             kv_blocks: 0,
             mirrors: Mirrors::Nowhere,
@@ -278,23 +283,10 @@ impl GroupMachine {
         self.settings.regroup_after.filter(|_| self.settings.world_size > 1)
     }
 
-    /// What is missing while the group waits.
-    pub fn waits_for(&self) -> Option<String> {
-        if self.phase != Phase::Waiting {
-            return None;
-        }
-        let (have, want) = (self.attached.values().filter(|a| self.may_sit(a)).count(), self.settings.world_size);
-        Some(if have < want {
-            format!("{have} of {want} shards are attached")
-        } else {
-            format!("{have} shards are attached, but no {want} of them have version and numerics in common")
-        })
-    }
-
     /// When `Tick` is due, if nothing happens before.
     pub fn wakes_at(&self) -> Option<Instant> {
         let by_phase = match &self.phase {
-            Phase::Waiting => self.regroups_at(),
+            Phase::Waiting => [self.regroups_at(), self.awaits_owners_until()].into_iter().flatten().min(),
             Phase::Taking => None,
             Phase::Pausing(until) => *until,
             Phase::Loading(_, since) => Some(*since + formation::LOAD_LIMIT),

@@ -271,3 +271,63 @@ fn a_silent_loss_is_a_loss_like_any() {
     assert_eq!(actions[0], lost(1, Cause::Silent, "rank 1 (b) is lost: it was silent", false));
     assert_eq!(group.machine.ranks(), shards("ac"));
 }
+
+#[test]
+fn the_first_formation_waits_a_moment_for_owners() {
+    let now = Instant::now();
+    let until = now + OWNERS_LIMIT;
+    let seen = |names: &str| names.chars().map(|c| (shard(&c.to_string()), format!("10.0.0.{c}"))).collect();
+    let taken_over = |names: &str| {
+        let mut machine = GroupMachine::new(settings(2), epoch(7), shards("ab"), now);
+        machine.expect(seen(names), until);
+        Group { machine, now, store: 7, is_asked: false }
+    };
+
+    // Others come first, and are not seated before the owners are here.
+    let mut group = taken_over("abc");
+    assert_eq!(
+        group.machine.waits_for().unwrap(),
+        "0 of 2 shards are attached; waiting for shard a, last seen at 10.0.0.a; shard b, last seen at 10.0.0.b"
+    );
+    group.arrive("c", 1);
+    group.arrive("b", 1);
+    assert!(!group.is_asked && group.machine.wakes_at() == Some(until));
+    let waits_for = group.machine.waits_for().unwrap();
+    assert_eq!(
+        waits_for,
+        "2 shards are attached; waiting a moment for shard a, last seen at 10.0.0.a, which had a rank before"
+    );
+    group.arrive("a", 1);
+    let form = group.form(8, "ab", None);
+    assert_eq!(group.answer(), [form]);
+
+    // Not for longer than that, and once only.
+    let mut group = taken_over("ab");
+    group.arrive("c", 1);
+    group.arrive("b", 1);
+    group.wait(OWNERS_LIMIT);
+    group.tick();
+    let form = group.form(8, "cb", None);
+    assert_eq!(group.answer(), [form]);
+    group.serve(70, None);
+    group.answer();
+    group.arrive("d", 1);
+    group.lose("c", 1);
+    assert_eq!(group.machine.phase(), "loading", "a loss later on waits for nobody");
+
+    // Not for those whose records are gone.
+    let mut group = taken_over("b");
+    group.arrive("c", 1);
+    group.arrive("b", 1);
+    let form = group.form(8, "cb", None);
+    assert_eq!(group.answer(), [form]);
+}
+
+#[test]
+fn who_left_is_awaited_by_name() {
+    let mut group = pair();
+    group.machine.saw(&shard("b"), "10.0.0.2");
+    group.lose("b", 1);
+    let waits_for = group.machine.waits_for().unwrap();
+    assert_eq!(waits_for, "1 of 2 shards are attached; waiting for shard b, last seen at 10.0.0.2");
+}
