@@ -38,6 +38,8 @@ pub struct Config {
     pub model: String,
     /// Ranks of the group.
     pub tensor_parallel_size: u32,
+    /// Groups.
+    pub replicas: u32,
     /// Shards to start here.
     pub local_shards: u32,
     /// Where HTTP listens.
@@ -210,7 +212,9 @@ impl Config {
             return Err(wrong("model", "\"\"", "want a file, a folder, hf:ORG/REPO, pypi:PACKAGE or an alias"));
         }
         let tensor_parallel_size = within("tensor-parallel-size", flags.tensor_parallel_size.unwrap_or(2), 1, 256)?;
-        let local_shards = within("local-shards", flags.local_shards.unwrap_or(tensor_parallel_size), 0, 256)?;
+        let replicas = within("replicas", flags.replicas.unwrap_or(1), 1, 64)?;
+        let local_shards = flags.local_shards.unwrap_or(replicas * tensor_parallel_size);
+        let local_shards = within("local-shards", local_shards, 0, 256)?;
         let host = flags.host.unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string());
         let address: IpAddr = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() }
             .map_err(|_| wrong("host", &host, "want an IP address such as 127.0.0.1, 0.0.0.0 or ::"))?;
@@ -295,6 +299,7 @@ impl Config {
         Ok(Self {
             model,
             tensor_parallel_size,
+            replicas,
             local_shards,
             http_address: SocketAddr::new(address, port),
             grpc_address: SocketAddr::new(address, grpc_port),
@@ -354,6 +359,7 @@ impl Config {
         Flags {
             model: Some(self.model.clone()),
             tensor_parallel_size: Some(self.tensor_parallel_size),
+            replicas: Some(self.replicas),
             local_shards: Some(self.local_shards),
             host: Some(self.http_address.ip().to_string()),
             port: Some(self.http_address.port()),

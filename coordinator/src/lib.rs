@@ -14,6 +14,7 @@ pub mod membership;
 pub mod metrics;
 pub mod model;
 pub mod request;
+pub mod routing;
 pub mod run;
 pub mod scheduler;
 pub mod sequence;

@@ -36,12 +36,14 @@ pub const STEP_SECONDS: &str = "step_seconds";
 pub const SHARD_MEMORY: &str = "shard_memory_bytes";
 /// Whether this coordinator leads.
 pub const IS_LEADER: &str = "phalanx_is_leader";
-/// Epoch of the group.
+/// Epoch of the group; by `group` if there are several, as are the gauges of schedulers.
 pub const EPOCH: &str = "phalanx_epoch";
 /// Groups formed again after a loss, by `cause`.
 pub const FAILOVERS: &str = "phalanx_failovers_total";
 /// Tokens whose keys and values were computed again after a loss.
 pub const REPLAYED: &str = "phalanx_replayed_tokens_total";
+/// Requests that went on at another group because their own was away.
+pub const MOVED: &str = "phalanx_moved_requests_total";
 /// From the last token before a loss to the first after it, of each running sequence.
 pub const STALL: &str = "phalanx_stall_seconds";
 /// Steps whose KV rows the mirrors lack; NaN while nobody has a whole copy.
@@ -71,6 +73,7 @@ pub fn describe() {
     describe_gauge!(EPOCH, Unit::Count, "Epoch of the group");
     describe_counter!(FAILOVERS, Unit::Count, "Groups formed again after a loss, by cause");
     describe_counter!(REPLAYED, Unit::Count, "Tokens computed again after a loss");
+    describe_counter!(MOVED, Unit::Count, "Requests that went on at another group because their own was away");
     describe_histogram!(
         STALL,
         Unit::Seconds,

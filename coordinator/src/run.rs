@@ -7,6 +7,7 @@ mod servers;
 use std::{ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use futures::future::select_all;
 use phalanx_cluster::{
     id::{Epoch, ShardId},
     store::{self, OpenOptions},
@@ -290,7 +291,7 @@ impl Process {
         }
         // What still runs gets an error rather than silence.
         if let Some(parts) = &self.parts {
-            parts.scheduler.stop();
+            parts.stop_schedulers();
         }
         self.servers.flush_http().await;
         if let Some(local) = &self.local {
@@ -313,7 +314,9 @@ async fn next_of(parts: &mut Option<Parts>) -> anyhow::Result<Notice> {
     let Some(parts) = parts else { return std::future::pending().await };
     tokio::select! {
         Some(notice) = parts.notices.recv() => Ok(notice),
-        ended = &mut parts.scheduler_task => Err(anyhow::anyhow!("the scheduler has ended: {ended:?}")),
+        (ended, _, _) = select_all(&mut parts.scheduler_tasks) => {
+            Err(anyhow::anyhow!("a scheduler has ended: {ended:?}"))
+        }
         ended = &mut parts.membership_task => Err(anyhow::anyhow!("membership has ended: {ended:?}")),
     }
 }

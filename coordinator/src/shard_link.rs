@@ -38,7 +38,7 @@ use crate::{
         shards::{ShardRecord, ShardRegistry},
         standby,
     },
-    membership::actor::{GroupAddress, MembershipMsg},
+    membership::{actor::MembershipMsg, groups::Groups},
 };
 
 /// Messages that wait for the network on one link. The scheduler has two plans under way at most, so a link that is
@@ -101,7 +101,7 @@ impl LinkHandle {
 /// The `Cluster` service.
 pub struct ClusterService {
     membership: ActorRef<MembershipMsg>,
-    group: GroupAddress,
+    groups: Groups,
     status: StatusSource,
     heartbeat_timeout: Duration,
     leadership: LeadershipView,
@@ -125,7 +125,7 @@ impl ClusterService {
     /// shards. With a `join_token`, only shards that know it are admitted.
     pub fn server(
         membership: ActorRef<MembershipMsg>,
-        group: GroupAddress,
+        groups: Groups,
         status: StatusSource,
         heartbeat_timeout: Duration,
         leadership: LeadershipView,
@@ -135,7 +135,7 @@ impl ClusterService {
         let streams = AtomicU64::new(1);
         ClusterServer::new(Self {
             membership,
-            group,
+            groups,
             status,
             heartbeat_timeout,
             leadership,
@@ -197,7 +197,7 @@ impl cluster_server::Cluster for ClusterService {
         let record = ShardRecord::new(&hello, link.host(), &view);
         let task = LinkTask {
             link,
-            group: self.group.clone(),
+            groups: self.groups.clone(),
             interval,
             silence_limit: self.heartbeat_timeout,
             leadership,
@@ -264,7 +264,7 @@ async fn attach(
 /// Receives from one shard until its stream ends.
 struct LinkTask {
     link: LinkHandle,
-    group: GroupAddress,
+    groups: Groups,
     interval: Duration,
     silence_limit: Duration,
     leadership: LeadershipView,
@@ -317,8 +317,10 @@ impl LinkTask {
             return;
         }
         let message = GroupMsg::FromShard { from: Arc::clone(&self.link.origin), message: Box::new(message) };
-        if self.group.get().cast(message).is_err() {
-            // Its successor forms a new epoch: nothing of the old one matters.
+        // A shard without a group has no rank: nobody waits for what it says. A group that has ended is followed by one
+        // that forms a new epoch: nothing of the old one matters.
+        let group = self.groups.of(&self.link.origin.shard);
+        if group.is_none_or(|group| group.get().cast(message).is_err()) {
             tracing::debug!(shard = %self.link.origin.shard, "a message has no group");
         }
     }

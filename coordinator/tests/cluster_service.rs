@@ -49,6 +49,8 @@ impl Coordinator {
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let store: Arc<dyn MembershipStore> = Arc::new(EmbeddedStore::open(None, 64).await.unwrap());
         let config = GroupConfig {
+            index: 0,
+            labels: Vec::new(),
             settings: Settings {
                 world_size,
                 give_up_after: Some(1),
@@ -64,8 +66,8 @@ impl Coordinator {
             notices: notice_sender,
             serving: Mutex::new(None),
         };
-        let (membership, _) = Actor::spawn(None, Membership, config).await.unwrap();
-        let CallResult::Success(group) = membership.call(MembershipMsg::Group, Some(PATIENCE)).await.unwrap() else {
+        let (membership, _) = Actor::spawn(None, Membership, vec![config]).await.unwrap();
+        let CallResult::Success(groups) = membership.call(MembershipMsg::Groups, Some(PATIENCE)).await.unwrap() else {
             panic!("membership does not answer")
         };
         let service = {
@@ -73,8 +75,8 @@ impl Coordinator {
             let view = LeadershipView::alone(record, 7);
             let (keeper, registry) = ShardKeeper::new();
             tokio::spawn(keeper.run(Arc::clone(&store), PATIENCE, view.clone()));
-            let status = StatusSource::new(group.clone(), None, view.clone()).with_leases(registry.clone());
-            ClusterService::server(membership.clone(), group, status, heartbeat_timeout, view, registry, None)
+            let status = StatusSource::new(groups.clone(), Vec::new(), view.clone()).with_leases(registry.clone());
+            ClusterService::server(membership.clone(), groups, status, heartbeat_timeout, view, registry, None)
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());

@@ -1,17 +1,17 @@
-//! [`Control`] of a coordinator that leads, over its group and its leadership; and of one that stands by.
+//! [`Control`] of a coordinator that leads, over its groups and its leadership; and of one that stands by.
 
 use std::{sync::Arc, time::Duration};
 
 use phalanx_cluster::{id::ShardId, model_config::ModelConfig, partition::PartitionPlan};
-use phalanx_proto::v1::{DrainResponse, PlanResponse, StatusResponse};
+use phalanx_proto::v1::{DrainResponse, PlanResponse, RolloutEvent, StatusResponse};
 use ractor::{RpcReplyPort, rpc::CallResult};
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{AdminError, Control, LeaderAddress, RollingRestart, RolloutEvents, RolloutPhase, status::StatusSource};
 use crate::{
-    group::{actor::GroupMsg, change::ChangeError},
+    group::{actor::GroupMsg, change::ChangeError, report},
     leadership::{LeadershipView, View, actor::LeadershipHandle},
-    membership::actor::GroupAddress,
+    membership::groups::{GroupAddress, Groups},
 };
 
 /// Longest wait for what the group knows. Changes take as long as they take.
@@ -22,7 +22,7 @@ const STEP_DOWN_LIMIT: Duration = Duration::from_secs(30);
 /// Of one leadership.
 #[derive(Clone)]
 pub struct Leading {
-    group: GroupAddress,
+    groups: Groups,
     status: StatusSource,
     leadership: LeadershipHandle,
     shape: Arc<ModelConfig>,
@@ -30,25 +30,29 @@ pub struct Leading {
 
 impl Leading {
     /// Over the parts of a leadership. `shape` is the model's.
-    pub fn new(
-        group: GroupAddress,
-        status: StatusSource,
-        leadership: LeadershipHandle,
-        shape: Arc<ModelConfig>,
-    ) -> Self {
-        Self { group, status, leadership, shape }
+    pub fn new(groups: Groups, status: StatusSource, leadership: LeadershipHandle, shape: Arc<ModelConfig>) -> Self {
+        Self { groups, status, leadership, shape }
     }
 
     async fn ask<T: Send + 'static>(
         &self,
+        group: &GroupAddress,
         message: impl FnOnce(RpcReplyPort<T>) -> GroupMsg,
         limit: Option<Duration>,
     ) -> Result<T, AdminError> {
-        match self.group.get().call(message, limit).await {
+        match group.get().call(message, limit).await {
             Ok(CallResult::Success(answer)) => Ok(answer),
             Ok(CallResult::Timeout) => Err(AdminError::Unavailable("the group is busy: try again".to_owned())),
             // It has ended, and a reply that nobody gives ends with it.
             Ok(CallResult::SenderError) | Err(_) => Err(self.interrupted()),
+        }
+    }
+
+    /// The group that a shard belongs to.
+    async fn group_of(&self, shard: &ShardId) -> Result<&GroupAddress, AdminError> {
+        match self.groups.of(shard) {
+            Some(group) => Ok(group),
+            None => Err(self.refused(ChangeError::UnknownShard(shard.clone())).await),
         }
     }
 
@@ -73,6 +77,87 @@ impl Leading {
     }
 }
 
+impl Leading {
+    /// Restarts group by group, so that the others serve meanwhile.
+    async fn roll_out(
+        self,
+        groups: Vec<GroupAddress>,
+        mut rollout: RollingRestart,
+        mut progress: Progress,
+        sender: mpsc::UnboundedSender<Result<RolloutEvent, AdminError>>,
+    ) {
+        let view = self.leadership.view();
+        for group in groups {
+            let (events, mut received) = mpsc::unbounded_channel();
+            if group.get().cast(GroupMsg::RolloutRestart { rollout: rollout.clone(), events }).is_err() {
+                // Nobody may listen, here and below.
+                drop(sender.send(Err(self.interrupted())));
+                return;
+            }
+            loop {
+                let event = tokio::select! {
+                    event = received.recv() => event,
+                    // Nobody listens: dropping our end tells the group.
+                    () = sender.closed() => return,
+                };
+                let event = match event {
+                    Some(Ok(event)) => Ok(event),
+                    Some(Err(error)) => Err(self.refused(error).await),
+                    None if view.session().is_some() => Err(self.interrupted()),
+                    None => Err(AdminError::GivenUp("this coordinator leads no longer".to_owned())),
+                };
+                let is_group_done = matches!(&event, Ok(event) if event.phase == RolloutPhase::Done.name());
+                let is_over = event.is_err();
+                if let Ok(RolloutEvent { shard_id, phase, .. }) = &event
+                    && phase == RolloutPhase::Returned.name()
+                {
+                    // It may be in another group by the time that that one's turn comes.
+                    rollout.but.push(ShardId(shard_id.clone()));
+                }
+                let event = event.map(|event| progress.of_all(event));
+                if let Some(event) = event.transpose()
+                    && (sender.send(event).is_err() || is_over)
+                {
+                    return;
+                }
+                if is_group_done {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// What is told of a rolling restart of all groups: each of them counts its own shards only.
+struct Progress {
+    total: u32,
+    groups_left: usize,
+    /// In the groups that are done.
+    done: u32,
+    longest_stall_ms: u32,
+}
+
+impl Progress {
+    fn new(total: u32, groups: usize) -> Self {
+        Self { total, groups_left: groups, done: 0, longest_stall_ms: 0 }
+    }
+
+    /// As an event of all groups; none if it is the end of one that is not the last.
+    fn of_all(&mut self, event: RolloutEvent) -> Option<RolloutEvent> {
+        let done = self.done.saturating_add(event.done);
+        let mut event = RolloutEvent { done, total: self.total.max(done), ..event };
+        if event.phase == RolloutPhase::Done.name() {
+            self.done = done;
+            self.groups_left = self.groups_left.saturating_sub(1);
+            self.longest_stall_ms = self.longest_stall_ms.max(event.stall_ms);
+            event.stall_ms = self.longest_stall_ms;
+            event.total = done;
+            return Some(event).filter(|_| self.groups_left == 0);
+        }
+        Some(event)
+    }
+}
+
 fn not_leading(view: &View) -> AdminError {
     // One that leads no longer may not know of another yet.
     let other = view.leader.as_ref().filter(|leader| !leader.record.is_same_life(&view.me));
@@ -89,52 +174,46 @@ impl Control for Leading {
     }
 
     async fn drain(&self, shard: ShardId) -> Result<DrainResponse, AdminError> {
-        match self.ask(|reply| GroupMsg::Drain { shard, reply }, None).await? {
+        let group = self.group_of(&shard).await?;
+        match self.ask(group, |reply| GroupMsg::Drain { shard, reply }, None).await? {
             Ok(drained) => Ok(drained),
             Err(error) => Err(self.refused(error).await),
         }
     }
 
     async fn undrain(&self, shard: ShardId) -> Result<(), AdminError> {
-        match self.ask(|reply| GroupMsg::Undrain { shard, reply }, None).await? {
+        let group = self.group_of(&shard).await?;
+        match self.ask(group, |reply| GroupMsg::Undrain { shard, reply }, None).await? {
             Ok(()) => Ok(()),
             Err(error) => Err(self.refused(error).await),
         }
     }
 
     async fn rollout_restart(&self, rollout: RollingRestart) -> Result<RolloutEvents, AdminError> {
-        let (events, mut received) = mpsc::unbounded_channel();
-        let asked = self.group.get().cast(GroupMsg::RolloutRestart { rollout, events });
-        asked.map_err(|_| self.interrupted())?;
+        let members = self.status().await?.members;
+        let groups: Vec<GroupAddress> = (0..)
+            .zip(self.groups.all())
+            .filter(|(index, _)| members.iter().any(|m| m.group == *index))
+            .map(|(_, group)| group.clone())
+            .collect();
+        if groups.is_empty() {
+            return Err(AdminError::Refused("no shard is attached".to_owned()));
+        }
+        let total = members.iter().filter(|m| !rollout.but.iter().any(|but| but.0 == m.shard_id)).count();
+        let progress = Progress::new(u32::try_from(total).unwrap_or(u32::MAX), groups.len());
         let (sender, told) = mpsc::unbounded_channel();
-        let (view, own) = (self.leadership.view(), self.clone());
-        tokio::spawn(async move {
-            loop {
-                let event = tokio::select! {
-                    event = received.recv() => event,
-                    // Nobody listens: dropping our end tells the group.
-                    () = sender.closed() => return,
-                };
-                let is_last = matches!(&event, Some(Ok(event)) if event.phase == RolloutPhase::Done.name());
-                let event = match event {
-                    Some(Ok(event)) => Ok(event),
-                    Some(Err(error)) => Err(own.refused(error).await),
-                    None if view.session().is_some() => Err(own.interrupted()),
-                    None => Err(AdminError::GivenUp("this coordinator leads no longer".to_owned())),
-                };
-                let is_last = is_last || event.is_err();
-                if sender.send(event).is_err() || is_last {
-                    return;
-                }
-            }
-        });
+        tokio::spawn(self.clone().roll_out(groups, rollout, progress, sender));
         Ok(told)
     }
 
     async fn plan(&self) -> Result<PlanResponse, AdminError> {
-        let mut plan = *self.ask(GroupMsg::Plan, Some(CALL_LIMIT)).await?;
-        fill_slices(&mut plan, &self.shape)?;
-        Ok(plan)
+        let mut plans = Vec::new();
+        for group in self.groups.all() {
+            let mut plan = *self.ask(group, GroupMsg::Plan, Some(CALL_LIMIT)).await?;
+            fill_slices(&mut plan, &self.shape)?;
+            plans.push(plan);
+        }
+        Ok(report::plans_together(plans))
     }
 
     async fn step_down(&self) -> Result<String, AdminError> {
@@ -212,5 +291,28 @@ impl Control for StandingBy {
 
     async fn step_down(&self) -> Result<String, AdminError> {
         self.refuse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(phase: RolloutPhase, done: u32, total: u32, stall_ms: u32) -> RolloutEvent {
+        let shard_id = if phase == RolloutPhase::Done { "" } else { "a" }.to_owned();
+        RolloutEvent { shard_id, phase: phase.name().to_owned(), done, total, stall_ms }
+    }
+
+    #[test]
+    fn a_rollout_of_several_groups_is_told_as_one() {
+        let mut progress = Progress::new(5, 2);
+        let mut tell = |phase, done, total, stall_ms| {
+            progress.of_all(event(phase, done, total, stall_ms)).map(|e| (e.phase, e.done, e.total, e.stall_ms))
+        };
+        let shown = |phase: RolloutPhase, done, total, stall_ms| Some((phase.name().to_owned(), done, total, stall_ms));
+        assert_eq!(tell(RolloutPhase::Returned, 2, 3, 40), shown(RolloutPhase::Returned, 2, 5, 40));
+        assert_eq!(tell(RolloutPhase::Done, 3, 3, 90), None, "there is another group");
+        assert_eq!(tell(RolloutPhase::Draining, 0, 2, 0), shown(RolloutPhase::Draining, 3, 5, 0));
+        assert_eq!(tell(RolloutPhase::Done, 2, 2, 10), shown(RolloutPhase::Done, 5, 5, 90));
     }
 }

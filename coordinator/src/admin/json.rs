@@ -3,7 +3,7 @@
 //! **Stable.** Fields may be added; none is renamed, removed or given another type. Absent values are `null`. Names are
 //! those of the wire's messages. `docs/operations.md` lists them.
 
-use phalanx_proto::v1::{Coordinator, Load, Member, PlanResponse, RankPlan, StatusResponse};
+use phalanx_proto::v1::{Coordinator, GroupStatus, Load, Member, PlanResponse, RankPlan, StatusResponse};
 use serde::Serialize;
 
 /// A status.
@@ -19,6 +19,17 @@ pub struct StatusJson<'a> {
     coordinators: Vec<CoordinatorJson<'a>>,
     members: Vec<MemberJson<'a>>,
     load: Option<LoadJson>,
+    /// Every group; epoch, phase and world sizes above are those of the first.
+    groups: Vec<GroupJson<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct GroupJson<'a> {
+    group: u32,
+    epoch: u64,
+    phase: &'a str,
+    world_size: u32,
+    waits_for: Option<&'a str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -48,6 +59,7 @@ struct MemberJson<'a> {
     resident_bytes: u64,
     silent_ms: u32,
     lease_ms: Option<u32>,
+    group: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -72,6 +84,19 @@ impl<'a> From<&'a StatusResponse> for StatusJson<'a> {
             coordinators: status.coordinators.iter().map(CoordinatorJson::from).collect(),
             members: status.members.iter().map(MemberJson::from).collect(),
             load: status.load.as_ref().map(LoadJson::from),
+            groups: status.groups.iter().map(GroupJson::from).collect(),
+        }
+    }
+}
+
+impl<'a> From<&'a GroupStatus> for GroupJson<'a> {
+    fn from(group: &'a GroupStatus) -> Self {
+        Self {
+            group: group.group,
+            epoch: group.epoch,
+            phase: &group.phase,
+            world_size: group.world_size,
+            waits_for: Some(group.waits_for.as_str()).filter(|w| !w.is_empty()),
         }
     }
 }
@@ -106,6 +131,7 @@ impl<'a> From<&'a Member> for MemberJson<'a> {
             resident_bytes: member.resident_bytes,
             silent_ms: member.silent_ms,
             lease_ms: member.lease_ms,
+            group: member.group,
         }
     }
 }
@@ -140,6 +166,7 @@ struct RankPlanJson<'a> {
     ffn_columns: &'a str,
     vocabulary: &'a str,
     weight_bytes: u64,
+    group: u32,
 }
 
 impl<'a> From<&'a PlanResponse> for PlanJson<'a> {
@@ -161,6 +188,7 @@ impl<'a> From<&'a RankPlan> for RankPlanJson<'a> {
             ffn_columns: &rank.ffn_columns,
             vocabulary: &rank.vocabulary,
             weight_bytes: rank.weight_bytes,
+            group: rank.group,
         }
     }
 }
@@ -175,6 +203,7 @@ mod tests {
             members: vec![Member { incarnation: u64::MAX, ..Member::default() }],
             coordinators: vec![Coordinator::default()],
             load: Some(Load::default()),
+            groups: vec![GroupStatus::default()],
             ..StatusResponse::default()
         };
         let json = serde_json::to_value(StatusJson::from(&status)).unwrap();
@@ -183,14 +212,15 @@ mod tests {
         };
         assert_eq!(
             keys(&json),
-            "term epoch phase model world_size wanted_world_size waits_for coordinators members load"
+            "term epoch phase model world_size wanted_world_size waits_for coordinators members load groups"
         );
         assert_eq!(keys(&json["coordinators"][0]), "coordinator_id role http_address grpc_address");
         assert_eq!(
             keys(&json["members"][0]),
             "shard_id role rank prepared_ranks device threads host_id pid incarnation version collective_address \
-             weight_bytes kv_bytes resident_bytes silent_ms lease_ms"
+             weight_bytes kv_bytes resident_bytes silent_ms lease_ms group"
         );
+        assert_eq!(keys(&json["groups"][0]), "group epoch phase world_size waits_for");
         assert_eq!(keys(&json["load"]), "requests sequences_waiting sequences_running kv_blocks_used kv_blocks");
         assert!(json["waits_for"].is_null() && json["members"][0]["rank"].is_null());
         assert_eq!(json["members"][0]["incarnation"], u64::MAX.to_string());

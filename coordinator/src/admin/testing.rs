@@ -32,6 +32,7 @@ pub fn status() -> StatusResponse {
         incarnation: 7,
         collective_address: "127.0.0.1:5000".to_owned(),
         lease_ms: Some(2500),
+        group: 0,
     };
     StatusResponse {
         epoch: 7,
@@ -55,6 +56,7 @@ pub fn status() -> StatusResponse {
             kv_blocks_used: 120,
             kv_blocks: 2048,
         }),
+        groups: Vec::new(),
     }
 }
 
@@ -118,6 +120,7 @@ impl Control for FakeControl {
             ffn_columns: "0..64".to_owned(),
             vocabulary: "0..256".to_owned(),
             weight_bytes: 80 << 20,
+            group: 0,
         };
         Ok(PlanResponse { ranks: vec![rank(0), rank(1)], on_loss: "local-2 takes it".to_owned() })
     }

@@ -58,8 +58,14 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tensor_parallel_size: Option<u32>,
 
-    /// Shards to start on this machine; more than the tensor parallel size are spares, 0 waits for shards to join
-    /// [default: the tensor parallel size]
+    /// Groups of shards that serve beside each other; each has the whole model, and a request goes to one of them
+    /// [default: 1]
+    #[arg(long, env = "PHALANX_REPLICAS", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u32>,
+
+    /// Shards to start on this machine; more than replicas x tensor parallel size are spares, 0 waits for shards to join
+    /// [default: replicas x tensor parallel size]
     #[arg(long, env = "PHALANX_LOCAL_SHARDS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local_shards: Option<u32>,

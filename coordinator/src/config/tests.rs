@@ -38,6 +38,7 @@ fn defaults_are_filled_in() {
     let config = resolve(&[]).unwrap();
     assert_eq!(config.model, DEFAULT_MODEL);
     assert_eq!((config.tensor_parallel_size, config.local_shards, config.threads_per_shard), (2, 2, 4));
+    assert_eq!(config.replicas, 1);
     assert_eq!(config.http_address.to_string(), "127.0.0.1:8000");
     assert_eq!(config.grpc_address.to_string(), "127.0.0.1:50051");
     assert_eq!(config.state_dir, Some("/home/me/state/phalanx/50051".into()));

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use metrics::Label;
 use phalanx_cluster::{
     id::{Epoch, ShardId},
     store::MembershipStore,
@@ -21,7 +22,7 @@ use super::{
     change::{ChangeError, RollingRestart},
     drained::{self, DrainedRecord},
     epochs,
-    machine::{Candidate, Cause, Event, GroupMachine, Origin, Settings},
+    machine::{Candidate, Cause, Event, Given, GroupMachine, Origin, Settings, Standing},
     report,
     state::State,
 };
@@ -35,6 +36,8 @@ pub enum GroupMsg {
         hello: Box<Hello>,
         /// Leads to it.
         link: LinkHandle,
+        /// The greatest epoch of another group that it may know.
+        knows: Epoch,
     },
     /// A shard is gone.
     Left {
@@ -51,6 +54,13 @@ pub enum GroupMsg {
         from: Arc<Origin>,
         /// What.
         message: Box<FromShard>,
+    },
+    /// Another group lacks a shard: give one away, if one is free. The answer goes to membership.
+    Release {
+        /// Names the request.
+        ticket: u64,
+        /// What kind of shard is meant.
+        given: Given,
     },
     /// The store answered: the epoch, or why there is none.
     EpochTaken(Result<Epoch, String>),
@@ -124,8 +134,34 @@ pub enum Notice {
     GiveUp(String),
 }
 
+/// What a group tells membership.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToMembership {
+    /// Where it stands; whenever that has changed.
+    Stands(Standing),
+    /// The answer to `Release`.
+    Released {
+        /// Which request.
+        ticket: u64,
+        /// The shard that is no longer here, and its stream; none can go.
+        given: Option<(ShardId, u64)>,
+    },
+}
+
+/// What a group's actor begins with.
+pub struct GroupStart {
+    /// What it is to be.
+    pub config: Arc<GroupConfig>,
+    /// Takes what membership must know. Must not block.
+    pub membership: Box<dyn Fn(ToMembership) + Send + Sync>,
+}
+
 /// What a group is to be.
 pub struct GroupConfig {
+    /// Which of the cluster's groups, from 0 on.
+    pub index: usize,
+    /// Labels of its metrics: its index, if there are others.
+    pub labels: Vec<Label>,
     /// Ranks, and when to form how.
     pub settings: Settings,
     /// Name for operators.
@@ -164,22 +200,18 @@ pub struct Group;
 impl Actor for Group {
     type Msg = GroupMsg;
     type State = State;
-    type Arguments = Arc<GroupConfig>;
+    type Arguments = GroupStart;
 
-    async fn pre_start(
-        &self,
-        myself: ActorRef<GroupMsg>,
-        config: Arc<GroupConfig>,
-    ) -> Result<State, ActorProcessingErr> {
-        let record = epochs::load(&*config.store).await?;
-        let epoch = Epoch::from_raw(record.epoch);
-        let drained = drained::load(&*config.store).await?;
-        let mut machine = GroupMachine::new(config.settings.clone(), epoch, record.ranks, Instant::now());
+    async fn pre_start(&self, myself: ActorRef<GroupMsg>, start: GroupStart) -> Result<State, ActorProcessingErr> {
+        let config = &start.config;
+        let known = epochs::load(&*config.store, config.index).await?;
+        let drained = drained::load(&*config.store, config.index).await?;
+        let mut machine = GroupMachine::new(config.settings.clone(), known.epoch, known.ranks, Instant::now());
         machine.remember_drained(drained.clone());
         machine.expect(config.expected.0.clone(), config.expected.1);
-        let drained = DrainedRecord::start(Arc::clone(&config.store), drained);
-        metrics::gauge!(names::EPOCH).set(record.epoch as f64);
-        Ok(State::new(config, machine, drained, Alarm::start(myself)))
+        let drained = DrainedRecord::start(Arc::clone(&config.store), config.index, drained);
+        metrics::gauge!(names::EPOCH, config.labels.clone()).set(known.epoch.raw() as f64);
+        Ok(State::new(start, machine, drained, Alarm::start(myself)))
     }
 
     async fn handle(
@@ -189,16 +221,18 @@ impl Actor for Group {
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
         let is_tick = matches!(message, GroupMsg::Tick);
+        let is_routine = is_routine(&message);
         match message {
-            GroupMsg::Arrived { hello, link } => {
+            GroupMsg::Arrived { hello, link, knows } => {
                 let candidate = Candidate {
                     shard: link.origin().shard.clone(),
                     incarnation: hello.incarnation,
-                    kind: format!("{} {}", hello.version, hello.fingerprint),
+                    kind: kind_of(&hello),
                     memory_bytes: hello.memory_bytes,
                     takes_mirror: !hello.mirror_address.is_empty(),
                 };
                 state.machine.saw(&candidate.shard, link.host());
+                state.step(&myself, Event::Outrun(knows), None)?;
                 state.seats.insert(*hello, link);
                 state.step(&myself, Event::Arrived(candidate), None)?;
             }
@@ -210,6 +244,7 @@ impl Actor for Group {
                 }
                 state.step(&myself, Event::Left { from, cause, reason }, None)?;
             }
+            GroupMsg::Release { ticket, given } => state.release(&myself, ticket, given)?,
             GroupMsg::FromShard { from, message } => state.on_message(&myself, &from, *message)?,
             GroupMsg::EpochTaken(Ok(epoch)) => state.step(&myself, Event::EpochTaken(epoch), None)?,
             GroupMsg::EpochTaken(Err(reason)) => {
@@ -236,7 +271,26 @@ impl Actor for Group {
             GroupMsg::RolloutRestart { rollout, events } => state.roll_out(&myself, rollout, events)?,
         }
         state.say_what_is_missing();
+        if !is_routine {
+            state.say_where_it_stands();
+        }
         state.alarm.set(state.machine.wakes_at(), is_tick);
         Ok(())
+    }
+}
+
+/// What ranks of one group have in common: version and numerics.
+pub fn kind_of(hello: &Hello) -> String {
+    format!("{} {}", hello.version, hello.fingerprint)
+}
+
+/// What comes with every step, and changes nothing that membership must know.
+fn is_routine(message: &GroupMsg) -> bool {
+    match message {
+        GroupMsg::Planned { .. } => true,
+        GroupMsg::FromShard { message, .. } => {
+            matches!(**message, FromShard::StepResult(_) | FromShard::Heartbeat(_) | FromShard::LoadProgress(_))
+        }
+        _ => false,
     }
 }

@@ -9,18 +9,22 @@ use phalanx_cluster::{
 use tokio::{sync::watch, time::sleep};
 
 /// Where it lies in the store.
-const DRAINED_KEY: &str = "group/0/drained";
+fn key(group: usize) -> String {
+    format!("group/{group}/drained")
+}
+
 /// Between attempts to write while the store does not answer.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// What the store knows; nobody if it knows nothing.
+/// Who is drained in a group; nobody if the store knows nothing.
 ///
 /// # Errors
 /// If the store does not answer, or the record is damaged.
-pub async fn load(store: &dyn MembershipStore) -> Result<BTreeSet<ShardId>, String> {
-    match store.get(DRAINED_KEY).await.map_err(|e| e.to_string())? {
+pub async fn load(store: &dyn MembershipStore, group: usize) -> Result<BTreeSet<ShardId>, String> {
+    let key = key(group);
+    match store.get(&key).await.map_err(|e| e.to_string())? {
         Some(record) => serde_json::from_slice(&record.value)
-            .map_err(|e| format!("the store's {DRAINED_KEY} is damaged ({e}): delete it to have nobody drained")),
+            .map_err(|e| format!("the store's {key} is damaged ({e}): delete it to have nobody drained")),
         None => Ok(BTreeSet::new()),
     }
 }
@@ -30,9 +34,9 @@ pub struct DrainedRecord(watch::Sender<BTreeSet<ShardId>>);
 
 impl DrainedRecord {
     /// With what the store has.
-    pub fn start(store: Arc<dyn MembershipStore>, stored: BTreeSet<ShardId>) -> Self {
+    pub fn start(store: Arc<dyn MembershipStore>, group: usize, stored: BTreeSet<ShardId>) -> Self {
         let (sender, receiver) = watch::channel(stored);
-        tokio::spawn(keep(store, receiver));
+        tokio::spawn(keep(store, key(group), receiver));
         Self(sender)
     }
 
@@ -49,12 +53,12 @@ impl DrainedRecord {
 }
 
 /// Ends with the [`DrainedRecord`].
-async fn keep(store: Arc<dyn MembershipStore>, mut wanted: watch::Receiver<BTreeSet<ShardId>>) {
+async fn keep(store: Arc<dyn MembershipStore>, key: String, mut wanted: watch::Receiver<BTreeSet<ShardId>>) {
     while wanted.changed().await.is_ok() {
         let mut is_told = false;
         loop {
             let drained = wanted.borrow_and_update().clone();
-            let Err(error) = write(&*store, &drained).await else { break };
+            let Err(error) = write(&*store, &key, &drained).await else { break };
             if !is_told {
                 is_told = true;
                 tracing::warn!(%error, "who is drained can't be kept in the store; trying again");
@@ -68,9 +72,9 @@ async fn keep(store: Arc<dyn MembershipStore>, mut wanted: watch::Receiver<BTree
     }
 }
 
-async fn write(store: &dyn MembershipStore, drained: &BTreeSet<ShardId>) -> Result<(), StoreError> {
+async fn write(store: &dyn MembershipStore, key: &str, drained: &BTreeSet<ShardId>) -> Result<(), StoreError> {
     let value = serde_json::to_vec(drained).expect("names can be written as JSON");
-    store.put(DRAINED_KEY, value, None).await.map(|_| ())
+    store.put(key, value, None).await.map(|_| ())
 }
 
 #[cfg(test)]
@@ -82,16 +86,17 @@ mod tests {
     #[tokio::test]
     async fn the_next_leader_knows_who_is_drained() {
         let store: Arc<dyn MembershipStore> = Arc::new(EmbeddedStore::open(None, 64).await.unwrap());
-        assert!(load(&*store).await.unwrap().is_empty());
-        let record = DrainedRecord::start(Arc::clone(&store), BTreeSet::new());
+        assert!(load(&*store, 1).await.unwrap().is_empty());
+        let record = DrainedRecord::start(Arc::clone(&store), 1, BTreeSet::new());
         let drained = BTreeSet::from([ShardId("a".to_owned()), ShardId("b".to_owned())]);
         for wanted in [drained, BTreeSet::new()] {
-            let mut watch = store.watch(DRAINED_KEY, store.list("").await.unwrap().revision).await.unwrap();
+            let mut watch = store.watch(&key(1), store.list("").await.unwrap().revision).await.unwrap();
             record.set(&wanted);
             futures::StreamExt::next(&mut watch).await.unwrap().unwrap();
-            assert_eq!(load(&*store).await.unwrap(), wanted);
+            assert_eq!(load(&*store, 1).await.unwrap(), wanted);
+            assert!(load(&*store, 0).await.unwrap().is_empty(), "another group's record");
         }
-        store.put(DRAINED_KEY, b"?".to_vec(), None).await.unwrap();
-        assert!(load(&*store).await.unwrap_err().contains("delete it"));
+        store.put(&key(1), b"?".to_vec(), None).await.unwrap();
+        assert!(load(&*store, 1).await.unwrap_err().contains("delete it"));
     }
 }

@@ -3,12 +3,12 @@
 pub mod actor;
 mod alarm;
 pub mod change;
-mod drained;
-mod epochs;
+pub mod drained;
+pub mod epochs;
 pub mod machine;
 mod mirror_lag;
 pub mod plans;
 pub mod progress;
-mod report;
+pub mod report;
 mod seats;
 mod state;

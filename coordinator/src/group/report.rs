@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use phalanx_cluster::id::ShardId;
-use phalanx_proto::v1::{Member, PlanResponse, RankPlan, StatusResponse};
+use phalanx_proto::v1::{GroupStatus, Member, PlanResponse, RankPlan, StatusResponse};
 
 use super::{
     actor::GroupConfig,
@@ -17,6 +17,7 @@ fn count(n: usize) -> u32 {
 
 /// Members, ranks and epochs.
 pub fn status(config: &GroupConfig, machine: &GroupMachine, seats: &Seats, now: Instant) -> StatusResponse {
+    let index = count(config.index);
     let member = |(shard, seat): (&ShardId, &Seat)| Member {
         shard_id: shard.0.clone(),
         rank: machine.rank_of(shard).map(count),
@@ -32,6 +33,7 @@ pub fn status(config: &GroupConfig, machine: &GroupMachine, seats: &Seats, now: 
         version: seat.hello.version.clone(),
         threads: seat.hello.threads,
         incarnation: seat.hello.incarnation,
+        group: index,
         collective_address: seat.hello.collective_address.clone(),
         // Leases are not the group's to know.
         lease_ms: None,
@@ -46,6 +48,37 @@ pub fn status(config: &GroupConfig, machine: &GroupMachine, seats: &Seats, now: 
         members: seats.iter().map(member).collect(),
         ..StatusResponse::default()
     }
+}
+
+/// What several groups say, in their order, as one: what was there before there were several is the first one's.
+pub fn together(groups: Vec<StatusResponse>) -> StatusResponse {
+    let of_one = |(group, status): (u32, &StatusResponse)| GroupStatus {
+        group,
+        epoch: status.epoch,
+        phase: status.phase.clone(),
+        world_size: status.world_size,
+        waits_for: status.waits_for.clone(),
+    };
+    let each = (0..).zip(&groups).map(of_one).collect();
+    let mut members: Vec<Member> = groups.iter().flat_map(|status| status.members.clone()).collect();
+    members.sort_by(|a, b| a.shard_id.cmp(&b.shard_id));
+    StatusResponse { groups: each, members, ..groups.into_iter().next().unwrap_or_default() }
+}
+
+/// What several groups say, in their order, as one.
+pub fn plans_together(plans: Vec<PlanResponse>) -> PlanResponse {
+    let several = plans.len() > 1;
+    let mut all = PlanResponse::default();
+    for (group, plan) in (0..).zip(plans) {
+        all.ranks.extend(plan.ranks.into_iter().map(|rank| RankPlan { group, ..rank }));
+        match several {
+            // Whether a spare of another group would come is not the group's to say.
+            true if !all.on_loss.is_empty() => all.on_loss.push_str(&format!("; group {group}: {}", plan.on_loss)),
+            true => all.on_loss = format!("group {group}: {}", plan.on_loss),
+            false => all.on_loss = plan.on_loss,
+        }
+    }
+    all
 }
 
 /// Who holds what, and who takes over from whom. What a rank's slice is made of is not known here.

@@ -16,12 +16,14 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::sync::mpsc;
 
 use super::{
-    actor::{GroupConfig, GroupMsg, Notice},
+    actor::{GroupConfig, GroupMsg, GroupStart, Notice, ToMembership},
     alarm::Alarm,
     change::{ChangeError, RollingRestart},
     drained::DrainedRecord,
     epochs,
-    machine::{Action, Beat, Cause, Changed, Event, GroupMachine, Mirrors, Origin, Slice, Ticket, Turned},
+    machine::{
+        Action, Beat, Cause, Changed, Event, Given, GroupMachine, Mirrors, Origin, Slice, Standing, Ticket, Turned,
+    },
     mirror_lag::MirrorLag,
     plans::GroupPlans,
     progress::LoadProgress,
@@ -57,6 +59,8 @@ pub struct State {
     progress: Option<LoadProgress>,
     mirror_lag: MirrorLag,
     told_to_wait: Option<String>,
+    membership: Box<dyn Fn(ToMembership) + Send + Sync>,
+    told_standing: Option<Standing>,
     askers: BTreeMap<Ticket, Asker>,
     next_ticket: Ticket,
     rollout: Option<RolloutEvents>,
@@ -65,10 +69,12 @@ pub struct State {
 }
 
 impl State {
-    pub(super) fn new(config: Arc<GroupConfig>, machine: GroupMachine, drained: DrainedRecord, alarm: Alarm) -> Self {
+    pub(super) fn new(start: GroupStart, machine: GroupMachine, drained: DrainedRecord, alarm: Alarm) -> Self {
         let latest = machine.epoch();
         Self {
-            config,
+            config: start.config,
+            membership: start.membership,
+            told_standing: None,
             machine,
             seats: Seats::default(),
             alarm,
@@ -213,6 +219,35 @@ impl State {
         Ok(())
     }
 
+    /// Gives a shard to another group, if one is free. It has left when membership hears of it.
+    pub(super) fn release(
+        &mut self,
+        myself: &ActorRef<GroupMsg>,
+        ticket: u64,
+        given: Given,
+    ) -> Result<(), ActorProcessingErr> {
+        let shard = self.machine.can_give(given, Instant::now());
+        let link = shard.and_then(|shard| self.seats.get(&shard)).map(|seat| seat.link.clone());
+        if let Some(link) = &link {
+            let from = link.origin().clone();
+            tracing::info!(shard = %from.shard, group = self.config.index, "giving a shard to another group");
+            self.seats.remove(&from);
+            let reason = "another group needs it".to_owned();
+            self.step(myself, Event::Left { from, cause: Cause::Lost, reason }, None)?;
+        }
+        let given = link.map(|link| (link.origin().shard.clone(), link.stream()));
+        (self.membership)(ToMembership::Released { ticket, given });
+        Ok(())
+    }
+
+    pub(super) fn say_where_it_stands(&mut self) {
+        let standing = self.machine.standing();
+        if self.told_standing.as_ref() != Some(&standing) {
+            (self.membership)(ToMembership::Stands(standing.clone()));
+            self.told_standing = Some(standing);
+        }
+    }
+
     pub(super) fn roll_out(
         &mut self,
         myself: &ActorRef<GroupMsg>,
@@ -308,7 +343,7 @@ impl State {
         let shards: Vec<&str> = ranks.iter().map(|s| s.0.as_str()).collect();
         let keep_kv_of_epoch = keep_kv_of.map_or(0, Epoch::raw);
         tracing::info!(%epoch, ?shards, keep_kv_of_epoch, "forming");
-        metrics::gauge!(names::EPOCH).set(epoch.raw() as f64);
+        metrics::gauge!(names::EPOCH, self.config.labels.clone()).set(epoch.raw() as f64);
         let mut collective_secret = vec![0; SECRET_BYTES];
         let filled = getrandom(&mut collective_secret, GetRandomFlags::empty())?;
         if filled != SECRET_BYTES {
@@ -336,9 +371,9 @@ impl State {
             self.seats.tell(shard, Message::Form(form));
         }
         self.progress = Some(LoadProgress::new(ranks.len()));
-        let (store, latest) = (Arc::clone(&self.config.store), self.latest);
+        let (store, group) = (Arc::clone(&self.config.store), self.config.index);
         tokio::spawn(async move {
-            if let Err(error) = epochs::remember_ranks(&*store, latest, ranks).await {
+            if let Err(error) = epochs::remember_ranks(&*store, group, epoch, ranks).await {
                 tracing::warn!(%error, "the ranks can't be kept in the store");
             }
         });

@@ -1,36 +1,23 @@
-//! The actor that knows who is attached, and supervises the group.
+//! The actor that knows who is attached, and supervises the groups.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError, RwLock},
-};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
-use phalanx_cluster::id::ShardId;
+use phalanx_cluster::id::{Epoch, ShardId};
 use phalanx_proto::v1::{Hello, Shutdown, coordinator_message::Message};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 
+use super::{
+    groups::{GroupAddress, Groups},
+    machine::{Action, Event, Former, MembershipMachine},
+};
 use crate::{
     group::{
-        actor::{Group, GroupConfig, GroupMsg},
+        actor::{Group, GroupConfig, GroupMsg, GroupStart, ToMembership, kind_of},
+        drained, epochs,
         machine::{Cause, Origin},
     },
     shard_link::LinkHandle,
 };
-
-/// Where the group's actor is; it changes when the actor is started again.
-#[derive(Clone)]
-pub struct GroupAddress(Arc<RwLock<ActorRef<GroupMsg>>>);
-
-impl GroupAddress {
-    /// The present one.
-    pub fn get(&self) -> ActorRef<GroupMsg> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn set(&self, actor: ActorRef<GroupMsg>) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = actor;
-    }
-}
 
 /// What the actor is told.
 pub enum MembershipMsg {
@@ -54,8 +41,12 @@ pub enum MembershipMsg {
         /// Why.
         reason: String,
     },
-    /// Where the group is.
-    Group(RpcReplyPort<GroupAddress>),
+    /// Where the groups are.
+    Groups(RpcReplyPort<Groups>),
+    /// A group's actor says something.
+    FromGroup(usize, ToMembership),
+    /// The machine wanted to be woken.
+    Tick,
     /// Tell all shards to end.
     Shutdown {
         /// Why.
@@ -65,29 +56,42 @@ pub enum MembershipMsg {
     },
 }
 
-/// The actor. Ends with an error if it can't have a group: the process then ends too.
+/// The actor. Ends with an error if it can't have its groups: the process then ends too.
 pub struct Membership;
 
 /// What it knows.
 pub struct State {
     members: BTreeMap<ShardId, (Hello, LinkHandle)>,
-    group: GroupAddress,
-    config: Arc<GroupConfig>,
+    groups: Groups,
+    configs: Vec<Arc<GroupConfig>>,
+    machine: MembershipMachine,
+    myself: ActorRef<MembershipMsg>,
+    /// When the next `Tick` was asked for.
+    tick_at: Option<Instant>,
 }
 
 impl Actor for Membership {
     type Msg = MembershipMsg;
     type State = State;
-    type Arguments = GroupConfig;
+    type Arguments = Vec<GroupConfig>;
 
     async fn pre_start(
         &self,
         myself: ActorRef<MembershipMsg>,
-        config: GroupConfig,
+        configs: Vec<GroupConfig>,
     ) -> Result<State, ActorProcessingErr> {
-        let config = Arc::new(config);
-        let (group, _) = Actor::spawn_linked(None, Group, Arc::clone(&config), myself.get_cell()).await?;
-        Ok(State { members: BTreeMap::new(), group: GroupAddress(Arc::new(RwLock::new(group))), config })
+        let configs: Vec<Arc<GroupConfig>> = configs.into_iter().map(Arc::new).collect();
+        let (mut addresses, mut former) = (Vec::new(), Vec::new());
+        for config in &configs {
+            addresses.push(GroupAddress::new(start(&myself, config).await?));
+            let ranks = epochs::load(&*config.store, config.index).await?.ranks;
+            let drained = drained::load(&*config.store, config.index).await?;
+            former.push(Former { ranks, drained });
+        }
+        let world_size = configs.first().map_or(1, |config| config.settings.world_size);
+        let machine = MembershipMachine::new(world_size, former);
+        let groups = Groups::new(addresses);
+        Ok(State { members: BTreeMap::new(), groups, configs, machine, myself, tick_at: None })
     }
 
     async fn handle(
@@ -103,11 +107,23 @@ impl Actor for Membership {
                 let _ = reply.send(answer);
             }
             MembershipMsg::Detached { from, stream, cause, reason } => state.detach(from, stream, cause, reason),
-            MembershipMsg::Group(reply) => {
-                let _ = reply.send(state.group.clone());
+            MembershipMsg::Groups(reply) => {
+                let _ = reply.send(state.groups.clone());
+            }
+            MembershipMsg::FromGroup(group, ToMembership::Stands(standing)) => {
+                state.step(Event::Stands { group, standing });
+            }
+            MembershipMsg::FromGroup(group, ToMembership::Released { ticket, given }) => {
+                state.step(Event::Released { group, ticket, given });
+            }
+            MembershipMsg::Tick => {
+                state.tick_at = None;
+                state.step(Event::Tick);
             }
             MembershipMsg::Shutdown { reason, reply } => {
-                state.tell_group(GroupMsg::Ending);
+                for group in state.groups.all() {
+                    tell(group, GroupMsg::Ending);
+                }
                 for (_, link) in state.members.values() {
                     link.send(Message::Shutdown(Shutdown { reason: reason.clone() }));
                 }
@@ -123,21 +139,48 @@ impl Actor for Membership {
         event: SupervisionEvent,
         state: &mut State,
     ) -> Result<(), ActorProcessingErr> {
-        let cause = match event {
-            SupervisionEvent::ActorFailed(_, error) => error.to_string(),
-            SupervisionEvent::ActorTerminated(_, _, reason) => reason.unwrap_or_else(|| "it stopped".to_owned()),
+        let (actor, cause) = match event {
+            SupervisionEvent::ActorFailed(actor, error) => (actor, error.to_string()),
+            SupervisionEvent::ActorTerminated(actor, _, reason) => {
+                (actor, reason.unwrap_or_else(|| "it stopped".to_owned()))
+            }
             _ => return Ok(()),
         };
-        tracing::error!(cause, "the group's actor has ended; starting it again");
-        state.config.after_crash(&cause);
-        let config = Arc::clone(&state.config);
-        let (group, _) = Actor::spawn_linked(None, Group, config, myself.get_cell()).await?;
-        for (hello, link) in state.members.values() {
-            let arrived = GroupMsg::Arrived { hello: Box::new(hello.clone()), link: link.clone() };
-            group.cast(arrived).map_err(|e| format!("the new group's actor has ended: {e}"))?;
+        let index = state.groups.all().iter().position(|group| group.get().get_id() == actor.get_id());
+        let Some(index) = index else { return Ok(()) };
+        tracing::error!(group = index, cause, "a group's actor has ended; starting it again");
+        state.configs[index].after_crash(&cause);
+        let group = start(&myself, &state.configs[index]).await?;
+        state.groups.all()[index].set(group);
+        // Its shards before all else that it is told.
+        for shard in state.machine.members(index).cloned().collect::<Vec<_>>() {
+            state.join(&shard, index, Epoch::default());
         }
-        state.group.set(group);
+        state.step(Event::Restarted(index));
         Ok(())
+    }
+}
+
+/// Starts a group's actor.
+async fn start(
+    myself: &ActorRef<MembershipMsg>,
+    config: &Arc<GroupConfig>,
+) -> Result<ActorRef<GroupMsg>, ActorProcessingErr> {
+    let (membership, index) = (myself.clone(), config.index);
+    let membership = Box::new(move |message| {
+        if membership.cast(MembershipMsg::FromGroup(index, message)).is_err() {
+            tracing::debug!("membership has ended before a group");
+        }
+    });
+    let start = GroupStart { config: Arc::clone(config), membership };
+    let (group, _) = Actor::spawn_linked(None, Group, start, myself.get_cell()).await?;
+    Ok(group)
+}
+
+fn tell(group: &GroupAddress, message: GroupMsg) {
+    if group.get().cast(message).is_err() {
+        // Supervision starts another one and tells it of all its members.
+        tracing::debug!("a group's actor has ended");
     }
 }
 
@@ -166,8 +209,9 @@ impl State {
             host = hello.host_id,
             "attached"
         );
-        self.members.insert(shard, (hello.clone(), link.clone()));
-        self.tell_group(GroupMsg::Arrived { hello: Box::new(hello), link });
+        let (stream, kind) = (link.stream(), kind_of(&hello));
+        self.members.insert(shard.clone(), (hello, link));
+        self.step(Event::Arrived { shard, stream, kind });
         Ok(())
     }
 
@@ -176,17 +220,56 @@ impl State {
             Some((_, link)) if link.stream() == stream => {
                 tracing::info!(shard = %from.shard, reason, "detached");
                 self.members.remove(&from.shard);
-                self.tell_group(GroupMsg::Left { from, cause, reason });
+                let shard = from.shard.clone();
+                self.step_because(Event::Left(shard), Some((from, cause, reason)));
             }
             // Replaced meanwhile.
             _ => {}
         }
     }
 
-    fn tell_group(&self, message: GroupMsg) {
-        if self.group.get().cast(message).is_err() {
-            // Supervision starts another one and tells it of all members.
-            tracing::debug!("the group's actor has ended");
+    fn step(&mut self, event: Event) {
+        self.step_because(event, None);
+    }
+
+    /// `loss` is what a group is told when its shard is gone.
+    fn step_because(&mut self, event: Event, mut loss: Option<(Origin, Cause, String)>) {
+        let now = Instant::now();
+        let actions = self.machine.step(now, event);
+        // Before shards say anything to their new group.
+        self.groups.place(self.machine.places());
+        for action in actions {
+            match action {
+                Action::Join { shard, group, knows } => self.join(&shard, group, knows),
+                Action::Leave { group, .. } => {
+                    if let (Some((from, cause, reason)), Some(group)) = (loss.take(), self.groups.all().get(group)) {
+                        tell(group, GroupMsg::Left { from, cause, reason });
+                    }
+                }
+                Action::Release { group, ticket, given } => {
+                    if let Some(group) = self.groups.all().get(group) {
+                        tell(group, GroupMsg::Release { ticket, given });
+                    }
+                }
+                Action::SetAside(shard) => {
+                    let kind = self.members.get(&shard).map(|(hello, _)| kind_of(hello)).unwrap_or_default();
+                    tracing::warn!(%shard, kind, "computes other bits than the shards that are here: it gets no rank");
+                }
+            }
         }
+        if let Some(at) = self.machine.wakes_at(now)
+            && self.tick_at.is_none_or(|tick_at| at < tick_at)
+        {
+            self.tick_at = Some(at);
+            self.myself.send_after(at.saturating_duration_since(now), || MembershipMsg::Tick);
+        }
+    }
+
+    fn join(&self, shard: &ShardId, group: usize, knows: Epoch) {
+        let (Some((hello, link)), Some(address)) = (self.members.get(shard), self.groups.all().get(group)) else {
+            return;
+        };
+        tracing::debug!(%shard, group, "joins");
+        tell(address, GroupMsg::Arrived { hello: Box::new(hello.clone()), link: link.clone(), knows });
     }
 }

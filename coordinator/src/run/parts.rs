@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use metrics::Label;
 use metrics_exporter_prometheus::PrometheusHandle;
 use phalanx_cluster::{id::ShardId, store::MembershipStore};
 use phalanx_proto::{dial::Dialer, v1::Form};
@@ -27,17 +28,24 @@ use crate::{
     leadership::{
         LeadershipView, Session, actor::LeadershipHandle, journal_feed::ReplicatedJournal, service::FeedSlot, shards,
     },
-    membership::actor::{GroupAddress, Membership, MembershipMsg},
+    membership::{
+        actor::{Membership, MembershipMsg},
+        groups::Groups,
+    },
     model::OpenedModel,
+    routing::{machine::Settings as Routing, router::Router},
     scheduler::{
         actor::{SchedulerConfig, SchedulerHandle},
         event::{Limits, Recovery},
+        handle::{GroupEvent, Submit},
     },
     shard_link,
 };
 
 /// Failed formations in a row, before anything was served, after which local shards are not tried again.
 const GIVE_UP_AFTER: u32 = 3;
+/// How long a group may be away before its requests go to another one: most groups are back before.
+const LEAVE_AFTER: Duration = Duration::from_secs(1);
 /// Longest wait for an answer of our own actors.
 const CALL_LIMIT: Duration = Duration::from_secs(2);
 /// Between looks at what is still running at the end.
@@ -76,101 +84,82 @@ impl Foundation {
 pub struct Parts {
     /// In which leadership.
     pub session: Session,
-    /// Owns requests.
-    pub scheduler: SchedulerHandle,
-    /// Ends only if something is wrong.
-    pub scheduler_task: JoinHandle<()>,
+    /// They own requests, each those of its group.
+    pub schedulers: Vec<SchedulerHandle>,
+    /// They end only if something is wrong.
+    pub scheduler_tasks: Vec<JoinHandle<()>>,
     /// Owns shards.
     pub membership: ActorRef<MembershipMsg>,
     /// Ends only if something is wrong.
     pub membership_task: JoinHandle<()>,
-    /// Where the group is.
-    pub group: GroupAddress,
+    /// Where the groups are.
+    pub groups: Groups,
     /// Behind all endpoints.
     pub state: FrontendState,
-    /// What the group says.
+    /// What the groups say.
     pub notices: mpsc::UnboundedReceiver<Notice>,
 }
 
 impl Parts {
     /// Starts them.
     pub async fn start(base: &Foundation, session: Session) -> anyhow::Result<Self> {
-        let (config, model) = (&base.config, &base.model);
-        let served = model.served.clone();
-        let (scheduler, scheduler_task) = SchedulerHandle::spawn(
-            SchedulerConfig {
-                limits: Limits {
-                    block_size: config.block_size as usize,
-                    max_step_rows: config.max_num_batched_tokens as usize,
-                    max_running: config.max_num_seqs as usize,
-                    max_model_len: served.max_model_len,
-                    vocab: served.vocab,
-                    prefix_caching: config.enable_prefix_caching,
-                },
-                recovery: Recovery { max_replays: config.max_replays, no_group_timeout: config.no_group_timeout },
-                eos: served.eos.clone(),
-                detokenizers: Box::new(served.tokenizer.as_ref().clone()),
-                max_queued_requests: config.max_num_queued_reqs as usize,
-                max_queued_tokens: config.max_num_queued_tokens as usize,
-            },
-            None,
-        )
-        .await
-        .context("the scheduler can't be started")?;
-
+        let (mut schedulers, mut scheduler_tasks) = (Vec::new(), Vec::new());
+        for index in 0..base.config.replicas as usize {
+            let (scheduler, task) = SchedulerHandle::spawn(scheduler_config(base, index), None)
+                .await
+                .context("the scheduler can't be started")?;
+            schedulers.push(scheduler);
+            scheduler_tasks.push(task);
+        }
+        let router = (schedulers.len() > 1).then(|| {
+            let settings = Routing {
+                groups: schedulers.len(),
+                block_size: base.config.block_size as usize,
+                prefix_caching: base.config.enable_prefix_caching,
+                leave_after: LEAVE_AFTER,
+            };
+            Router::new(settings, schedulers.iter().map(|s| Arc::new(s.clone()) as Arc<dyn Submit>).collect())
+        });
         let expected = (expected(&*base.store).await, std::time::Instant::now() + OWNERS_LIMIT);
         let (notice_sender, notices) = mpsc::unbounded_channel();
-        let to_scheduler = scheduler.clone();
-        let group_config = GroupConfig {
-            settings: Settings {
-                world_size: config.tensor_parallel_size as usize,
-                // Shards that join from elsewhere may be mended while we wait.
-                give_up_after: (config.local_shards > 0).then_some(GIVE_UP_AFTER),
-                regroup_after: config.regroup_after,
-                mirror_to: match config.kv_mirror {
-                    KvMirror::Spare => MirrorTo::Spare,
-                    KvMirror::Buddy => MirrorTo::Buddy,
-                    KvMirror::Off => MirrorTo::Nowhere,
-                },
-                silent_after: shard_link::silent_after(config.heartbeat_timeout),
-            },
-            name: served.names.first().cloned().unwrap_or_default(),
-            form: Form {
-                model: model.location.clone(),
-                model_hash: model.identity.clone(),
-                dtype: config.dtype.as_str().to_owned(),
-                block_size: config.block_size,
-                kv_cache_bytes: config.kv_cache_memory.unwrap_or(0),
-                max_step_rows: config.max_num_batched_tokens,
-                max_sequences: config.max_num_seqs,
-                max_model_len: u32::try_from(served.max_model_len).unwrap_or(u32::MAX),
-                term: session.term,
-                ..Form::default()
-            },
-            expected,
-            store: Arc::clone(&base.store),
-            scheduler: Box::new(move |event| to_scheduler.group_event(event)),
-            notices: notice_sender,
-            serving: Mutex::new(None),
-        };
+        let groups = schedulers.iter().enumerate().map(|(index, scheduler)| {
+            let (router, scheduler) = (router.clone(), scheduler.clone());
+            let tell = Box::new(move |event| {
+                if let Some(router) = &router {
+                    router.group_event(index, &event);
+                }
+                scheduler.group_event(event);
+            });
+            group_config(base, session, index, tell, notice_sender.clone(), expected.clone())
+        });
         let (membership, membership_task) =
-            Actor::spawn(None, Membership, group_config).await.context("membership can't be started")?;
-        let group = match membership.call(MembershipMsg::Group, Some(CALL_LIMIT)).await {
-            Ok(CallResult::Success(group)) => group,
+            Actor::spawn(None, Membership, groups.collect()).await.context("membership can't be started")?;
+        let groups = match membership.call(MembershipMsg::Groups, Some(CALL_LIMIT)).await {
+            Ok(CallResult::Success(groups)) => groups,
             _ => bail!("membership does not answer"),
         };
-        let submit = Arc::new(scheduler.clone());
+        let submit: Arc<dyn Submit> = match (router, schedulers.first()) {
+            (Some(router), _) => Arc::new(router),
+            (None, Some(scheduler)) => Arc::new(scheduler.clone()),
+            (None, None) => bail!("there is no group"),
+        };
+        let (config, served) = (&base.config, base.model.served.clone());
         let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
             .with_journal(Arc::clone(&base.journal));
         base.feed.set(Some(state.streams()));
-        Ok(Self { session, scheduler, scheduler_task, membership, membership_task, group, state, notices })
+        Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, notices })
+    }
+
+    /// Ends the schedulers: what still runs fails as unavailable.
+    pub fn stop_schedulers(&self) {
+        self.schedulers.iter().for_each(SchedulerHandle::stop);
     }
 
     /// Ends them because somebody else leads. Shards stay as they are: their streams end with the leadership.
     pub async fn stop(self) {
-        self.scheduler.stop();
+        self.stop_schedulers();
         self.membership.stop(Some("another coordinator leads".to_owned()));
-        for task in [self.scheduler_task, self.membership_task] {
+        for task in self.scheduler_tasks.into_iter().chain([self.membership_task]) {
             if timeout(CALL_LIMIT, task).await.is_err() {
                 tracing::warn!("an actor of the leadership does not end");
             }
@@ -182,7 +171,9 @@ impl Parts {
         let deadline = Instant::now() + limit;
         let mut is_told = false;
         loop {
-            let n_requests = self.scheduler.status(CALL_LIMIT).await.map_or(0, |s| s.n_requests);
+            let states = self.schedulers.iter().map(|scheduler| scheduler.status(CALL_LIMIT));
+            let states = futures::future::join_all(states).await;
+            let n_requests: usize = states.into_iter().flatten().map(|s| s.n_requests).sum();
             if n_requests == 0 {
                 return;
             }
@@ -206,10 +197,15 @@ impl Parts {
         }
         let deadline = Instant::now() + FAREWELL_LIMIT;
         while Instant::now() < deadline {
-            match self.group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await {
-                Ok(CallResult::Success(status)) if !status.members.is_empty() => sleep(END_POLL).await,
-                _ => return,
+            let mut is_empty = true;
+            for group in self.groups.all() {
+                let status = group.get().call(GroupMsg::Status, Some(CALL_LIMIT)).await;
+                is_empty &= !matches!(status, Ok(CallResult::Success(status)) if !status.members.is_empty());
             }
+            if is_empty {
+                return;
+            }
+            sleep(END_POLL).await;
         }
     }
 }
@@ -232,4 +228,76 @@ async fn expected(store: &dyn MembershipStore) -> BTreeMap<ShardId, String> {
         tracing::info!(shard, host, pid, coordinator = record.coordinator_id, term = record.term, "seen before");
     }
     records.into_iter().map(|record| (ShardId(record.shard_id), record.host)).collect()
+}
+
+/// Labels of what is shown of a group; none where there is only one.
+fn labels(base: &Foundation, index: usize) -> Vec<Label> {
+    if base.config.replicas > 1 { vec![Label::new("group", index.to_string())] } else { Vec::new() }
+}
+
+fn scheduler_config(base: &Foundation, index: usize) -> SchedulerConfig {
+    let (config, served) = (&base.config, &base.model.served);
+    SchedulerConfig {
+        limits: Limits {
+            block_size: config.block_size as usize,
+            max_step_rows: config.max_num_batched_tokens as usize,
+            max_running: config.max_num_seqs as usize,
+            max_model_len: served.max_model_len,
+            vocab: served.vocab,
+            prefix_caching: config.enable_prefix_caching,
+        },
+        recovery: Recovery { max_replays: config.max_replays, no_group_timeout: config.no_group_timeout },
+        eos: served.eos.clone(),
+        detokenizers: Box::new(served.tokenizer.as_ref().clone()),
+        max_queued_requests: config.max_num_queued_reqs as usize,
+        max_queued_tokens: config.max_num_queued_tokens as usize,
+        labels: labels(base, index),
+    }
+}
+
+fn group_config(
+    base: &Foundation,
+    session: Session,
+    index: usize,
+    scheduler: Box<dyn Fn(GroupEvent) + Send + Sync>,
+    notices: mpsc::UnboundedSender<Notice>,
+    expected: (BTreeMap<ShardId, String>, std::time::Instant),
+) -> GroupConfig {
+    let (config, model) = (&base.config, &base.model);
+    let served = &model.served;
+    // Shards that join from elsewhere may be mended while we wait, and other groups may serve.
+    let gives_up = config.local_shards > 0 && config.replicas == 1;
+    GroupConfig {
+        index,
+        labels: labels(base, index),
+        settings: Settings {
+            world_size: config.tensor_parallel_size as usize,
+            give_up_after: gives_up.then_some(GIVE_UP_AFTER),
+            regroup_after: config.regroup_after,
+            mirror_to: match config.kv_mirror {
+                KvMirror::Spare => MirrorTo::Spare,
+                KvMirror::Buddy => MirrorTo::Buddy,
+                KvMirror::Off => MirrorTo::Nowhere,
+            },
+            silent_after: shard_link::silent_after(config.heartbeat_timeout),
+        },
+        name: served.names.first().cloned().unwrap_or_default(),
+        form: Form {
+            model: model.location.clone(),
+            model_hash: model.identity.clone(),
+            dtype: config.dtype.as_str().to_owned(),
+            block_size: config.block_size,
+            kv_cache_bytes: config.kv_cache_memory.unwrap_or(0),
+            max_step_rows: config.max_num_batched_tokens,
+            max_sequences: config.max_num_seqs,
+            max_model_len: u32::try_from(served.max_model_len).unwrap_or(u32::MAX),
+            term: session.term,
+            ..Form::default()
+        },
+        expected,
+        store: Arc::clone(&base.store),
+        scheduler,
+        notices,
+        serving: Mutex::new(None),
+    }
 }

@@ -123,14 +123,14 @@ impl Servers {
     pub fn lead(&self, base: &Foundation, parts: &Parts) -> anyhow::Result<()> {
         let timeout = base.config.heartbeat_timeout;
         let join_token = base.config.join_token.clone();
-        let (membership, group) = (parts.membership.clone(), parts.group.clone());
+        let (membership, groups) = (parts.membership.clone(), parts.groups.clone());
         let shards = base.leadership.shards();
-        let status = StatusSource::new(group.clone(), Some(parts.scheduler.clone()), base.view());
+        let status = StatusSource::new(groups.clone(), parts.schedulers.clone(), base.view());
         let status = status.with_leases(shards.clone());
         let shape = Arc::new(base.model.shape.clone());
-        let leading = Leading::new(group.clone(), status.clone(), base.leadership.clone(), shape);
+        let leading = Leading::new(groups.clone(), status.clone(), base.leadership.clone(), shape);
         self.control.set(Arc::new(leading));
-        let cluster = ClusterService::server(membership, group, status, timeout, base.view(), shards, join_token);
+        let cluster = ClusterService::server(membership, groups, status, timeout, base.view(), shards, join_token);
         let services = grpc_services(base, parts.state.clone(), &self.inference, &self.control)?.add_service(cluster);
         self.grpc_switch.set(services.prepare().into_axum_router());
         let router = frontend::http_router(parts.state.clone());

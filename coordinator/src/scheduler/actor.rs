@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use metrics::{Gauge, Label};
 use phalanx_cluster::id::TokenId;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, concurrency::JoinHandle};
 use tokio::sync::watch;
@@ -46,6 +47,30 @@ pub struct SchedulerConfig {
     pub max_queued_requests: usize,
     /// Prompt tokens that those may have together.
     pub max_queued_tokens: usize,
+    /// Labels of its gauges: its group, if there are others.
+    pub labels: Vec<Label>,
+}
+
+/// Numbers of the present that are shown; what is counted is the same for all groups.
+struct Gauges {
+    waiting: Gauge,
+    running: Gauge,
+    blocks_used: Gauge,
+    blocks: Gauge,
+    step_sequences: Gauge,
+}
+
+impl Gauges {
+    fn new(labels: &[Label]) -> Self {
+        let gauge = |name: &'static str| metrics::gauge!(name, labels.to_vec());
+        Self {
+            waiting: gauge(names::QUEUE_LENGTH),
+            running: gauge(names::RUNNING),
+            blocks_used: gauge(names::KV_USED),
+            blocks: gauge(names::KV_TOTAL),
+            step_sequences: gauge(names::BATCH_SIZE),
+        }
+    }
 }
 
 /// What the actor is told. [`SchedulerHandle`] says it.
@@ -161,6 +186,7 @@ struct State {
     plans: Option<Arc<dyn PlanSink>>,
     readiness: watch::Sender<Readiness>,
     gate: Arc<Gate>,
+    gauges: Gauges,
     /// Requests whose clients leave too much unread.
     unread: Vec<RequestKey>,
     is_tick_armed: bool,
@@ -185,6 +211,7 @@ impl Actor for Scheduler {
             plans: None,
             readiness,
             gate,
+            gauges: Gauges::new(&config.labels),
             unread: Vec::new(),
             is_tick_armed: false,
         };
@@ -294,7 +321,7 @@ impl State {
                         self.gate.admitted(Instant::now());
                     }
                 }
-                Action::Measure(measure) => record(&measure),
+                Action::Measure(measure) => self.record(&measure),
                 Action::Warn(reason) => tracing::warn!("{reason}"),
             }
         }
@@ -312,34 +339,34 @@ impl State {
 
     fn record_status(&self) {
         let status = self.machine.status();
-        metrics::gauge!(names::QUEUE_LENGTH).set(status.n_waiting as f64);
-        metrics::gauge!(names::RUNNING).set(status.n_running as f64);
-        metrics::gauge!(names::KV_USED).set(status.n_blocks_used as f64);
-        metrics::gauge!(names::KV_TOTAL).set(status.n_blocks as f64);
+        self.gauges.waiting.set(status.n_waiting as f64);
+        self.gauges.running.set(status.n_running as f64);
+        self.gauges.blocks_used.set(status.n_blocks_used as f64);
+        self.gauges.blocks.set(status.n_blocks as f64);
         if status.n_requests == 0 && status.n_blocks_used > 0 {
             tracing::error!(n_blocks = status.n_blocks_used, "blocks are in use though no request lives");
         }
     }
-}
 
-fn record(measure: &Measure) {
-    match measure {
-        Measure::PromptTokens(n) => metrics::counter!(names::PROMPT_TOKENS).increment(*n as u64),
-        Measure::PrefixLookup { n_queried, n_hit } => {
-            metrics::counter!(names::PREFIX_QUERIES).increment(*n_queried as u64);
-            metrics::counter!(names::PREFIX_HITS).increment(*n_hit as u64);
+    fn record(&self, measure: &Measure) {
+        match measure {
+            Measure::PromptTokens(n) => metrics::counter!(names::PROMPT_TOKENS).increment(*n as u64),
+            Measure::PrefixLookup { n_queried, n_hit } => {
+                metrics::counter!(names::PREFIX_QUERIES).increment(*n_queried as u64);
+                metrics::counter!(names::PREFIX_HITS).increment(*n_hit as u64);
+            }
+            Measure::Preempted => metrics::counter!(names::PREEMPTIONS).increment(1),
+            Measure::FirstToken(after) => metrics::histogram!(names::TTFT).record(after.as_secs_f64()),
+            Measure::InterToken(after) => metrics::histogram!(names::ITL).record(after.as_secs_f64()),
+            Measure::Token => metrics::counter!(names::TOKENS).increment(1),
+            Measure::Replayed(n) => metrics::counter!(names::REPLAYED).increment(*n as u64),
+            Measure::Stalled(by) => metrics::histogram!(names::STALL).record(by.as_secs_f64()),
+            Measure::Step { n_sequences, took } => {
+                self.gauges.step_sequences.set(*n_sequences as f64);
+                metrics::histogram!(names::STEP_SECONDS).record(took.as_secs_f64());
+            }
+            Measure::Fenced => metrics::counter!(names::FENCED).increment(1),
         }
-        Measure::Preempted => metrics::counter!(names::PREEMPTIONS).increment(1),
-        Measure::FirstToken(after) => metrics::histogram!(names::TTFT).record(after.as_secs_f64()),
-        Measure::InterToken(after) => metrics::histogram!(names::ITL).record(after.as_secs_f64()),
-        Measure::Token => metrics::counter!(names::TOKENS).increment(1),
-        Measure::Replayed(n) => metrics::counter!(names::REPLAYED).increment(*n as u64),
-        Measure::Stalled(by) => metrics::histogram!(names::STALL).record(by.as_secs_f64()),
-        Measure::Step { n_sequences, took } => {
-            metrics::gauge!(names::BATCH_SIZE).set(*n_sequences as f64);
-            metrics::histogram!(names::STEP_SECONDS).record(took.as_secs_f64());
-        }
-        Measure::Fenced => metrics::counter!(names::FENCED).increment(1),
     }
 }
 

@@ -128,6 +128,7 @@ impl Deployment {
         option("--port", port.to_string());
         option("--grpc-port", grpc_port.to_string());
         option("--threads-per-shard", "1".to_owned());
+        option("--replicas", setup.replicas.to_string());
         option("--tensor-parallel-size", setup.world_size.to_string());
         option("--local-shards", setup.local_shards.to_string());
         if let Some(hosts) = &self.hosts {
@@ -276,8 +277,9 @@ impl Deployment {
         let wanted = self.setup.shards();
         ensure!(status.members.len() == wanted, "{} of {wanted} shards are attached", status.members.len());
         let ranks = status.members.iter().filter(|m| m.rank.is_some()).count();
-        ensure!(ranks == self.setup.world_size as usize, "{ranks} ranks in the group");
-        ensure!(status.phase == "serving", "the group is {}", status.phase);
+        ensure!(ranks == (self.setup.replicas * self.setup.world_size) as usize, "{ranks} ranks in all groups");
+        let other = status.groups.iter().find(|group| group.phase != "serving");
+        ensure!(other.is_none(), "{other:?} does not serve");
         let unprepared = status.members.iter().find(|m| m.role == "spare" && m.prepared_ranks.is_empty());
         ensure!(unprepared.is_none(), "{unprepared:?} has loaded nothing ahead");
         ensure!(!self.setup.mirrors() || self.mirror_lag().is_some(), "the spare has no copies of KV rows");

@@ -75,7 +75,9 @@ pub struct OwnShard {
 pub struct Setup {
     /// Model.
     pub model: Model,
-    /// Ranks.
+    /// Groups.
+    pub replicas: u32,
+    /// Ranks of each.
     pub world_size: u32,
     /// Shards that each coordinator starts.
     pub local_shards: u32,
@@ -100,6 +102,7 @@ impl Setup {
     pub fn local(model: Model, spares: u32) -> Self {
         Self {
             model,
+            replicas: 1,
             world_size: 2,
             local_shards: 2 + spares,
             own_shards: Vec::new(),
@@ -126,6 +129,11 @@ impl Setup {
         let setup = Self { store: StoreKind::Etcd(1), network: Network::Hosts(joined), ..Self::own(Model::Tiny, 1) };
         // The ranks share a kernel, and so memory: hosts would not.
         setup.with(&["--collective", "tcp"])
+    }
+
+    /// One coordinator, `replicas` groups of one rank, `spares` spares: all local.
+    pub fn groups(model: Model, replicas: u32, spares: u32) -> Self {
+        Self { replicas, world_size: 1, local_shards: replicas + spares, ..Self::local(model, spares) }
     }
 
     /// The same with more options of the coordinators.

@@ -9,6 +9,9 @@ use super::super::text::{self, bytes, count, milliseconds, plain};
 /// Hosts have long ids: this many characters tell them apart.
 const SHOWN_HOST: usize = 8;
 
+/// Where the group stands, if there are several.
+const GROUP_COLUMN: usize = 2;
+
 /// All that is known, over several lines.
 pub(in super::super) fn shown(status: &StatusResponse) -> String {
     let mut text = head(status);
@@ -25,11 +28,22 @@ pub(in super::super) fn shown(status: &StatusResponse) -> String {
         text.push_str("No shards are attached.");
         return text;
     }
-    let header =
-        ["SHARD", "ROLE", "RANK", "LOADED", "DEVICE", "HOST", "PID", "WEIGHTS", "KV", "RESIDENT", "SILENT", "VERSION"];
-    let numbers = ["RANK", "PID", "WEIGHTS", "KV", "RESIDENT", "SILENT"];
+    let mut header = vec![
+        "SHARD", "ROLE", "RANK", "LOADED", "DEVICE", "HOST", "PID", "WEIGHTS", "KV", "RESIDENT", "SILENT", "VERSION",
+    ];
+    let numbers = ["GROUP", "RANK", "PID", "WEIGHTS", "KV", "RESIDENT", "SILENT"];
     let hosts: BTreeSet<&str> = status.members.iter().map(|m| m.host_id.as_str()).collect();
-    let rows = status.members.iter().map(|member| row(member, hosts.len() > 1));
+    let several = status.groups.len() > 1;
+    if several {
+        header.insert(GROUP_COLUMN, "GROUP");
+    }
+    let rows = status.members.iter().map(|member| {
+        let mut row = row(member, hosts.len() > 1);
+        if several {
+            row.insert(GROUP_COLUMN, member.group.to_string());
+        }
+        row
+    });
     text.push_str(&text::table(&header, &numbers, rows));
     text
 }
@@ -51,6 +65,15 @@ fn head(status: &StatusResponse) -> String {
         format!("epoch       {}", status.epoch),
         format!("world size  {size}"),
     ];
+    if status.groups.len() > 1 {
+        lines.truncate(1);
+        lines.push(format!("term        {}", status.term));
+        for group in &status.groups {
+            let wait = if group.waits_for.is_empty() { String::new() } else { format!(": {}", group.waits_for) };
+            let (index, epoch, size) = (group.group, group.epoch, group.world_size);
+            lines.push(format!("group {index:<5} {}{wait}, epoch {epoch}, world size {size}", group.phase));
+        }
+    }
     if let Some(load) = &status.load {
         let used = 100 * u64::from(load.kv_blocks_used) / u64::from(load.kv_blocks).max(1);
         lines.push(format!(

@@ -157,6 +157,8 @@ pub enum Event {
     EpochTaken(Epoch),
     /// The store could not say.
     EpochRefused,
+    /// A shard is about to arrive that may know epochs of other groups up to this one.
+    Outrun(Epoch),
     /// Time has passed: [`wakes_at`](super::GroupMachine::wakes_at) is reached.
     Tick,
     /// A rank loads.

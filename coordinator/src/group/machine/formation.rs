@@ -83,7 +83,7 @@ impl GroupMachine {
 
     pub(super) fn on_epoch(&mut self, epoch: Epoch, now: Instant) {
         self.is_taking = false;
-        if epoch <= self.epoch || self.reserved.is_some_and(|r| epoch <= r) {
+        if epoch <= self.epoch.max(self.outrun) || self.reserved.is_some_and(|r| epoch <= r) {
             self.push(Action::CountFenced);
             if self.phase == Phase::Taking {
                 self.try_to_form(now);
@@ -94,6 +94,14 @@ impl GroupMachine {
         match self.phase {
             Phase::Taking => self.try_to_form(now),
             _ => self.reconsider(now),
+        }
+    }
+
+    /// A shard refuses epochs that are not greater than what it knows: one in reserve may be too old.
+    pub(super) fn on_outrun(&mut self, epoch: Epoch) {
+        self.outrun = self.outrun.max(epoch);
+        if self.reserved.take_if(|reserved| *reserved <= epoch).is_some() {
+            self.reserve();
         }
     }
 
@@ -214,7 +222,7 @@ impl GroupMachine {
     pub(super) fn reserve(&mut self) {
         if !self.is_taking && self.reserved.is_none() {
             self.is_taking = true;
-            self.push(Action::TakeEpoch(self.epoch));
+            self.push(Action::TakeEpoch(self.epoch.max(self.outrun)));
         }
     }
 

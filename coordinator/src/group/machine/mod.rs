@@ -23,6 +23,7 @@ mod formation;
 mod mirroring;
 mod rollout;
 mod seating;
+mod standing;
 mod watch;
 
 use std::{
@@ -37,6 +38,7 @@ use expected::Expected;
 pub use expected::OWNERS_LIMIT;
 use rollout::Rollout;
 use seating::{Owners, Sitter, SliceOf};
+pub use standing::{Given, Standing};
 use watch::{StepWatch, Witness};
 
 /// How long a shard that was found stuck, slow or failing is seated only if nobody else is there.
@@ -120,6 +122,8 @@ pub struct GroupMachine {
     epoch: Epoch,
     /// Taken ahead, so that the next formation need not ask.
     reserved: Option<Epoch>,
+    /// The greatest epoch that a shard may know which came from another group: the next one is greater.
+    outrun: Epoch,
     /// The store is being asked.
     is_taking: bool,
     /// When to ask the store again for an epoch in reserve.
@@ -174,6 +178,7 @@ impl GroupMachine {
             settings,
             epoch,
             reserved: None,
+            outrun: epoch,
             is_taking: false,
             reserve_at: None,
             phase: Phase::Waiting,
@@ -324,6 +329,7 @@ impl GroupMachine {
             }
             Event::EpochTaken(epoch) => self.on_epoch(epoch, now),
             Event::EpochRefused => self.on_epoch_refused(now),
+            Event::Outrun(epoch) => self.on_outrun(epoch),
             Event::Tick => self.on_tick(now),
             Event::Progress { from, epoch } => {
                 self.hear(&from, now);

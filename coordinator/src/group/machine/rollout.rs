@@ -52,6 +52,11 @@ enum Stage {
 }
 
 impl Rollout {
+    /// Whose turn it is.
+    pub(super) fn shard(&self) -> Option<&ShardId> {
+        self.turn.as_ref().map(|turn| &turn.shard)
+    }
+
     /// When patience with the present turn ends.
     pub(super) fn limit(&self) -> Option<Instant> {
         match self.turn.as_ref()?.stage {

@@ -1,6 +1,7 @@
 //! The group's state machine: its story step by step. Random schedules are in `simulation`.
 
 mod changes;
+mod giving;
 mod simulation;
 mod story;
 

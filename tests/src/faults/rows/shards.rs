@@ -5,7 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use phalanx_proto::v1::StatusResponse;
 use rustix::process::Signal;
 
 use super::{Epochs, PLAIN, Row};
@@ -192,6 +193,35 @@ pub(super) static ROWS: &[Row] = &[
                 round.signal(pid, Signal::CONT);
                 thread::sleep(Duration::from_millis(5));
             }
+            Ok(())
+        },
+        ..PLAIN
+    },
+    Row {
+        name: "replica-group-kill",
+        fault: "SIGKILL of the only shard of one of two groups, with a spare: the other group goes on",
+        setup: || Setup::groups(Model::Tiny, 2, 1),
+        inject: |round| {
+            round.wait_decode(10, 60)?;
+            let victim = u32::try_from(round.numbers.below(2)).unwrap_or(0);
+            let status = round.deployment.status()?;
+            let rank = status.members.iter().find(|m| m.group == victim && m.rank.is_some());
+            let pid = rank.with_context(|| format!("group {victim} has a rank"))?.pid;
+            let epoch = |status: &StatusResponse, group: u32| {
+                let found = status.groups.iter().find(|g| g.group == group && g.phase == "serving");
+                found.map(|g| g.epoch)
+            };
+            let lost = epoch(&status, victim);
+            // What is changed on purpose, such as who gets copies of KV rows, has other causes.
+            let n_lost = |round: &Round<'_>| round.deployment.metric("phalanx_failovers_total{cause=\"lost\"}");
+            let before = n_lost(round);
+            round.signal(pid, Signal::KILL);
+            within(PATIENCE, "the group serves again", || {
+                let now = round.deployment.status().ok().and_then(|status| epoch(&status, victim));
+                now.is_some() && now != lost
+            })?;
+            let lost = n_lost(round) - before;
+            ensure!(lost == 1.0, "{lost} groups were lost, not the one alone");
             Ok(())
         },
         ..PLAIN
