@@ -291,7 +291,8 @@ impl GroupMachine {
     /// When `Tick` is due, if nothing happens before.
     pub fn wakes_at(&self) -> Option<Instant> {
         let by_phase = match &self.phase {
-            Phase::Waiting => [self.regroups_at(), self.awaits_owners_until()].into_iter().flatten().min(),
+            // Fewer ranks are not formed either before owners were waited for.
+            Phase::Waiting => self.awaits_owners_until().or_else(|| self.regroups_at()),
             Phase::Taking => None,
             Phase::Pausing(until) => *until,
             Phase::Loading(_, since) => Some(*since + formation::LOAD_LIMIT),

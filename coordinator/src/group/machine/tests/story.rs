@@ -324,6 +324,25 @@ fn the_first_formation_waits_a_moment_for_owners() {
 }
 
 #[test]
+fn fewer_ranks_are_not_formed_before_owners_were_waited_for() {
+    let now = Instant::now();
+    let until = now + OWNERS_LIMIT;
+    let settings = Settings { regroup_after: Some(Duration::from_millis(300)), ..settings(2) };
+    let mut machine = GroupMachine::new(settings, epoch(7), shards("ab"), now);
+    machine.expect([(shard("a"), String::new())].into(), until);
+    let mut group = Group { machine, now, store: 7, is_asked: false };
+    group.arrive("b", 1);
+    group.wait(Duration::from_millis(300));
+    assert_eq!(group.tick(), []);
+    // Not at once and again and again: nothing would come of it.
+    assert!(!group.is_asked && group.machine.wakes_at() == Some(until));
+    group.now = until;
+    assert_eq!(group.tick(), []);
+    let form = group.form(8, "b", None);
+    assert_eq!(group.answer(), [form]);
+}
+
+#[test]
 fn who_left_is_awaited_by_name() {
     let mut group = pair();
     group.machine.saw(&shard("b"), "10.0.0.2");
