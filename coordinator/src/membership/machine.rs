@@ -1,9 +1,9 @@
 //! Which shard belongs to which group. Pure: events and the time in, actions out.
 //!
 //! A shard that attaches goes, in this order, to the group that drained or restarts it; to the group where it last had a
-//! rank, if that lacks one or is not formed yet; to the group that lacks fewest, so that one more serves soon; else, as a spare, to the group
-//! with the fewest. A shard moves only if its new group lacks one: a spare at once, and a shard of a group that can't be
-//! formed if that lets another one be formed ([`IDLE_AFTER`]).
+//! rank, if that lacks one or is not formed yet; to the group that lacks fewest, so that one more serves soon; else, as a
+//! spare, to the group with the fewest. A shard moves only if its new group lacks one: a spare at once, and a shard of a
+//! group that can't be formed if that lets another one be formed (after `IDLE_AFTER`).
 //!
 //! **Invariants.** No shard is in two groups: it joins one after the other has given it away. Every attached shard is in a
 //! group, but for those whose numerics differ from the others': one answer must not depend on the group that gives it. A
