@@ -119,7 +119,11 @@ impl GroupMachine {
             self.reserve_at = None;
             self.reserve();
         }
+        let n_doubts = self.doubts.len();
         self.doubts.retain(|_, (_, until)| now < *until);
+        if self.doubts.len() < n_doubts {
+            self.reconsider(now);
+        }
         self.stop_waiting_for_recovery(now);
         let has_waited = self.has_waited_for_owners(now);
         match self.phase.clone() {

@@ -300,7 +300,9 @@ impl GroupMachine {
             Phase::Serving => {
                 let look = self.watch.is_busy().then_some(self.look_at + LOOK_EVERY);
                 let recovery = self.recovering.map(|since| since + changes::RECOVERY_LIMIT);
-                [self.watch.due(), look, self.prepare_limit(), recovery].into_iter().flatten().min()
+                // Who is trusted again may be given copies.
+                let trust = self.doubts.values().map(|(_, until)| *until).min();
+                [self.watch.due(), look, self.prepare_limit(), recovery, trust].into_iter().flatten().min()
             }
             Phase::Holding(_, since) => {
                 [self.watch.due(), Some(*since + changes::HOLD_LIMIT)].into_iter().flatten().min()

@@ -261,6 +261,18 @@ fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
     assert_eq!(group.lose("b", 1).last(), Some(&taken));
 }
 
+#[test]
+fn a_spare_gets_copies_when_it_is_trusted_again() {
+    let mut group = pair_of(Settings { mirror_to: MirrorTo::Spare, ..settings(2) });
+    group.on(Event::Arrived(Candidate { takes_mirror: true, ..candidate("c", 1) }));
+    group.machine.doubt(&shard("c"), group.now);
+    assert_eq!(group.prepared("c", 2, 0), []);
+    // Nothing else happens meanwhile.
+    group.now = group.machine.wakes_at().unwrap();
+    assert_eq!(group.tick(), [Action::Hold(epoch(1))]);
+    assert!(group.machine.wakes_at().unwrap() > group.now);
+}
+
 /// A group whose spare has been restarted in its turn, and is about to get copies again.
 fn mirror_restarted() -> Group {
     let mut group = pair_of(Settings { mirror_to: MirrorTo::Spare, ..settings(2) });
