@@ -1,7 +1,8 @@
 //! Shards on this machine: this very program, started again under the name `shard`.
 //!
-//! A shard that ends is started again: at once if it was told to end, else after a pause that grows. Shards watch this process and end with it, however it ends; they
-//! have process groups of their own, so that Ctrl-C at a terminal reaches the coordinator alone, which ends them in order.
+//! A shard that ends is started again: at once if it was told to end, else after a pause that grows. Shards watch this
+//! process and end with it, however it ends; they have process groups of their own, so that Ctrl-C at a terminal reaches the
+//! coordinator alone, which ends them in order.
 
 use std::{
     collections::BTreeMap,
