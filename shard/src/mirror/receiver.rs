@@ -148,7 +148,9 @@ fn listen(listener: &TcpListener, shared: &Arc<Shared>) {
 fn serve(shared: &Shared, mut link: TcpStream) {
     // A caller that can't be heard is a stranger, or tries again.
     match take_rows(shared, &mut link) {
-        Err(End::Store(error @ (StoreError::Full { .. } | StoreError::Kernel(_)))) => tracing::warn!("mirror: {error}"),
+        Err(End::Store(error @ (StoreError::Full { .. } | StoreError::Short { .. } | StoreError::Kernel(_)))) => {
+            tracing::warn!("mirror: {error}")
+        }
         Err(End::Frame(error)) => tracing::warn!("mirror: a rank sends what is no frame: {error}"),
         Err(end) => tracing::debug!("mirror: a connection ended: {end}"),
         Ok(()) => {}

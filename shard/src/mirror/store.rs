@@ -18,11 +18,16 @@ use phalanx_kernels::{
 };
 
 use super::handshake::{Source, Verdict};
+use crate::memory;
 
 /// What `through` holds while rows are missing,
 const MISSING: u64 = u64::MAX;
 /// and for a rank that has never sent anything.
 const ABSENT: u64 = u64::MAX - 1;
+/// How much more is taken between two looks at the memory that is free,
+const LOOK_EVERY_BYTES: u64 = 32 << 20;
+/// and what must be free then: others on this host come first, the ranks' own pages above all.
+const LEAST_FREE_BYTES: u64 = 2 * memory::RESERVE_BYTES;
 
 /// Copies of rows, for whoever takes a rank. Cloning shares them.
 #[derive(Debug, Clone)]
@@ -31,8 +36,16 @@ pub struct Store(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    bounds: Bounds,
+}
+
+/// How much memory copies may take.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
     /// Most bytes of pages.
     limit: u64,
+    /// What the host has left; `None` if it does not say.
+    free: fn() -> Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -119,6 +132,14 @@ pub enum StoreError {
         /// Most bytes.
         limit: u64,
     },
+    /// The host has hardly any memory left.
+    #[error("the host has {free} bytes of memory left: the rows of epoch {epoch} are not mirrored")]
+    Short {
+        /// The epoch.
+        epoch: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// The pages refuse them.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -130,13 +151,17 @@ pub(super) struct Writer {
     group: Arc<Group>,
     rank: usize,
     connection: u64,
-    limit: u64,
+    bounds: Bounds,
 }
 
 impl Store {
-    /// An empty store of up to `limit` bytes.
+    /// An empty store of up to `limit` bytes, as long as the host has memory left.
     pub fn new(limit: u64) -> Self {
-        Self(Arc::new(Shared { state: Mutex::default(), limit }))
+        Self::bounded(Bounds { limit, free: memory::free_bytes })
+    }
+
+    fn bounded(bounds: Bounds) -> Self {
+        Self(Arc::new(Shared { state: Mutex::default(), bounds }))
     }
 
     /// A rank begins to send.
@@ -180,7 +205,7 @@ impl Store {
         copy.connection += 1;
         let connection = copy.connection;
         drop(copy);
-        Ok(Writer { group, rank: source.rank as usize, connection, limit: self.0.limit })
+        Ok(Writer { group, rank: source.rank as usize, connection, bounds: self.0.bounds })
     }
 
     /// How far all ranks of the epoch are mirrored; `None` while a row is missing.
@@ -302,15 +327,32 @@ impl Writer {
         if !ranges.is_empty() {
             let pages = copy.pages.as_mut().ok_or(StoreError::Unwanted)?;
             let new = n_new_blocks(pages, ranges) * pages.block_bytes() as u64;
-            let taken = self.group.taken.fetch_add(new, Ordering::AcqRel) + new;
-            if taken > self.limit || self.group.full.load(Ordering::Acquire) {
+            let before = self.group.taken.fetch_add(new, Ordering::AcqRel);
+            if let Err(error) = self.check(before, before + new) {
                 self.group.full.store(true, Ordering::Release);
                 drop_aside(copy.pages.take());
-                return Err(StoreError::Full { epoch: self.group.epoch, limit: self.limit });
+                return Err(error);
             }
             pages.write(ranges, rows)?;
         }
         rank.through.store(through.unwrap_or(MISSING), Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Writer {
+    /// Whether copies may take so much, having taken less before.
+    fn check(&self, before: u64, taken: u64) -> Result<(), StoreError> {
+        let Bounds { limit, free } = self.bounds;
+        let epoch = self.group.epoch;
+        if taken > limit || self.group.full.load(Ordering::Acquire) {
+            return Err(StoreError::Full { epoch, limit });
+        }
+        if taken / LOOK_EVERY_BYTES > before / LOOK_EVERY_BYTES
+            && let Some(free) = free().filter(|free| *free < LEAST_FREE_BYTES)
+        {
+            return Err(StoreError::Short { epoch, free });
+        }
         Ok(())
     }
 }

@@ -162,3 +162,16 @@ fn a_rank_without_heads_has_no_pages() {
     let adopted = store.adopt(taking(1, 4, 0)).expect("a step");
     assert!(adopted.pages.is_none() && adopted.through_step == 2);
 }
+
+#[test]
+fn copies_leave_the_host_some_memory() {
+    let check = |free, before, taken| {
+        let store = Store::bounded(Bounds { limit: 1 << 40, free });
+        store.begin(&source(4, 0)).expect("welcome").check(before, taken)
+    };
+    let short = || Some(LEAST_FREE_BYTES - 1);
+    assert!(matches!(check(short, 0, LOOK_EVERY_BYTES), Err(StoreError::Short { epoch: 4, .. })));
+    assert!(check(short, 0, LOOK_EVERY_BYTES - 1).is_ok(), "it is not looked at with every row");
+    assert!(check(|| Some(LEAST_FREE_BYTES), 0, LOOK_EVERY_BYTES).is_ok());
+    assert!(check(|| None, 0, LOOK_EVERY_BYTES).is_ok(), "a host that says nothing");
+}
