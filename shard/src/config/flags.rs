@@ -79,7 +79,7 @@ pub struct Flags {
     pub(super) leave_timeout: Option<u32>,
 
     /// Memory for copies of other ranks' KV rows while this shard is a spare, such as 4GiB; 0 takes none. Where they need
-    /// more, nothing is copied [default: half of what is free at the start]
+    /// more, or the host has less than 256 MiB left, nothing is copied [default: half of what is free at the start]
     #[arg(long, env = "PHALANX_MIRROR_MEMORY", value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) mirror_memory: Option<String>,
