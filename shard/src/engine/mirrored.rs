@@ -127,6 +127,16 @@ pub(super) fn fetched(
             Ok(Some(adopted))
         }
         Err(FetchError::Interrupted) => Err(LoadError::Interrupted.into()),
+        // It was about to take them in.
+        Err(error @ FetchError::Nothing(_)) => {
+            tracing::info!(
+                epoch = form.epoch,
+                rank = form.rank,
+                from = mirror.shard_id,
+                "KV rows are computed again: {error}"
+            );
+            Ok(None)
+        }
         Err(error) => {
             let from = &mirror.shard_id;
             tracing::warn!(epoch = form.epoch, rank = form.rank, from, "KV rows can't be fetched: {error}");
