@@ -57,10 +57,10 @@ fn member(status: &Value, name: &str) -> Value {
     members.iter().find(|m| m["shard_id"] == name).cloned().unwrap_or_default()
 }
 
-/// Name of the shard with this rank, as JSON spells it.
-fn who_has(status: &Value, rank: &str) -> String {
+/// Name of the shard with this rank, or of the spare.
+fn who_has(status: &Value, rank: Option<u64>) -> String {
     let members = status["members"].as_array().expect("a list");
-    let holder = members.iter().find(|m| m["rank"].to_string() == rank).expect("somebody has it");
+    let holder = members.iter().find(|m| m["rank"].as_u64() == rank).expect("somebody has it");
     holder["shard_id"].as_str().expect("a name").to_owned()
 }
 
@@ -128,7 +128,7 @@ fn ranks_are_drained_to_a_spare_and_back() {
     wait_prepared(&running.grpc, 3);
     // Whoever came first has a rank.
     let seen = status(&running.grpc);
-    let [first, second, spare] = ["0", "1", "null"].map(|rank| who_has(&seen, rank));
+    let [first, second, spare] = [Some(0), Some(1), None].map(|rank| who_has(&seen, rank));
     let drained = said(&running.grpc, &["drain", &first]);
     assert!(drained.starts_with(&format!("{first} is drained; {spare} has its rank since epoch ")), "{drained}");
     let seen = status(&running.grpc);
