@@ -1,5 +1,6 @@
 //! The pages of the KV cache. Their layout: `generic/attention.rs`.
 
+use super::pages::prefer_large;
 use crate::{
     error::KernelError,
     layout::TILE,
@@ -61,7 +62,14 @@ impl KvCache {
             });
         }
         let bytes = page_bytes(shape, precision).saturating_mul(shape.n_blocks);
-        let layers = (0..shape.n_layers).map(|_| Aligned::zeroed("KV cache", bytes)).collect::<Result<_, _>>()?;
+        let layer = |_| {
+            let mut pages = Aligned::zeroed("KV cache", bytes)?;
+            // Also because a process that dies gives its memory back before its connections break: gigabytes of small
+            // pages would hide its death from the others for a tenth of a second.
+            prefer_large(pages.as_mut_slice());
+            Ok(pages)
+        };
+        let layers = (0..shape.n_layers).map(layer).collect::<Result<_, KernelError>>()?;
         let written = SlotSet::new(shape.n_blocks, shape.block_size);
         Ok(Self { shape, precision, written, layers })
     }

@@ -1,4 +1,4 @@
-//! Large pages for weights: the hardware reads ahead within a page only, and large ones take fewer translations.
+//! Large pages for weights and the KV cache: the hardware reads ahead within a page only, and large ones take fewer translations.
 #![allow(unsafe_code)]
 
 /// Size and boundary of a large page on x86-64 and most others.
@@ -17,7 +17,7 @@ pub(crate) fn prefer_large(bytes: &mut [u8]) {
     // SAFETY: the range is borrowed exclusively, page-aligned, and this advice keeps its contents.
     let result = unsafe { rustix::mm::madvise(rest.as_mut_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage) };
     if let Err(e) = result {
-        tracing::debug!("no large pages for {len} bytes of weights: {e}");
+        tracing::debug!("no large pages for {len} bytes: {e}");
     }
 }
 

@@ -1,9 +1,9 @@
 //! What a serving rank does for its mirrors: after each step it copies the step's rows, without ever waiting.
 //!
-//! Rows that found no room in the queue, and all rows when a connection is new, are *missing* at the mirror. They are
-//! copied from the pages later, a few after each step and more when there is none: pages have whatever was written last,
-//! which is all that anybody can want. While rows are missing the mirror
-//! counts as being at the last step that it has whole.
+//! Rows that were not copied yet are *missing* at the mirror: those of short steps, which are gathered, those that found no
+//! room in the queue, and all rows when a connection is new. They are copied from the pages later, a few after each step and
+//! more when there is none: pages have whatever was written last, which is all that anybody can want. While rows are missing
+//! the mirror counts as being at the last step that it has whole.
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,9 @@ use super::{
     lane::{Lane, Target},
 };
 
+/// Rows of steps that follow each other within this time leave together: every frame wakes two threads, which on hosts whose
+/// cores all compute costs each step some tenths of a millisecond. After a loss they are computed again.
+const GATHER: Duration = Duration::from_millis(30);
 /// Bytes of missing rows that are copied after one step, for each microsecond since the one before: about a twentieth of
 /// that time goes into it.
 const CATCH_UP_PER_US: u128 = 50;
@@ -50,6 +53,10 @@ struct Outgoing {
     /// The connection that `missing` is about.
     connection: Option<u64>,
     missing: SlotSet,
+    /// Rows of steps since a frame was queued,
+    gathered: usize,
+    /// and when that was.
+    queued: Option<Instant>,
     /// The last step that the mirror has whole.
     told: Option<u64>,
 }
@@ -58,7 +65,7 @@ impl Mirrors {
     /// Starts to send to these mirrors. One that can't be reached is tried again for as long as the rank serves.
     pub fn start(source: Source, targets: Vec<Target>) -> Self {
         let start = |target: Target| match Lane::start(source, target) {
-            Ok(lane) => Some(Outgoing { lane, connection: None, missing: SlotSet::default(), told: None }),
+            Ok(lane) => Some(Outgoing::new(lane)),
             Err(error) => {
                 tracing::warn!(epoch = source.epoch, %error, "no thread for a mirror");
                 None
@@ -84,8 +91,7 @@ impl Mirrors {
             self.ranges.extend(KvRange::of_positions(&chunk.blocks, positions, self.stream.block_size));
         }
         for outgoing in &mut self.lanes {
-            outgoing.step_done(&self.stream, step, &self.ranges, ops)?;
-            outgoing.catch_up(&self.stream, step, catch_up, ops)?;
+            outgoing.step_done(&self.stream, step, &self.ranges, catch_up, ops)?;
         }
         Ok(())
     }
@@ -119,47 +125,45 @@ impl Mirrors {
 }
 
 impl Outgoing {
-    fn step_done(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], ops: &dyn Ops) -> Result<(), KernelError> {
-        if self.look_at_connection(ops) {
-            // A new connection lacks this step's rows with all others.
-            return Ok(());
-        }
+    fn new(lane: Lane) -> Self {
+        Self { lane, connection: None, missing: SlotSet::default(), gathered: 0, queued: None, told: None }
+    }
+
+    /// Sends the rows of the last steps, and about so many bytes of others that are missing; or leaves them for later
+    /// steps, if the last frame has only just been queued.
+    fn step_done(
+        &mut self,
+        stream: &Stream,
+        step: u64,
+        ranges: &[KvRange],
+        catch_up: usize,
+        ops: &dyn Ops,
+    ) -> Result<(), KernelError> {
+        // A new connection lacks this step's rows with all others.
+        let is_new = self.look_at_connection(ops);
         if self.connection.is_none() {
             return Ok(());
         }
-        ranges.iter().for_each(|range| self.missing.insert(*range));
-        let most = stream.most_rows();
-        let mut left = ranges;
-        let mut first = None;
-        while let Some(range) = first.take().or_else(|| left.split_off_first().copied()) {
-            let mut batch = vec![range];
-            let mut n_rows = range.n_rows as usize;
-            // A range of more rows than fit, in blocks of many large rows.
-            if n_rows > most {
-                let (head, tail) = cut(range, most);
-                (batch[0], first, n_rows) = (head, Some(tail), most);
-            }
-            while first.is_none()
-                && batch.len() < MOST_RANGES
-                && let Some(next) = left.first().filter(|next| n_rows + next.n_rows as usize <= most)
-            {
-                n_rows += next.n_rows as usize;
-                batch.push(*next);
-                left = &left[1..];
-            }
-            if !self.send(stream, step, &batch, ops)? {
-                return Ok(());
-            }
+        if !is_new {
+            ranges.iter().for_each(|range| self.missing.insert(*range));
+            self.gathered += slots::n_rows(ranges);
         }
-        Ok(())
+        match self.queued.is_some_and(|at| at.elapsed() < GATHER) {
+            true => Ok(()),
+            false => self.send_missing(stream, step, catch_up + self.gathered * stream.row_bytes, ops),
+        }
     }
 
     /// Sends about so many bytes of missing rows, or else says that there are none.
     fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, ops: &dyn Ops) -> Result<(), KernelError> {
         self.look_at_connection(ops);
-        if self.connection.is_none() {
-            return Ok(());
+        match self.connection {
+            Some(_) => self.send_missing(stream, step, bytes, ops),
+            None => Ok(()),
         }
+    }
+
+    fn send_missing(&mut self, stream: &Stream, step: u64, bytes: usize, ops: &dyn Ops) -> Result<(), KernelError> {
         let mut left = (bytes / stream.row_bytes.max(1)).max(1);
         while left > 0 && !self.missing.is_empty() {
             let mut ranges = Vec::new();
@@ -183,6 +187,7 @@ impl Outgoing {
         if is_new {
             self.missing = ops.written_kv().cloned().unwrap_or_default();
             self.told = None;
+            (self.gathered, self.queued) = (0, None);
         }
         is_new
     }
@@ -204,13 +209,7 @@ impl Outgoing {
         }
         self.lane.send(connection, bytes, step, through);
         self.told = through;
+        (self.gathered, self.queued) = (0, Some(Instant::now()));
         Ok(true)
     }
-}
-
-/// The first `n` rows of a range, and the others.
-fn cut(range: KvRange, n: usize) -> (KvRange, KvRange) {
-    let n = n as u32;
-    let tail = KvRange { first: range.first + n, n_rows: range.n_rows - n, ..range };
-    (KvRange { n_rows: n, ..range }, tail)
 }

@@ -296,9 +296,9 @@ fn a_shard_that_takes_the_rank_fetches_its_rows() {
     for shape in [SMALL, LARGE] {
         let store = Store::new(1 << 30);
         let receiver = Receiver::start(any_port(), store.clone()).expect("a port");
-        let mut rank = TestRank::new(source(1, 2, shape), vec![target(&receiver)]);
         // The other rank is the mirror itself, and sends nothing.
-        rank.mirrors = Mirrors::start(rank.source, vec![target(&receiver)]);
+        let alone = Source { n_sources: 1, ..source(1, 2, shape) };
+        let mut rank = TestRank::new(alone, vec![target(&receiver)]);
         (0..20).for_each(|i| rank.step(&[(i % 12, 3, 9)]));
         rank.idle_until(|| store.progress() == at(20));
         // It forms a group as a rank, and has no rows of its own rank.

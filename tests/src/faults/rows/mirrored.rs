@@ -11,8 +11,8 @@ use crate::faults::{
 
 /// Memory for the KV pages of sixteen streams of 4,000 tokens, twice: those that run, and what the prefix cache keeps.
 const LARGE_KV: [&str; 2] = ["--kv-cache-memory", "2GiB"];
-/// Steps that copies may be behind when the fault comes.
-const LAG: u64 = 3;
+/// Steps that copies may be behind when the fault comes: ranks gather the rows of short steps.
+const LAG: u64 = 16;
 
 /// SmolLM2 with a spare, prompts of so many tokens, SIGKILL of a rank in decode.
 const SMOLLM2: Row = Row {
@@ -67,20 +67,32 @@ pub(super) static ROWS: &[Row] = &[
         ..SMOLLM2
     },
     Row {
+        name: "shard-kill-replay",
+        fault: "SIGKILL of a shard in decode, the usual load of SmolLM2, without copies",
+        setup: || Setup::local(Model::Smollm2, 1).with(&["--kv-mirror", "off"]),
+        sizes: None,
+        mirrored: false,
+        most_replayed: None,
+        inject: kill_begun,
+        ..SMOLLM2
+    },
+    Row {
         name: "shard-kill-replay-1000",
         fault: "SIGKILL of a shard in decode, 16 streams of about 1,000 tokens, without copies",
         setup: || Setup::local(Model::Smollm2, 1).with(&LARGE_KV).with(&["--kv-mirror", "off"]),
         long_prompts: Some(1000),
         mirrored: false,
         most_replayed: None,
-        inject: |round| {
-            round.wait_all_begun()?;
-            round.wait_decode(10, 40)?;
-            kill(round)
-        },
+        inject: kill_begun,
         ..SMOLLM2
     },
 ];
+
+fn kill_begun(round: &mut Round<'_>) -> Result<()> {
+    round.wait_all_begun()?;
+    round.wait_decode(10, 40)?;
+    kill(round)
+}
 
 fn kill_mirrored(round: &mut Round<'_>) -> Result<()> {
     round.wait_all_begun()?;
