@@ -113,8 +113,9 @@ fn bench_decode(ops: &mut CpuOps) -> Result<()> {
 }
 
 fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Result<()> {
-    let (block_size, max) = (16, 2048);
-    ops.alloc_kv(KvShape { n_layers: 1, n_blocks: max / block_size, block_size, n_kv_heads, head_dim })?;
+    let (block_size, max, n_sequences) = (16, 2048, 64);
+    let n_blocks = n_sequences * max / block_size;
+    ops.alloc_kv(KvShape { n_layers: 1, n_blocks, block_size, n_kv_heads, head_dim })?;
     let kv_head_of: Vec<u32> = (0..n_heads).map(|h| (h * n_kv_heads / n_heads) as u32).collect();
     let (q, out) = (vector(ops, max * n_heads * head_dim)?, ops.alloc(max * n_heads * head_dim)?);
     let (k, v) = (vector(ops, max * n_kv_heads * head_dim)?, vector(ops, max * n_kv_heads * head_dim)?);
@@ -124,9 +125,24 @@ fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim
     ops.begin_step(&step(0, max))?;
     let store = time(|| Ok(ops.store_kv(0, k, v)?))?;
     println!("       store_kv {n_kv_heads} heads of {head_dim}, {max} rows: {:.1} us", store * 1e6);
+    let attention = Attention { layer: 0, n_heads, kv_head_of: &kv_head_of, scale: 0.125 };
+    // A row of each of many sequences, which caches do not hold.
+    let chunk = |i: usize| RowChunk {
+        first_row: i,
+        n_rows: 1,
+        start: max - 1,
+        blocks: (0..max / block_size).map(|b| (i * max / block_size + b) as u32).collect(),
+    };
+    ops.begin_step(&StepRows { chunks: (0..n_sequences).map(chunk).collect() })?;
+    let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;
+    println!(
+        "      attention {n_heads:>2} of {n_kv_heads} heads of {head_dim:<3} {n_sequences:>4} sequences of {max}: {:6.1} GMAC/s {:9.1} us, {:.1} GB/s",
+        (2 * n_sequences * max * n_heads * head_dim) as f64 / seconds / 1e9,
+        seconds * 1e6,
+        (4 * n_sequences * max * n_kv_heads * head_dim) as f64 / seconds / 1e9,
+    );
     for (start, n_rows) in [(511, 1), (2047, 1), (0, 128), (0, 512), (1536, 512)] {
         ops.begin_step(&step(start, n_rows))?;
-        let attention = Attention { layer: 0, n_heads, kv_head_of: &kv_head_of, scale: 0.125 };
         let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;
         let pairs: usize = (start..start + n_rows).map(|p| p + 1).sum();
         println!(

@@ -25,6 +25,7 @@ macro_rules! both {
 impl Simd for Avx2 {
     type F = V;
     const ROWS: usize = 4;
+    const QUERIES: usize = 6;
     const HEAD_VECTORS: usize = 1;
 
     #[inline(always)]

@@ -15,6 +15,7 @@ pub(crate) struct Avx512Vnni;
 impl Simd for Avx512Vnni {
     type F = __m512;
     const ROWS: usize = 8;
+    const QUERIES: usize = 8;
     const HEAD_VECTORS: usize = 2;
 
     #[inline(always)]

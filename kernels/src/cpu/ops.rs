@@ -341,12 +341,12 @@ impl Ops for CpuOps {
         let q = self.buffers.pointer(op, q, len)?.cast_const();
         let out = self.buffers.pointer(op, out, len)?;
 
-        let (n_threads, rows) = (self.pool.n_threads(), self.table.rows);
+        let (n_threads, together) = (self.pool.n_threads(), self.table.queries);
         let n_queries = self.step.n_rows * attention.n_heads;
         // Whole register blocks, unless there are too few for all threads.
         let per_task = match n_queries / (4 * n_threads) {
-            n if n >= rows => n.min(8 * rows) / rows * rows,
-            _ => rows.min(n_queries.div_ceil(n_threads)).max(1),
+            n if n >= together => n.min(8 * together) / together * together,
+            _ => together.min(n_queries.div_ceil(n_threads)).max(1),
         };
         let mut tasks = std::mem::take(&mut self.attention_tasks);
         tasks.clear();

@@ -24,6 +24,7 @@ impl Simd for Scalar {
     type F = V;
     // Where there are faster kernels, these serve as a check only: few, to compile quickly.
     const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+    const QUERIES: usize = Self::ROWS;
     const HEAD_VECTORS: usize = 1;
 
     #[inline(always)]

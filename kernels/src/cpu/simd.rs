@@ -26,6 +26,8 @@ pub(crate) trait Simd {
     type F: Copy;
     /// Activation rows in a register block, the most for which a weight vector is unpacked once: 1, 2, 4 or 8.
     const ROWS: usize;
+    /// Queries for which attention reads a key or value once: 1 to 8.
+    const QUERIES: usize;
     /// Vectors of a head that attention sums at once.
     const HEAD_VECTORS: usize;
 

@@ -29,6 +29,8 @@ pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
 pub(crate) struct Table {
     /// Rows of a block of activations.
     pub rows: usize,
+    /// Queries for which attention reads the cache once.
+    pub queries: usize,
     pub quantize_row: unsafe fn(*const f32, usize, QuantPlace, *mut u8),
     pub pack_rows: unsafe fn(*const f32, usize, usize, *mut f32),
     pub linear: fn(Kind) -> LinearFn,
@@ -158,6 +160,7 @@ macro_rules! kernels {
 
             pub(super) const TABLE: Table = Table {
                 rows: <$simd as Simd>::ROWS,
+                queries: <$simd as Simd>::QUERIES,
                 quantize_row,
                 pack_rows,
                 linear,

@@ -9,11 +9,20 @@
 //! `[position][element]`, elements padded to a multiple of 16.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{
     super::simd::{LANES, Line, Simd},
     elementwise::{exp, fold_sum, store_part},
     tile::Element,
 };
+
+/// Positions, up to whole pages, whose values are added to all elements before the next ones: they stay in the first-level
+/// cache meanwhile.
+const STRETCH: usize = 64;
+/// Pages between the one that is read and the one that is fetched: pieces of pages are too short for the hardware to read ahead.
+const PAGES_AHEAD: usize = 4;
+const CACHE_LINE: usize = 64;
 
 /// Queries of one KV head, and where everything lies. Query v is of row `first_row + v / group`, query head
 /// `first_head + v % group`, and sees `start + v / group + 1` positions.
@@ -41,7 +50,7 @@ pub(crate) struct AttentionTask {
     pub start: usize,
     pub scale: f32,
     /// Queries of this task.
-    pub queries: std::ops::Range<usize>,
+    pub queries: Range<usize>,
 }
 
 impl AttentionTask {
@@ -58,7 +67,7 @@ impl AttentionTask {
 
 /// Elements of scratch that a task needs whose queries see up to `max_len` positions.
 pub(crate) fn scratch_len<S: Simd>(head_dim: usize, max_len: usize) -> usize {
-    S::ROWS * (head_dim + max_len.next_multiple_of(LANES))
+    S::QUERIES * (head_dim.next_multiple_of(LANES) + max_len.next_multiple_of(LANES))
 }
 
 /// Does a task.
@@ -70,19 +79,21 @@ pub(crate) fn scratch_len<S: Simd>(head_dim: usize, max_len: usize) -> usize {
 pub(crate) unsafe fn attention<S: Simd, E: Element>(task: &AttentionTask, scratch: *mut f32) {
     let mut v = task.queries.start;
     while v < task.queries.end {
-        let n = (task.queries.end - v).min(S::ROWS);
-        // SAFETY: the contract above. Arms above `ROWS` are never taken.
+        // Shared out evenly: 7 are 4 and 3, not 6 and 1.
+        let left = task.queries.end - v;
+        let n = left.div_ceil(left.div_ceil(S::QUERIES));
+        // SAFETY: the contract above. Arms above `QUERIES` are never taken.
         unsafe {
             match n {
                 1 => queries::<S, E, 1>(task, v, scratch),
-                2 if S::ROWS >= 2 => queries::<S, E, 2>(task, v, scratch),
-                3 if S::ROWS >= 3 => queries::<S, E, 3>(task, v, scratch),
-                4 if S::ROWS >= 4 => queries::<S, E, 4>(task, v, scratch),
-                5 if S::ROWS >= 5 => queries::<S, E, 5>(task, v, scratch),
-                6 if S::ROWS >= 6 => queries::<S, E, 6>(task, v, scratch),
-                7 if S::ROWS >= 7 => queries::<S, E, 7>(task, v, scratch),
-                8 if S::ROWS >= 8 => queries::<S, E, 8>(task, v, scratch),
-                _ => unreachable!("1 to {} queries at once", S::ROWS),
+                2 if S::QUERIES >= 2 => queries::<S, E, 2>(task, v, scratch),
+                3 if S::QUERIES >= 3 => queries::<S, E, 3>(task, v, scratch),
+                4 if S::QUERIES >= 4 => queries::<S, E, 4>(task, v, scratch),
+                5 if S::QUERIES >= 5 => queries::<S, E, 5>(task, v, scratch),
+                6 if S::QUERIES >= 6 => queries::<S, E, 6>(task, v, scratch),
+                7 if S::QUERIES >= 7 => queries::<S, E, 7>(task, v, scratch),
+                8 if S::QUERIES >= 8 => queries::<S, E, 8>(task, v, scratch),
+                _ => unreachable!("1 to {} queries at once", S::QUERIES),
             }
         }
         v += n;
@@ -96,7 +107,7 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
     let max_len = task.len(first + R - 1);
     let stride = max_len.next_multiple_of(LANES);
     // SAFETY: scratch has room for both.
-    let (packed, scores) = unsafe { (scratch, scratch.add(R * task.head_dim)) };
+    let (packed, scores) = unsafe { (scratch, scratch.add(R * task.head_dim.next_multiple_of(LANES))) };
     // SAFETY: the contract above.
     unsafe {
         for r in 0..R {
@@ -110,19 +121,47 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
         for r in 0..R {
             sums[r] = softmax::<S>(scores.add(r * stride), task.len(first + r));
         }
-        let mut d = 0;
-        while d + S::HEAD_VECTORS * LANES <= task.head_dim.next_multiple_of(LANES) {
-            if S::HEAD_VECTORS == 2 {
-                weigh::<S, E, R, 2>(task, first, d, scores, stride, &sums);
-            } else {
-                weigh::<S, E, R, 1>(task, first, d, scores, stride, &sums);
+        // The queries are not needed any more: their place is the sums'.
+        let totals = packed;
+        let stretch = (STRETCH / task.block_size).max(1) * task.block_size;
+        let mut from = 0;
+        while from < max_len {
+            let to = max_len.min(from + stretch);
+            let mut d = 0;
+            while d + S::HEAD_VECTORS * LANES <= task.head_dim.next_multiple_of(LANES) {
+                if S::HEAD_VECTORS == 2 {
+                    weigh::<S, E, R, 2>(task, first, d, from..to, scores, stride, totals);
+                } else {
+                    weigh::<S, E, R, 1>(task, first, d, from..to, scores, stride, totals);
+                }
+                d += S::HEAD_VECTORS * LANES;
             }
-            d += S::HEAD_VECTORS * LANES;
+            if d < task.head_dim {
+                weigh::<S, E, R, 1>(task, first, d, from..to, scores, stride, totals);
+            }
+            from = to;
         }
-        if d < task.head_dim {
-            weigh::<S, E, R, 1>(task, first, d, scores, stride, &sums);
+        for r in 0..R {
+            for d in (0..task.head_dim).step_by(LANES) {
+                let out = task.out.add(task.at(first + r) + d);
+                let v = S::div(S::load(totals.add(d * R + r * LANES)), S::splat(sums[r]));
+                match task.head_dim - d {
+                    n if n >= LANES => S::store(out, v),
+                    n => store_part::<S>(out, v, n),
+                }
+            }
         }
     }
+}
+
+/// Where the page lies that holds position `at`, or the last page before `end`.
+///
+/// # Safety
+/// As [`attention`]; the sequence has `end` positions, at least one.
+#[inline(always)]
+unsafe fn page_at(task: &AttentionTask, at: usize, end: usize) -> usize {
+    // SAFETY: the contract above.
+    unsafe { *task.blocks.add(at.min(end - 1) / task.block_size) as usize * task.page_bytes }
 }
 
 /// Scores of all positions below `stride`; those that a query does not see are overwritten by [`softmax`].
@@ -141,14 +180,17 @@ unsafe fn score<S: Simd, E: Element, const R: usize>(
     while position < stride {
         // SAFETY: the contract above; positions below `stride` are in pages that hold a visible position.
         unsafe {
-            let page = *task.blocks.add(position / task.block_size) as usize;
-            let keys = task.keys.add(page * task.page_bytes);
+            let keys = task.keys.add(page_at(task, position, stride));
+            let ahead = task.keys.wrapping_add(page_at(task, position + PAGES_AHEAD * task.block_size, stride));
             let n = task.block_size.min(stride - position) / LANES;
             for i in 0..n {
-                let keys = keys.add(i * task.head_dim * vector);
-                let mut acc = [S::splat(0.0); R];
+                let (from, mut acc) = (i * task.head_dim * vector, [S::splat(0.0); R]);
                 for d in 0..task.head_dim {
-                    let k = E::load::<S>(keys.add(d * vector));
+                    let at = from + d * vector;
+                    if at.is_multiple_of(CACHE_LINE) {
+                        S::prefetch(ahead.wrapping_add(at));
+                    }
+                    let k = E::load::<S>(keys.add(at));
                     for r in 0..R {
                         acc[r] = S::fma(S::splat(*packed.add(d * R + r)), k, acc[r]);
                     }
@@ -193,34 +235,48 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
     }
 }
 
-/// Weighted values of the elements `d .. d + 16 V` of the head.
+/// Adds the weighted values of some positions to the totals, `[head_dim / 16][R][16]`: elements `d .. d + 16 V` of the head.
+/// From position 0 on, they are set.
 ///
 /// # Safety
-/// As [`attention`]; `d + 16 (V - 1) < head_dim`.
+/// As [`attention`]; `d + 16 (V - 1) < head_dim`; the positions begin with a page and end with one or at the last query's.
 #[inline(always)]
 unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
     task: &AttentionTask,
     first: usize,
     d: usize,
+    positions: Range<usize>,
     weights: *const f32,
     stride: usize,
-    sums: &[f32; R],
+    totals: *mut f32,
 ) {
     let row_bytes = task.head_dim.next_multiple_of(LANES) * E::BYTES;
     let (min_len, max_len) = (task.len(first), task.len(first + R - 1));
     // SAFETY: the contract above. Queries ascend by row, so each sees at least the positions that the first one sees.
     unsafe {
+        let totals = totals.add(d * R);
         let mut acc = [[S::splat(0.0); V]; R];
-        let mut position = 0;
-        while position < max_len {
-            let page = *task.blocks.add(position / task.block_size) as usize;
-            let values = task.values.add(page * task.page_bytes + d * E::BYTES);
-            let n = task.block_size.min(max_len - position);
+        if positions.start > 0 {
+            for r in 0..R {
+                for j in 0..V {
+                    acc[r][j] = S::load(totals.add((j * R + r) * LANES));
+                }
+            }
+        }
+        let mut position = positions.start;
+        while position < positions.end {
+            let values = task.values.add(page_at(task, position, max_len) + d * E::BYTES);
+            let ahead = task.values.wrapping_add(page_at(task, position + positions.len(), max_len) + d * E::BYTES);
+            let n = task.block_size.min(positions.end - position);
             let n_shared = n.min(min_len.saturating_sub(position));
             for i in 0..n_shared {
                 let mut v = [S::splat(0.0); V];
                 for (j, v) in v.iter_mut().enumerate() {
-                    *v = E::load::<S>(values.add(i * row_bytes + j * LANES * E::BYTES));
+                    let at = i * row_bytes + j * LANES * E::BYTES;
+                    if (d * E::BYTES + at).is_multiple_of(CACHE_LINE) {
+                        S::prefetch(ahead.wrapping_add(at));
+                    }
+                    *v = E::load::<S>(values.add(at));
                 }
                 for r in 0..R {
                     let w = S::splat(*weights.add(r * stride + position + i));
@@ -245,13 +301,7 @@ unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
         }
         for r in 0..R {
             for j in 0..V {
-                let at = d + j * LANES;
-                let out = task.out.add(task.at(first + r) + at);
-                let v = S::div(acc[r][j], S::splat(sums[r]));
-                match task.head_dim - at {
-                    n if n >= LANES => S::store(out, v),
-                    n => store_part::<S>(out, v, n),
-                }
+                S::store(totals.add((j * R + r) * LANES), acc[r][j]);
             }
         }
     }
