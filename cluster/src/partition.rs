@@ -1,8 +1,9 @@
 //! The partition plan: which heads, feed-forward columns and vocabulary rows each rank holds.
 //!
-//! Any world size works, divisible or not. Whole KV-head groups go to ranks; where there are more ranks than KV heads,
-//! query heads are dealt out and the KV heads that they read are held by several ranks. Feed-forward columns (in units
-//! of [`PartitionPlan::ffn_slice_width`]) and vocabulary rows are then dealt so that every rank's cost is balanced.
+//! Any world size works, divisible or not. Ranks meet after each layer's attention, after its feed-forward part, and for the
+//! logits, and the slowest decides how long each of these *phases* takes: so each is dealt evenly by itself, and a rank that
+//! has more of one is not given less of another, for which all would wait. Query heads are dealt in whole KV-head groups
+//! or one by one, whichever is quicker; in the latter case a KV head may be held by several ranks.
 
 use std::ops::Range;
 
@@ -14,6 +15,9 @@ const VOCAB_UNIT: usize = 16;
 /// Positions that a row attends to in the cost model: a short conversation. Costs of attention grow with the context,
 /// those of the weights don't; no split is right for all contexts.
 const TYPICAL_CONTEXT: f64 = 256.0;
+
+/// How much of the time must be left for KV heads to be held twice.
+const WORTH_WHILE: f64 = 0.95;
 
 /// Slices of all ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,9 +60,8 @@ pub enum PartitionError {
 impl PartitionPlan {
     /// Deals a model to as many ranks as there are weights, in proportion to the weights (relative speeds).
     ///
-    /// First heads: whole groups of query heads that share a KV head where there are enough for all ranks, else query
-    /// heads. Then feed-forward slices and at last vocabulary rows, each to whichever rank is then done first. The same
-    /// arguments give the same plan on every machine.
+    /// Heads, feed-forward slices and vocabulary rows, each by themselves. The same arguments give the same plan on every
+    /// machine.
     ///
     /// # Errors
     /// If there are no weights, some weight is not a positive number, or there are more ranks than query heads.
@@ -74,33 +77,17 @@ impl PartitionPlan {
         let fastest = weights.iter().copied().fold(0.0, f64::max);
         let speeds: Vec<f64> = weights.iter().map(|w| (w / fastest).max(1e-9)).collect();
 
-        let group = config.n_heads / config.n_kv_heads;
-        // Query heads that are dealt together.
-        let unit = if world_size <= config.n_kv_heads { group } else { 1 };
-        let heads = ranges(&apportion(config.n_heads / unit, &speeds), unit);
-        let mut ranks: Vec<RankSlice> = heads
-            .into_iter()
-            .map(|q_heads| {
-                let kv_heads = q_heads.start / group..q_heads.end.div_ceil(group);
-                let kv_heads = if q_heads.is_empty() { kv_heads.start..kv_heads.start } else { kv_heads };
-                RankSlice { q_heads, kv_heads, ffn: 0..0, vocab: 0..0 }
-            })
-            .collect();
-
         let slice_width = ffn_slice_width(config.ffn);
-        let costs: Vec<f64> = ranks.iter().map(|r| r.cost(config)).collect();
-        let slice_cost = Costs::of(config).ffn_column * slice_width as f64;
-        let ffn = ranges(&level(config.ffn / slice_width, slice_cost, &costs, &speeds), slice_width);
-        for (rank, ffn) in ranks.iter_mut().zip(ffn) {
-            rank.ffn = ffn;
-        }
-
-        let costs: Vec<f64> = ranks.iter().map(|r| r.cost(config)).collect();
-        let unit_cost = Costs::of(config).vocab_row * VOCAB_UNIT as f64;
-        let vocab = ranges(&level(config.vocab / VOCAB_UNIT, unit_cost, &costs, &speeds), VOCAB_UNIT);
-        for (rank, vocab) in ranks.iter_mut().zip(vocab) {
-            rank.vocab = vocab;
-        }
+        let ffn = ranges(&apportion(config.ffn / slice_width, &speeds), slice_width);
+        let vocab = ranges(&apportion(config.vocab / VOCAB_UNIT, &speeds), VOCAB_UNIT);
+        let heads = deal_heads(config, &speeds);
+        let slice = |((heads, ffn), vocab): ((Heads, Range<usize>), Range<usize>)| RankSlice {
+            q_heads: heads.query,
+            kv_heads: heads.kv,
+            ffn,
+            vocab,
+        };
+        let mut ranks: Vec<RankSlice> = heads.into_iter().zip(ffn).zip(vocab).map(slice).collect();
         // Less than a unit is left.
         if let Some(last) = ranks.last_mut() {
             last.vocab.end = config.vocab;
@@ -109,39 +96,46 @@ impl PartitionPlan {
     }
 }
 
-impl RankSlice {
-    /// Multiply-adds that one row costs this rank, all layers and the logits together.
-    pub fn cost(&self, config: &ModelConfig) -> f64 {
-        let costs = Costs::of(config);
-        self.q_heads.len() as f64 * costs.q_head
-            + self.kv_heads.len() as f64 * costs.kv_head
-            + self.ffn.len() as f64 * costs.ffn_column
-            + self.vocab.len() as f64 * costs.vocab_row
-    }
+/// Heads of one rank.
+#[derive(Debug, Clone)]
+struct Heads {
+    query: Range<usize>,
+    /// Those that the query heads read.
+    kv: Range<usize>,
 }
 
-/// Multiply-adds per row of each thing that is dealt.
-struct Costs {
-    /// A query head's rows of the query matrix, columns of the output matrix, and its attention.
-    q_head: f64,
-    /// A KV head's rows of the key and value matrices.
-    kv_head: f64,
-    /// A row of the gate and up matrices, a column of the down matrix.
-    ffn_column: f64,
-    /// A row of the output matrix.
-    vocab_row: f64,
+/// Deals the query heads: one by one where there are more ranks than KV heads, and where that makes the slowest rank quicker
+/// without giving any rank more KV heads to keep pages of; else in groups that share a KV head.
+fn deal_heads(config: &ModelConfig, speeds: &[f64]) -> Vec<Heads> {
+    let group = config.n_heads / config.n_kv_heads;
+    let deal = |unit: usize| -> Vec<Heads> {
+        let heads = |query: Range<usize>| {
+            let first = query.start / group;
+            let kv = if query.is_empty() { first..first } else { first..query.end.div_ceil(group) };
+            Heads { query, kv }
+        };
+        ranges(&apportion(config.n_heads / unit, speeds), unit).into_iter().map(heads).collect()
+    };
+    let (groups, singles) = (deal(group), deal(1));
+    if speeds.len() > config.n_kv_heads {
+        return singles;
+    }
+    let most_kv = |heads: &[Heads]| heads.iter().map(|h| h.kv.len()).max();
+    let takes = |heads: &[Heads]| {
+        let of_rank = |(heads, speed): (&Heads, &f64)| attention_cost(config, heads) / speed;
+        heads.iter().zip(speeds).map(of_rank).fold(0.0, f64::max)
+    };
+    let is_better = most_kv(&singles) <= most_kv(&groups) && takes(&singles) < WORTH_WHILE * takes(&groups);
+    if is_better { singles } else { groups }
 }
 
-impl Costs {
-    fn of(config: &ModelConfig) -> Self {
-        let (layers, hidden, head_dim) = (config.n_layers as f64, config.hidden as f64, config.head_dim as f64);
-        Self {
-            q_head: layers * 2.0 * head_dim * (hidden + TYPICAL_CONTEXT),
-            kv_head: layers * 2.0 * head_dim * hidden,
-            ffn_column: layers * 3.0 * hidden,
-            vocab_row: hidden,
-        }
-    }
+/// Multiply-adds that one row costs in the attention of one layer: the heads' rows of the query, key and value matrices,
+/// columns of the output matrix, and the attention itself.
+fn attention_cost(config: &ModelConfig, heads: &Heads) -> f64 {
+    let (hidden, head_dim) = (config.hidden as f64, config.head_dim as f64);
+    let query = 2.0 * head_dim * (hidden + TYPICAL_CONTEXT);
+    let kv = 2.0 * head_dim * hidden;
+    heads.query.len() as f64 * query + heads.kv.len() as f64 * kv
 }
 
 /// Width of the feed-forward slices: a function of the model alone, because it decides where exact sums round.
@@ -172,18 +166,6 @@ fn apportion(n: usize, speeds: &[f64]) -> Vec<usize> {
     let left = n.saturating_sub(counts.iter().sum());
     for &rank in by_remainder.iter().cycle().take(left) {
         counts[rank] += 1;
-    }
-    counts
-}
-
-/// Deals `n` things of equal cost one by one, each to the rank that would then be done first (the lower rank of two).
-fn level(n: usize, cost: f64, costs: &[f64], speeds: &[f64]) -> Vec<usize> {
-    let mut counts = vec![0; costs.len()];
-    let done = |rank: usize, count: usize| (costs[rank] + (count + 1) as f64 * cost) / speeds[rank];
-    for _ in 0..n {
-        let first = (0..costs.len()).min_by(|&a, &b| done(a, counts[a]).total_cmp(&done(b, counts[b])));
-        // There's a rank: `new` refuses an empty world.
-        counts[first.unwrap_or_default()] += 1;
     }
     counts
 }

@@ -26,10 +26,17 @@ fn smollm2() -> ModelConfig {
     config((9, 3, 64), 576, 1536, 49152, 30)
 }
 
-/// Largest cost of a rank relative to the smallest, each by its speed.
-fn imbalance(config: &ModelConfig, plan: &PartitionPlan, weights: &[f64]) -> f64 {
-    let costs = plan.ranks.iter().zip(weights).map(|(r, w)| r.cost(config) / w);
-    costs.clone().fold(0.0, f64::max) / costs.fold(f64::INFINITY, f64::min)
+/// How much longer a row takes than if all that is dealt could be cut anywhere.
+fn excess(config: &ModelConfig, plan: &PartitionPlan, weights: &[f64]) -> f64 {
+    let hidden = config.hidden as f64;
+    let attention = |r: &RankSlice| attention_cost(config, &Heads { query: r.q_heads.clone(), kv: r.kv_heads.clone() });
+    let ffn = |r: &RankSlice| 3.0 * hidden * r.ffn.len() as f64;
+    let vocab = |r: &RankSlice| hidden * r.vocab.len() as f64 / config.n_layers as f64;
+    let slowest =
+        |cost: &dyn Fn(&RankSlice) -> f64| plan.ranks.iter().zip(weights).map(|(r, w)| cost(r) / w).fold(0.0, f64::max);
+    let whole = PartitionPlan::new(config, &[1.0]).expect("one rank").ranks[0].clone();
+    let ideal = (attention(&whole) + ffn(&whole) + vocab(&whole)) / weights.iter().sum::<f64>();
+    (slowest(&attention) + slowest(&ffn) + slowest(&vocab)) / ideal
 }
 
 fn plan(config: &ModelConfig, world_size: usize) -> PartitionPlan {
@@ -41,7 +48,8 @@ fn smollm2_at_1_to_4_ranks() {
     let config = smollm2();
     let expected: [&[[Range<usize>; 4]]; 4] = [
         &[[0..9, 0..3, 0..1536, 0..49152]],
-        &[[0..6, 0..2, 0..640, 0..25_856], [6..9, 2..3, 640..1536, 25_856..49152]],
+        // The KV head in the middle is held twice: 5 query heads and 4 are quicker than 6 and 3.
+        &[[0..5, 0..2, 0..768, 0..24_576], [5..9, 1..3, 768..1536, 24_576..49152]],
         &[
             [0..3, 0..1, 0..512, 0..16_384],
             [3..6, 1..2, 512..1024, 16_384..32_768],
@@ -52,9 +60,10 @@ fn smollm2_at_1_to_4_ranks() {
     for (world_size, expected) in (1..=4).zip(expected) {
         let plan = plan(&config, world_size);
         assert_eq!(plan.ffn_slice_width, 64);
-        let ratio = imbalance(&config, &plan, &vec![1.0; world_size]);
-        println!("{world_size} ranks: costs {ratio:.4} apart: {:?}", plan.ranks);
-        assert!(ratio < 1.05, "{world_size} ranks: {ratio}");
+        let ratio = excess(&config, &plan, &vec![1.0; world_size]);
+        println!("{world_size} ranks: {ratio:.4} of the ideal time: {:?}", plan.ranks);
+        // Four ranks have 9 query heads between them.
+        assert!(ratio < if world_size == 4 { 1.2 } else { 1.1 }, "{world_size} ranks: {ratio}");
         for (rank, [q_heads, kv_heads, ffn, vocab]) in plan.ranks.iter().zip(expected) {
             let want = RankSlice {
                 q_heads: q_heads.clone(),
@@ -72,17 +81,32 @@ fn smollm2_at_1_to_4_ranks() {
 }
 
 #[test]
-fn a_rank_with_more_heads_gets_fewer_columns() {
-    // Two KV heads at three ranks, and five groups at two.
+fn kv_heads_are_held_twice_where_it_pays() {
+    let heads = |n_heads, n_kv_heads, world_size| {
+        let plan = plan(&config((n_heads, n_kv_heads, 128), 4096, 14_336, 128_256, 32), world_size);
+        plan.ranks.into_iter().map(|r| (r.q_heads.len(), r.kv_heads)).collect::<Vec<_>>()
+    };
+    // Even groups,
+    assert_eq!(heads(32, 8, 2), [(16, 0..4), (16, 4..8)]);
+    // and uneven ones: of 11, 11 and 10 query heads the middle rank would read four KV heads.
+    assert_eq!(heads(32, 8, 3), [(12, 0..3), (12, 3..6), (8, 6..8)]);
+    // Five groups at two ranks.
+    assert_eq!(heads(40, 5, 2), [(20, 0..3), (20, 2..5)]);
+}
+
+#[test]
+fn whoever_has_more_heads_has_no_fewer_columns() {
     for (config, world_size) in
-        [(config((12, 2, 128), 1536, 8960, 151_936, 28), 2), (config((10, 5, 64), 640, 2048, 32_000, 12), 2)]
+        [(config((10, 5, 64), 640, 2048, 32_000, 12), 4), (config((32, 8, 128), 4096, 14_336, 128_256, 32), 3)]
     {
         let plan = plan(&config, world_size);
-        for pair in plan.ranks.windows(2) {
-            if pair[0].q_heads.len() > pair[1].q_heads.len() {
-                assert!(pair[0].ffn.len() < pair[1].ffn.len(), "{plan:?}");
-            }
-        }
+        let spread = |len: fn(&RankSlice) -> usize| {
+            let lens = plan.ranks.iter().map(len);
+            lens.clone().max().unwrap_or_default() - lens.min().unwrap_or_default()
+        };
+        assert!(spread(|r| r.q_heads.len()) > 0, "{plan:?}");
+        assert!(spread(|r| r.ffn.len()) <= plan.ffn_slice_width, "{plan:?}");
+        assert!(spread(|r| r.vocab.len()) <= VOCAB_UNIT, "{plan:?}");
     }
 }
 
@@ -114,11 +138,11 @@ fn faster_ranks_get_more() {
     let config = config((32, 8, 128), 4096, 14_336, 128_256, 32);
     let plan = PartitionPlan::new(&config, &[3.0, 1.0]).expect("two ranks");
     assert_eq!(plan.ranks[0].kv_heads, 0..6);
-    assert!(imbalance(&config, &plan, &[3.0, 1.0]) < 1.01, "{plan:?}");
+    assert!(excess(&config, &plan, &[3.0, 1.0]) < 1.01, "{plan:?}");
     // So slow that it gets no head.
     let plan = PartitionPlan::new(&config, &[100.0, 1.0]).expect("two ranks");
     assert_eq!((plan.ranks[1].q_heads.clone(), plan.ranks[1].kv_heads.clone()), (32..32, 8..8));
-    assert!(!plan.ranks[1].vocab.is_empty());
+    assert!(!plan.ranks[1].vocab.is_empty(), "{plan:?}");
 }
 
 #[test]
@@ -181,7 +205,9 @@ proptest! {
             }
         }
         if world_size <= n_kv_heads {
-            assert_covers(plan.ranks.iter().map(|r| &r.kv_heads), n_kv_heads);
+            let most = plan.ranks.iter().map(|r| r.kv_heads.len()).max();
+            let fair = apportion(n_kv_heads, &weights.iter().map(|w| w / 1e3).collect::<Vec<_>>()).into_iter().max();
+            prop_assert!(most <= fair, "{most:?} KV heads, {fair:?} without holding any twice");
         }
         if equal {
             prop_assert!(plan.ranks.iter().all(|r| !r.q_heads.is_empty()));

@@ -1,7 +1,7 @@
-//! AVX2, FMA and F16C. Sixteen f32 are two registers; quantized dot products take the two halves of a tile in turn.
+//! AVX2, FMA and F16C. Sixteen f32 are two registers, and so are sixteen sums of quantized products.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use super::simd::{FIXED_LIMIT, Simd};
 use crate::ops::FIXED_ONE;
@@ -9,14 +9,21 @@ use crate::ops::FIXED_ONE;
 /// AVX2, FMA, F16C.
 pub(crate) struct Avx2;
 
+/// 1.5 * 2^28.
+const ROUNDING: f64 = 402_653_184.0;
+
 type V = (__m256, __m256);
+type I = (__m256i, __m256i);
 
 /// Applies a two-operand intrinsic to both registers.
 macro_rules! both {
-    ($f:ident, $a:ident, $b:ident) => {
+    ($f:ident, $a:expr, $b:expr) => {{
+        let (a, b) = ($a, $b);
         // SAFETY: the trait's contract: the CPU has the instruction set.
-        unsafe { ($f($a.0, $b.0), $f($a.1, $b.1)) }
-    };
+        #[allow(unused_unsafe)]
+        let both = unsafe { ($f(a.0, b.0), $f(a.1, b.1)) };
+        both
+    }};
 }
 
 // SAFETY (all methods): the trait's contract gives the instruction set and the pointers' validity; unaligned loads and
@@ -27,6 +34,7 @@ impl Simd for Avx2 {
     const ROWS: usize = 4;
     const QUERIES: usize = 6;
     const HEAD_VECTORS: usize = 1;
+    const FIXED_EXCESS: i64 = ROUNDING.to_bits() as i64;
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> V {
@@ -39,7 +47,10 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> V {
-        unsafe { (Self::h_load_f16(p), Self::h_load_f16(p.add(8))) }
+        unsafe {
+            let half = |p: *const u16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+            (half(p), half(p.add(8)))
+        }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> V {
@@ -47,6 +58,13 @@ impl Simd for Avx2 {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
             (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> V {
+        unsafe {
+            let half = |p: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
+            (half(p), half(p.add(8)))
         }
     }
     #[inline(always)]
@@ -98,10 +116,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn add_fixed(sums: *mut i64, v: V) {
         unsafe {
+            let limit = _mm256_set1_ps(FIXED_LIMIT / FIXED_ONE);
+            let below = _mm256_set1_ps(-FIXED_LIMIT / FIXED_ONE);
             for (i, v) in [v.0, v.1].into_iter().enumerate() {
-                let v = _mm256_mul_ps(v, _mm256_set1_ps(FIXED_ONE));
-                let v = _mm256_max_ps(v, _mm256_set1_ps(-FIXED_LIMIT));
-                let v = _mm256_min_ps(v, _mm256_set1_ps(FIXED_LIMIT));
+                let v = _mm256_min_ps(_mm256_max_ps(v, below), limit);
                 add_rounded(sums.add(8 * i), _mm256_castps256_ps128(v));
                 add_rounded(sums.add(8 * i + 4), _mm256_extractf128_ps::<1>(v));
             }
@@ -112,119 +130,129 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 
-    type H = __m256;
-    /// 16 sums of 16 bits, two a lane: 8 rounds of 2 products of at most 15 * 127 are 30480.
-    type I4 = __m256i;
-    type I8 = __m256i;
-    type W4 = __m256i;
+    /// Sums of 16 bits, two a lane: 8 rounds of 2 products of at most 15 * 127 are 30480.
+    type I4 = I;
+    type I8 = I;
+    type W4 = I;
     /// The weights' absolute values (0..=128, unsigned) and the weights.
-    type W8 = (__m256i, __m256i);
-    const PARTS: usize = 2;
+    type W8 = (I, I);
 
     #[inline(always)]
-    unsafe fn h_zero() -> __m256 {
-        unsafe { _mm256_setzero_ps() }
+    unsafe fn i4_zero() -> I {
+        let zero = unsafe { _mm256_setzero_si256() };
+        (zero, zero)
     }
     #[inline(always)]
-    unsafe fn h_splat(v: f32) -> __m256 {
-        unsafe { _mm256_set1_ps(v) }
-    }
-    #[inline(always)]
-    unsafe fn h_load(p: *const f32) -> __m256 {
-        unsafe { _mm256_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_f16(p: *const u16) -> __m256 {
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_i8(p: *const i8) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
-    }
-    #[inline(always)]
-    unsafe fn h_store(p: *mut f32, v: __m256) {
-        unsafe { _mm256_storeu_ps(p, v) }
-    }
-    #[inline(always)]
-    unsafe fn h_mul(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn h_fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-        unsafe { _mm256_fmadd_ps(a, b, c) }
-    }
-
-    #[inline(always)]
-    unsafe fn i4_zero() -> __m256i {
-        unsafe { _mm256_setzero_si256() }
-    }
-    #[inline(always)]
-    unsafe fn w4_load(p: *const u8) -> (__m256i, __m256i) {
+    unsafe fn w4_load(p: *const u8) -> (I, I) {
         unsafe {
-            let bytes = _mm256_loadu_si256(p.cast());
-            let low = _mm256_set1_epi8(15);
-            (_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low))
+            let (bytes, low) = (Self::w2_load(p), splat_i8(15));
+            let high = (_mm256_srli_epi16::<4>(bytes.0), _mm256_srli_epi16::<4>(bytes.1));
+            (both!(_mm256_and_si256, bytes, low), both!(_mm256_and_si256, high, low))
         }
     }
     #[inline(always)]
-    unsafe fn i4_dot(sum: __m256i, w: __m256i, x: *const i8) -> __m256i {
-        unsafe { _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, _mm256_set1_epi32(x.cast::<i32>().read_unaligned()))) }
-    }
-    #[inline(always)]
-    unsafe fn i4_finish(sum: __m256i) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, _mm256_set1_epi16(1))) }
-    }
-    #[inline(always)]
-    unsafe fn i8_start(_: i32) -> __m256i {
-        unsafe { _mm256_setzero_si256() }
-    }
-    #[inline(always)]
-    unsafe fn w8_load(p: *const u8) -> (__m256i, __m256i) {
+    unsafe fn i4_dot(sum: I, w: I, x: *const i8) -> I {
         unsafe {
-            let w = _mm256_xor_si256(_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(-128));
-            (_mm256_abs_epi8(w), w)
+            let sum = both!(_mm256_add_epi16, sum, both!(_mm256_maddubs_epi16, w, splat_4(x)));
+            (keep(sum.0), keep(sum.1))
         }
     }
     #[inline(always)]
-    unsafe fn i8_dot(sum: __m256i, w: (__m256i, __m256i), x: *const i8) -> __m256i {
+    unsafe fn i4_finish(sum: I) -> V {
+        unsafe { Self::i8_finish(sum_pairs(sum)) }
+    }
+    #[inline(always)]
+    unsafe fn i8_start(_: i32) -> I {
+        unsafe { Self::i4_zero() }
+    }
+    #[inline(always)]
+    unsafe fn w8_load(p: *const u8) -> (I, I) {
+        unsafe {
+            let w = both!(_mm256_xor_si256, Self::w2_load(p), splat_i8(-128));
+            ((_mm256_abs_epi8(w.0), _mm256_abs_epi8(w.1)), w)
+        }
+    }
+    #[inline(always)]
+    unsafe fn i8_dot(sum: I, (magnitude, w): (I, I), x: *const i8) -> I {
         // The sign goes to the activation, which is never -128; two products of at most 128 * 127 fit 16 bits.
         unsafe {
-            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
-            let pairs = _mm256_maddubs_epi16(w.0, _mm256_sign_epi8(x, w.1));
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            let x = both!(_mm256_sign_epi8, splat_4(x), w);
+            let pairs = sum_pairs(both!(_mm256_maddubs_epi16, magnitude, x));
+            let sum = both!(_mm256_add_epi32, sum, pairs);
+            (keep(sum.0), keep(sum.1))
         }
     }
     #[inline(always)]
-    unsafe fn i8_finish(sum: __m256i) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(sum) }
+    unsafe fn i8_finish(sum: I) -> V {
+        unsafe { (_mm256_cvtepi32_ps(sum.0), _mm256_cvtepi32_ps(sum.1)) }
     }
     #[inline(always)]
-    unsafe fn w2_load(p: *const u8) -> __m256i {
-        unsafe { _mm256_loadu_si256(p.cast()) }
+    unsafe fn w2_load(p: *const u8) -> I {
+        unsafe { (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
     }
     #[inline(always)]
-    unsafe fn w6(low: __m256i, high: __m256i, i: usize) -> __m256i {
+    unsafe fn w6(low: I, high: I, i: usize) -> I {
         unsafe {
             let high = match i {
-                0 => _mm256_slli_epi16::<4>(high),
-                1 => _mm256_slli_epi16::<2>(high),
+                0 => (_mm256_slli_epi16::<4>(high.0), _mm256_slli_epi16::<4>(high.1)),
+                1 => (_mm256_slli_epi16::<2>(high.0), _mm256_slli_epi16::<2>(high.1)),
                 2 => high,
-                _ => _mm256_srli_epi16::<2>(high),
+                _ => (_mm256_srli_epi16::<2>(high.0), _mm256_srli_epi16::<2>(high.1)),
             };
-            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
+            both!(_mm256_or_si256, low, both!(_mm256_and_si256, high, splat_i8(0x30)))
         }
     }
     #[inline(always)]
-    unsafe fn i6_start(bias: i32) -> __m256i {
-        unsafe { _mm256_set1_epi32(bias) }
+    unsafe fn i6_start(bias: i32) -> I {
+        let bias = unsafe { _mm256_set1_epi32(bias) };
+        (bias, bias)
     }
     #[inline(always)]
-    unsafe fn i6_dot(sum: __m256i, w: __m256i, x: *const i8) -> __m256i {
+    unsafe fn i6_dot(sum: I, w: I, x: *const i8) -> I {
         unsafe {
-            let pairs = _mm256_maddubs_epi16(w, _mm256_set1_epi32(x.cast::<i32>().read_unaligned()));
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            let pairs = sum_pairs(both!(_mm256_maddubs_epi16, w, splat_4(x)));
+            let sum = both!(_mm256_add_epi32, sum, pairs);
+            (keep(sum.0), keep(sum.1))
         }
     }
+}
+
+/// # Safety (all)
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn splat_i8(v: i8) -> I {
+    // SAFETY: this function's contract.
+    let v = unsafe { _mm256_set1_epi8(v) };
+    (v, v)
+}
+
+/// The 4 activations at `x`, for every lane.
+#[inline(always)]
+unsafe fn splat_4(x: *const i8) -> I {
+    // SAFETY: this function's contract; `x` is valid for 4 elements.
+    let x = unsafe { _mm256_set1_epi32(x.cast::<i32>().read_unaligned()) };
+    (x, x)
+}
+
+/// Sums of the two halves of each lane.
+#[inline(always)]
+unsafe fn sum_pairs(pairs: I) -> I {
+    // SAFETY: this function's contract.
+    let one = unsafe { (_mm256_set1_epi16(1), _mm256_set1_epi16(1)) };
+    both!(_mm256_madd_epi16, pairs, one)
+}
+
+/// The value itself, about which the compiler learns nothing: else it adds sums in another order, keeps all their products
+/// until then, and runs out of registers.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn keep(mut v: __m256i) -> __m256i {
+    // SAFETY: there is no instruction in it.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    v
 }
 
 /// # Safety
@@ -243,8 +271,8 @@ unsafe fn scale2(p: __m256, n: __m256) -> __m256 {
     }
 }
 
-/// Rounds half to even and adds. `|v| <= 2^51`: 1.5 * 2^52 + v is then in 2^52..=2^53, where doubles are whole numbers
-/// and count up by one in their bits.
+/// Adds the bits of the sum of `v` and [`ROUNDING`]. `|v| <= 2^27`, so that sum lies in 2^28..=2^29, where doubles are multiples
+/// of 2^-24 and count up by one in their bits; it is rounded half to even.
 ///
 /// # Safety
 /// The CPU has AVX2; `sums` is valid for 4 elements.
@@ -252,10 +280,8 @@ unsafe fn scale2(p: __m256, n: __m256) -> __m256 {
 unsafe fn add_rounded(sums: *mut i64, v: __m128) {
     // SAFETY: this function's contract.
     unsafe {
-        let magic = _mm256_set1_pd(6_755_399_441_055_744.0);
-        let rounded = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(v), magic));
-        let whole = _mm256_sub_epi64(rounded, _mm256_castpd_si256(magic));
+        let rounded = _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(v), _mm256_set1_pd(ROUNDING)));
         let sums = sums.cast::<__m256i>();
-        _mm256_storeu_si256(sums, _mm256_add_epi64(_mm256_loadu_si256(sums), whole));
+        _mm256_storeu_si256(sums, _mm256_add_epi64(_mm256_loadu_si256(sums), rounded));
     }
 }

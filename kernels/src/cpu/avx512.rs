@@ -17,6 +17,7 @@ impl Simd for Avx512Vnni {
     const ROWS: usize = 8;
     const QUERIES: usize = 8;
     const HEAD_VECTORS: usize = 2;
+    const FIXED_EXCESS: i64 = 0;
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> __m512 {
@@ -36,6 +37,10 @@ impl Simd for Avx512Vnni {
             let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
@@ -103,45 +108,10 @@ impl Simd for Avx512Vnni {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 
-    type H = __m512;
     type I4 = __m512i;
     type I8 = __m512i;
     type W4 = __m512i;
     type W8 = __m512i;
-    const PARTS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn h_zero() -> __m512 {
-        unsafe { _mm512_setzero_ps() }
-    }
-    #[inline(always)]
-    unsafe fn h_splat(v: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(v) }
-    }
-    #[inline(always)]
-    unsafe fn h_load(p: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_f16(p: *const u16) -> __m512 {
-        unsafe { Self::load_f16(p) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_i8(p: *const i8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
-    }
-    #[inline(always)]
-    unsafe fn h_store(p: *mut f32, v: __m512) {
-        unsafe { _mm512_storeu_ps(p, v) }
-    }
-    #[inline(always)]
-    unsafe fn h_mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn h_fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
 
     #[inline(always)]
     unsafe fn i4_zero() -> __m512i {

@@ -26,6 +26,7 @@ impl Simd for Scalar {
     const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
     const QUERIES: usize = Self::ROWS;
     const HEAD_VECTORS: usize = 1;
+    const FIXED_EXCESS: i64 = 0;
 
     #[inline(always)]
     unsafe fn splat(v: f32) -> V {
@@ -45,6 +46,11 @@ impl Simd for Scalar {
     unsafe fn load_bf16(p: *const u16) -> V {
         // SAFETY: as above.
         lanes!(i => f32::from_bits(u32::from(unsafe { p.add(i).read_unaligned() }) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> V {
+        // SAFETY: as above.
+        lanes!(i => f32::from(unsafe { *p.add(i) }))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: V) {
@@ -104,51 +110,10 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 
-    type H = V;
     type I4 = [i32; LANES];
     type I8 = [i32; LANES];
     type W4 = [u8; 64];
     type W8 = [u8; 64];
-    const PARTS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn h_zero() -> V {
-        [0.0; LANES]
-    }
-    #[inline(always)]
-    unsafe fn h_splat(v: f32) -> V {
-        [v; LANES]
-    }
-    #[inline(always)]
-    unsafe fn h_load(p: *const f32) -> V {
-        // SAFETY: as above.
-        unsafe { Self::load(p) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_f16(p: *const u16) -> V {
-        // SAFETY: as above.
-        unsafe { Self::load_f16(p) }
-    }
-    #[inline(always)]
-    unsafe fn h_load_i8(p: *const i8) -> V {
-        // SAFETY: as above.
-        lanes!(i => f32::from(unsafe { *p.add(i) }))
-    }
-    #[inline(always)]
-    unsafe fn h_store(p: *mut f32, v: V) {
-        // SAFETY: as above.
-        unsafe { Self::store(p, v) }
-    }
-    #[inline(always)]
-    unsafe fn h_mul(a: V, b: V) -> V {
-        // SAFETY: as above.
-        unsafe { Self::mul(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn h_fma(a: V, b: V, c: V) -> V {
-        // SAFETY: as above.
-        unsafe { Self::fma(a, b, c) }
-    }
 
     #[inline(always)]
     unsafe fn i4_zero() -> [i32; LANES] {

@@ -30,11 +30,14 @@ pub(crate) trait Simd {
     const QUERIES: usize;
     /// Vectors of a head that attention sums at once.
     const HEAD_VECTORS: usize;
+    /// What [`Simd::add_fixed`] adds beside the number: sums begin with as many times less.
+    const FIXED_EXCESS: i64;
 
     unsafe fn splat(v: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn load_i8(p: *const i8) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
     /// Rounded half to even.
     unsafe fn store_f16(p: *mut u16, v: Self::F);
@@ -50,15 +53,13 @@ pub(crate) trait Simd {
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// `p * 2^n` for whole `n` in -150..=128, as `(p * 2^(n >> 1)) * 2^(n - (n >> 1))`.
     unsafe fn scale2(p: Self::F, n: Self::F) -> Self::F;
-    /// `sums[i] += round_half_even(clamp(v[i] * 2^24, -2^51, 2^51))`, wrapping; NaN counts as -2^51.
+    /// `sums[i] += round_half_even(clamp(v[i] * 2^24, -2^51, 2^51)) + FIXED_EXCESS`, wrapping; NaN counts as -2^51.
     unsafe fn add_fixed(sums: *mut i64, v: Self::F);
     /// Hints that the cache line at `p` (any address) will be read.
     unsafe fn prefetch(p: *const u8);
 
-    // ---- quantized dot products: a tile's 16 lanes are done in `PARTS` vectors ---------------------------------------
+    // ---- quantized dot products -------------------------------------------------------------------------------------
 
-    /// `LANES / PARTS` f32.
-    type H: Copy;
     /// Sums of products with 4-bit weights.
     type I4: Copy;
     /// Sums of products with 8-bit weights.
@@ -67,37 +68,23 @@ pub(crate) trait Simd {
     type W4: Copy;
     /// 8-bit weights, 4 per lane, prepared for products.
     type W8: Copy;
-    const PARTS: usize;
-
-    unsafe fn h_zero() -> Self::H;
-    unsafe fn h_splat(v: f32) -> Self::H;
-    /// Reads `LANES / PARTS` elements.
-    unsafe fn h_load(p: *const f32) -> Self::H;
-    /// Reads `LANES / PARTS` elements.
-    unsafe fn h_load_f16(p: *const u16) -> Self::H;
-    /// Reads `LANES / PARTS` elements.
-    unsafe fn h_load_i8(p: *const i8) -> Self::H;
-    /// Writes `LANES / PARTS` elements.
-    unsafe fn h_store(p: *mut f32, v: Self::H);
-    unsafe fn h_mul(a: Self::H, b: Self::H) -> Self::H;
-    unsafe fn h_fma(a: Self::H, b: Self::H, c: Self::H) -> Self::H;
 
     unsafe fn i4_zero() -> Self::I4;
-    /// Splits `64 / PARTS` bytes into low and high nibbles.
+    /// Splits 64 bytes into low and high nibbles.
     unsafe fn w4_load(p: *const u8) -> (Self::W4, Self::W4);
     /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 8 times a sum.
     unsafe fn i4_dot(sum: Self::I4, w: Self::W4, x: *const i8) -> Self::I4;
-    unsafe fn i4_finish(sum: Self::I4) -> Self::H;
+    unsafe fn i4_finish(sum: Self::I4) -> Self::F;
 
     /// A sum to start with; `bias` is -128 times the sum of the activations to come.
     unsafe fn i8_start(bias: i32) -> Self::I8;
-    /// Reads `64 / PARTS` weights, each stored as an unsigned byte: weight + 128.
+    /// Reads 64 weights, each stored as an unsigned byte: weight + 128.
     unsafe fn w8_load(p: *const u8) -> Self::W8;
     /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`.
     unsafe fn i8_dot(sum: Self::I8, w: Self::W8, x: *const i8) -> Self::I8;
-    unsafe fn i8_finish(sum: Self::I8) -> Self::H;
+    unsafe fn i8_finish(sum: Self::I8) -> Self::F;
 
-    /// Reads `64 / PARTS` bytes of 2-bit weights, 4 per byte.
+    /// Reads 64 bytes of 2-bit weights, 4 per byte.
     unsafe fn w2_load(p: *const u8) -> Self::W4;
     /// 6-bit weights: 4 low bits, and as high bits number `i` (0..4) of each byte of `high`.
     unsafe fn w6(low: Self::W4, high: Self::W4, i: usize) -> Self::W4;

@@ -94,7 +94,9 @@ unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
     first_tile: usize,
 ) {
     let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
-    let mut fixed = Line([[[0i64; LANES]; R]; T]);
+    let n_numbers = task.n_steps.div_ceil(task.steps_per_slice.max(1)) + usize::from(!task.bias.is_null());
+    let start = S::FIXED_EXCESS.wrapping_mul(n_numbers as i64).wrapping_neg();
+    let mut fixed = Line([[[start; LANES]; R]; T]);
     let mut step = 0;
     // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
     unsafe {

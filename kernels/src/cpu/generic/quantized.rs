@@ -17,18 +17,11 @@ pub(crate) trait Scales {
     /// Bytes for a set in each head.
     const HEAD_BYTES: usize;
 
-    /// Set number `set` of `n_sets` of step `step`, lanes of `part`. `tail`: behind the step's quants.
+    /// Set number `set` of `n_sets` of step `step`. `tail`: behind the step's quants.
     ///
     /// # Safety
     /// The CPU has `S`; they lie there.
-    unsafe fn load<S: Simd>(
-        head: *const u8,
-        tail: *const u8,
-        step: usize,
-        set: usize,
-        n_sets: usize,
-        part: usize,
-    ) -> S::H;
+    unsafe fn load<S: Simd>(head: *const u8, tail: *const u8, step: usize, set: usize, n_sets: usize) -> S::F;
 }
 
 /// f32, behind the quants.
@@ -42,9 +35,9 @@ impl Scales for ScaleF32 {
     const STEP_BYTES: usize = 4 * LANES;
     const HEAD_BYTES: usize = 0;
     #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize, part: usize) -> S::H {
+    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
         // SAFETY: the trait's contract.
-        unsafe { S::h_load(tail.cast::<f32>().add(set * LANES + part * (LANES / S::PARTS))) }
+        unsafe { S::load(tail.cast::<f32>().add(set * LANES)) }
     }
 }
 
@@ -52,9 +45,9 @@ impl Scales for ScaleF16 {
     const STEP_BYTES: usize = 2 * LANES;
     const HEAD_BYTES: usize = 0;
     #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize, part: usize) -> S::H {
+    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
         // SAFETY: the trait's contract.
-        unsafe { S::h_load_f16(tail.cast::<u16>().add(set * LANES + part * (LANES / S::PARTS))) }
+        unsafe { S::load_f16(tail.cast::<u16>().add(set * LANES)) }
     }
 }
 
@@ -62,23 +55,15 @@ impl Scales for Factored {
     const STEP_BYTES: usize = 0;
     const HEAD_BYTES: usize = (4 + STEPS_PER_HEAD) * LANES;
     #[inline(always)]
-    unsafe fn load<S: Simd>(
-        head: *const u8,
-        _: *const u8,
-        step: usize,
-        set: usize,
-        n_sets: usize,
-        part: usize,
-    ) -> S::H {
-        let lane = part * (LANES / S::PARTS);
+    unsafe fn load<S: Simd>(head: *const u8, _: *const u8, step: usize, set: usize, n_sets: usize) -> S::F {
         // SAFETY: the trait's contract.
         unsafe {
             let head = head.add(step / STEPS_PER_HEAD * n_sets * Self::HEAD_BYTES);
-            let factor = S::h_load(head.cast::<f32>().add(set * LANES + lane));
+            let factor = S::load(head.cast::<f32>().add(set * LANES));
             let numbers = head.add(4 * n_sets * LANES).cast::<i8>();
-            let number = S::h_load_i8(numbers.add((step % STEPS_PER_HEAD * n_sets + set) * LANES + lane));
+            let number = S::load_i8(numbers.add((step % STEPS_PER_HEAD * n_sets + set) * LANES));
             // Exact: the loader has compared the products.
-            S::h_mul(factor, number)
+            S::mul(factor, number)
         }
     }
 }
@@ -125,7 +110,7 @@ pub(crate) trait Quantized {
     ///
     /// # Safety
     /// The CPU has `S`; weights and activations lie there.
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::H; R]);
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]);
 }
 
 /// Where a step of weights lies.
@@ -134,18 +119,17 @@ pub(crate) struct StepAt {
     head: *const u8,
     quants: *const u8,
     step: usize,
-    part: usize,
 }
 
 impl StepAt {
     /// # Safety
     /// The CPU has `S`; the step is of layout `Q`.
     #[inline(always)]
-    unsafe fn set<S: Simd, Q: Quantized>(self, set: usize) -> S::H {
+    unsafe fn set<S: Simd, Q: Quantized>(self, set: usize) -> S::F {
         // SAFETY: the contract above.
         unsafe {
             let tail = self.quants.add(Q::QUANT_BYTES);
-            Q::Scales::load::<S>(self.head, tail, self.step, set, Q::N_SETS, self.part)
+            Q::Scales::load::<S>(self.head, tail, self.step, set, Q::N_SETS)
         }
     }
 }
@@ -164,22 +148,20 @@ impl<Q: Quantized> Tile for Q {
     ) {
         // SAFETY: the trait's contract.
         unsafe {
-            for part in 0..S::PARTS {
-                let mut acc = [[S::h_zero(); R]; T];
-                for step in steps.clone() {
-                    for level in step * x.n_levels..(step + 1) * x.n_levels {
-                        let x = x.at.add(level * R * QUANT_ROW_BYTES);
-                        for t in 0..T {
-                            let (head, first) = w.parts::<Q>(t);
-                            let quants = first.add(step * Self::STEP_BYTES);
-                            Q::step::<S, R>(StepAt { head, quants, step, part }, x, &mut acc[t]);
-                        }
+            let mut acc = [[S::splat(0.0); R]; T];
+            for step in steps {
+                for level in step * x.n_levels..(step + 1) * x.n_levels {
+                    let x = x.at.add(level * R * QUANT_ROW_BYTES);
+                    for t in 0..T {
+                        let (head, first) = w.parts::<Q>(t);
+                        let quants = first.add(step * Self::STEP_BYTES);
+                        Q::step::<S, R>(StepAt { head, quants, step }, x, &mut acc[t]);
                     }
                 }
-                for t in 0..T {
-                    for r in 0..R {
-                        S::h_store(out.0[t][r].as_mut_ptr().add(part * (LANES / S::PARTS)), acc[t][r]);
-                    }
+            }
+            for t in 0..T {
+                for r in 0..R {
+                    S::store(out.0[t][r].as_mut_ptr(), acc[t][r]);
                 }
             }
         }
@@ -195,13 +177,13 @@ impl<C: Scales> Quantized for Q4<C> {
     type Scales = C;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::H; R]) {
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
             let mut sums = [S::i4_zero(); R];
             for chunk in 0..4 {
-                let (low, high) = S::w4_load(at.quants.add(64 * chunk + 64 / S::PARTS * at.part));
+                let (low, high) = S::w4_load(at.quants.add(64 * chunk));
                 for r in 0..R {
                     let x = x.quants(r).add(8 * chunk);
                     sums[r] = S::i4_dot(sums[r], low, x);
@@ -210,9 +192,9 @@ impl<C: Scales> Quantized for Q4<C> {
             }
             let (d, m) = (at.set::<S, Self>(0), at.set::<S, Self>(1));
             for r in 0..R {
-                let scale = S::h_mul(d, S::h_splat(x.scale(r)));
-                acc[r] = S::h_fma(scale, S::i4_finish(sums[r]), acc[r]);
-                acc[r] = S::h_fma(m, S::h_splat(x.scaled_sum(r)), acc[r]);
+                let scale = S::mul(d, S::splat(x.scale(r)));
+                acc[r] = S::fma(scale, S::i4_finish(sums[r]), acc[r]);
+                acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
         }
     }
@@ -227,20 +209,20 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
     type Scales = C;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::H; R]) {
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
             let sums = q8_sums::<S, R>(at, x, 0, 0..8);
             let d = at.set::<S, Self>(0);
             for r in 0..R {
-                let scale = S::h_mul(d, S::h_splat(x.scale(r)));
-                acc[r] = S::h_fma(scale, S::i8_finish(sums[r]), acc[r]);
+                let scale = S::mul(d, S::splat(x.scale(r)));
+                acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
             }
             if MINS {
                 let m = at.set::<S, Self>(1);
                 for r in 0..R {
-                    acc[r] = S::h_fma(m, S::h_splat(x.scaled_sum(r)), acc[r]);
+                    acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
                 }
             }
         }
@@ -256,7 +238,7 @@ impl<C: Scales> Quantized for Q8Half<C> {
     type Scales = C;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::H; R]) {
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
@@ -264,8 +246,8 @@ impl<C: Scales> Quantized for Q8Half<C> {
                 let sums = q8_sums::<S, R>(at, x, 1 + half, 4 * half..4 * half + 4);
                 let d = at.set::<S, Self>(half);
                 for r in 0..R {
-                    let scale = S::h_mul(d, S::h_splat(x.scale(r)));
-                    acc[r] = S::h_fma(scale, S::i8_finish(sums[r]), acc[r]);
+                    let scale = S::mul(d, S::splat(x.scale(r)));
+                    acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
                 }
             }
         }
@@ -281,7 +263,7 @@ impl<C: Scales> Quantized for Q6Half<C> {
     type Scales = C;
 
     #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::H; R]) {
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
@@ -291,11 +273,10 @@ impl<C: Scales> Quantized for Q6Half<C> {
                     // Weights are stored + 32, not + 128; the bias is a multiple of 128.
                     sums[r] = S::i6_start(x.bias(1 + half, r) >> 2);
                 }
-                let part = 64 / S::PARTS * at.part;
-                let high = S::w2_load(at.quants.add(16 * LANES + 64 * half + part));
+                let high = S::w2_load(at.quants.add(16 * LANES + 64 * half));
                 for pair in 0..2 {
                     let chunk = 2 * half + pair;
-                    let (even, odd) = S::w4_load(at.quants.add(64 * chunk + part));
+                    let (even, odd) = S::w4_load(at.quants.add(64 * chunk));
                     let (even, odd) = (S::w6(even, high, 2 * pair), S::w6(odd, high, 2 * pair + 1));
                     for r in 0..R {
                         let x = x.quants(r).add(8 * chunk);
@@ -305,8 +286,8 @@ impl<C: Scales> Quantized for Q6Half<C> {
                 }
                 let d = at.set::<S, Self>(half);
                 for r in 0..R {
-                    let scale = S::h_mul(d, S::h_splat(x.scale(r)));
-                    acc[r] = S::h_fma(scale, S::i8_finish(sums[r]), acc[r]);
+                    let scale = S::mul(d, S::splat(x.scale(r)));
+                    acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
                 }
             }
         }
@@ -326,7 +307,7 @@ unsafe fn q8_sums<S: Simd, const R: usize>(at: StepAt, x: Step<R>, bias: usize, 
             sums[r] = S::i8_start(x.bias(bias, r));
         }
         for chunk in chunks {
-            let w = S::w8_load(at.quants.add(64 * chunk + 64 / S::PARTS * at.part));
+            let w = S::w8_load(at.quants.add(64 * chunk));
             for r in 0..R {
                 sums[r] = S::i8_dot(sums[r], w, x.quants(r).add(4 * chunk));
             }
