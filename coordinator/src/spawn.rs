@@ -33,8 +33,9 @@ const BAD_OPTIONS: i32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// to here.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A shard that lived this long did not fail at its start: the pause begins anew.
-const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// A shard that lived this long did not fail at its start: the pause begins anew. Short, for whatever kills shards again and
+/// again, each as soon as it is back, must find a spare.
+const HEALTHY_AFTER: Duration = Duration::from_secs(2);
 /// A shard that was told to end, and lived this long, is started again without a pause.
 const NO_PAUSE_AFTER: Duration = Duration::from_secs(1);
 /// Longest wait for a shard that was told to end, before SIGTERM, and again before SIGKILL.
