@@ -43,7 +43,8 @@ pub struct Held {
     pub role: Role,
     /// Open file descriptors.
     pub descriptors: usize,
-    /// Resident memory.
+    /// Resident memory, but for large pages where only those that asked for them have any: weights and KV pages, which have a
+    /// fixed size and are touched piece by piece.
     pub resident_kib: u64,
 }
 
@@ -51,11 +52,20 @@ impl Held {
     /// Of a process; of one that is gone, nothing.
     pub fn of(pid: u32, role: Role) -> Self {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-        let resident_kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0);
-        Self { pid, role, descriptors, resident_kib }
+        let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+        let kib = |name: &str| -> u64 {
+            let line = memory.lines().find_map(|line| line.strip_prefix(name));
+            line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+        };
+        let large = if are_large_pages_asked_for() { kib("AnonHugePages:") } else { 0 };
+        Self { pid, role, descriptors, resident_kib: kib("Rss:").saturating_sub(large) }
     }
+}
+
+/// Whether nobody has large pages who did not ask for them.
+fn are_large_pages_asked_for() -> bool {
+    let mode = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    mode.contains("[madvise]")
 }
 
 /// Descriptors and memory of all processes of a kind together.
