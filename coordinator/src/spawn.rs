@@ -31,8 +31,8 @@ pub const SHARD: &str = "shard";
 const BAD_OPTIONS: i32 = 2;
 /// Pause before the first restart; doubles from there
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// to here.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// to here: it keeps a shard that can't start from wasting a core, and streams may wait for this one.
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// A shard that lived this long did not fail at its start: the pause begins anew. Short, for whatever kills shards again and
 /// again, each as soon as it is back, must find a spare.
 const HEALTHY_AFTER: Duration = Duration::from_secs(2);

@@ -11,8 +11,10 @@ use crate::faults::{
 
 /// Memory for the KV pages of sixteen streams of 4,000 tokens, twice: those that run, and what the prefix cache keeps.
 const LARGE_KV: [&str; 2] = ["--kv-cache-memory", "2GiB"];
-/// Steps that copies may be behind when the fault comes: ranks gather the rows of short steps.
+/// Steps that copies may be behind when the fault comes.
 const LAG: u64 = 16;
+/// The same for a model whose steps take a millisecond or two: ranks gather the rows of 30 ms.
+const LAG_OF_SHORT_STEPS: u64 = 64;
 
 /// SmolLM2 with a spare, prompts of so many tokens, SIGKILL of a rank in decode.
 const SMOLLM2: Row = Row {
@@ -21,7 +23,7 @@ const SMOLLM2: Row = Row {
     sizes: Some(|model| Sizes { tokens: 96, ..Sizes::of(model) }),
     mirrored: true,
     most_replayed: Some(0.2),
-    inject: kill_mirrored,
+    inject: |round| kill_mirrored(round, LAG),
     ..PLAIN
 };
 
@@ -33,7 +35,7 @@ pub(super) static ROWS: &[Row] = &[
         long_prompts: Some(200),
         mirrored: true,
         most_replayed: Some(0.5),
-        inject: kill_mirrored,
+        inject: |round| kill_mirrored(round, LAG_OF_SHORT_STEPS),
         ..PLAIN
     },
     Row {
@@ -43,7 +45,7 @@ pub(super) static ROWS: &[Row] = &[
         long_prompts: Some(200),
         mirrored: true,
         most_replayed: Some(0.5),
-        inject: kill_mirrored,
+        inject: |round| kill_mirrored(round, LAG_OF_SHORT_STEPS),
         ..PLAIN
     },
     Row {
@@ -94,9 +96,9 @@ fn kill_begun(round: &mut Round<'_>) -> Result<()> {
     kill(round)
 }
 
-fn kill_mirrored(round: &mut Round<'_>) -> Result<()> {
+fn kill_mirrored(round: &mut Round<'_>, lag: u64) -> Result<()> {
     round.wait_all_begun()?;
     round.wait_decode(10, 40)?;
-    round.wait_mirrored(LAG)?;
+    round.wait_mirrored(lag)?;
     kill(round)
 }
