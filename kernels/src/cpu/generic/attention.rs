@@ -17,11 +17,9 @@ use super::{
     tile::Element,
 };
 
-/// Positions, up to whole pages, whose values are added to all elements before the next ones: they stay in the first-level
-/// cache meanwhile.
+/// Positions whose values are added to all elements before the next ones, up to whole pages: they stay in the first-level cache
+/// meanwhile. So far ahead keys and values are fetched, for pieces of pages are too short for the hardware to do it.
 const STRETCH: usize = 64;
-/// Pages between the one that is read and the one that is fetched: pieces of pages are too short for the hardware to read ahead.
-const PAGES_AHEAD: usize = 4;
 const CACHE_LINE: usize = 64;
 
 /// Queries of one KV head, and where everything lies. Query v is of row `first_row + v / group`, query head
@@ -57,6 +55,11 @@ impl AttentionTask {
     /// Positions that query `v` sees.
     fn len(&self, v: usize) -> usize {
         self.start + v / self.group + 1
+    }
+
+    /// [`STRETCH`] in whole pages.
+    fn stretch(&self) -> usize {
+        (STRETCH / self.block_size).max(1) * self.block_size
     }
 
     /// Where query `v`'s vector begins in `q` and `out`.
@@ -123,10 +126,9 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
         }
         // The queries are not needed any more: their place is the sums'.
         let totals = packed;
-        let stretch = (STRETCH / task.block_size).max(1) * task.block_size;
         let mut from = 0;
         while from < max_len {
-            let to = max_len.min(from + stretch);
+            let to = max_len.min(from + task.stretch());
             let mut d = 0;
             while d + S::HEAD_VECTORS * LANES <= task.head_dim.next_multiple_of(LANES) {
                 if S::HEAD_VECTORS == 2 {
@@ -181,7 +183,7 @@ unsafe fn score<S: Simd, E: Element, const R: usize>(
         // SAFETY: the contract above; positions below `stride` are in pages that hold a visible position.
         unsafe {
             let keys = task.keys.add(page_at(task, position, stride));
-            let ahead = task.keys.wrapping_add(page_at(task, position + PAGES_AHEAD * task.block_size, stride));
+            let ahead = task.keys.wrapping_add(page_at(task, position + task.stretch(), stride));
             let n = task.block_size.min(stride - position) / LANES;
             for i in 0..n {
                 let (from, mut acc) = (i * task.head_dim * vector, [S::splat(0.0); R]);
@@ -266,7 +268,7 @@ unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
         let mut position = positions.start;
         while position < positions.end {
             let values = task.values.add(page_at(task, position, max_len) + d * E::BYTES);
-            let ahead = task.values.wrapping_add(page_at(task, position + positions.len(), max_len) + d * E::BYTES);
+            let ahead = task.values.wrapping_add(page_at(task, position + task.stretch(), max_len) + d * E::BYTES);
             let n = task.block_size.min(positions.end - position);
             let n_shared = n.min(min_len.saturating_sub(position));
             for i in 0..n_shared {

@@ -167,6 +167,26 @@ fn attention_is_near_that_of_doubles() {
     }
 }
 
+/// Stretches of positions are whole pages, whatever a page holds.
+#[test]
+fn pages_of_any_size_hold_the_same() {
+    let mut random = Random(4);
+    let n = 300;
+    let case = Case::random(&mut random, n, &[0, 0, 0], 1, 32);
+    let want = case.reference(Precision::Auto);
+    for block_size in [16, 48, 80, 256] {
+        let n_blocks = n.div_ceil(block_size);
+        let blocks: Vec<u32> = (0..n_blocks as u32).rev().collect();
+        for ops in &mut devices(Precision::Auto, 1) {
+            ops.alloc_kv(KvShape { n_blocks, block_size, ..case.shape() }).expect("memory");
+            poison(ops);
+            let mut got = case.step(ops, 0, n - 1, &blocks, None);
+            got.extend(case.step(ops, n - 1, n, &blocks, None));
+            assert_same(&got, &want, &format!("{} pages of {block_size}", ops.name()));
+        }
+    }
+}
+
 #[test]
 fn long_sequences_use_every_page() {
     let mut random = Random(3);
