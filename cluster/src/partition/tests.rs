@@ -62,8 +62,9 @@ fn smollm2_at_1_to_4_ranks() {
         assert_eq!(plan.ffn_slice_width, 64);
         let ratio = excess(&config, &plan, &vec![1.0; world_size]);
         println!("{world_size} ranks: {ratio:.4} of the ideal time: {:?}", plan.ranks);
-        // Four ranks have 9 query heads between them.
-        assert!(ratio < if world_size == 4 { 1.2 } else { 1.1 }, "{world_size} ranks: {ratio}");
+        // 9 query heads can't be cut in two or four.
+        let most = [1.0, 1.04, 1.0, 1.09][world_size - 1];
+        assert!(ratio < most + 1e-9, "{world_size} ranks: {ratio}");
         for (rank, [q_heads, kv_heads, ffn, vocab]) in plan.ranks.iter().zip(expected) {
             let want = RankSlice {
                 q_heads: q_heads.clone(),
@@ -206,7 +207,9 @@ proptest! {
         }
         if world_size <= n_kv_heads {
             let most = plan.ranks.iter().map(|r| r.kv_heads.len()).max();
-            let fair = apportion(n_kv_heads, &weights.iter().map(|w| w / 1e3).collect::<Vec<_>>()).into_iter().max();
+            let fastest = weights.iter().copied().fold(0.0, f64::max);
+            let speeds: Vec<f64> = weights.iter().map(|w| w / fastest).collect();
+            let fair = apportion(n_kv_heads, &speeds).into_iter().max();
             prop_assert!(most <= fair, "{most:?} KV heads, {fair:?} without holding any twice");
         }
         if equal {
