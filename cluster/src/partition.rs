@@ -140,15 +140,15 @@ fn attention_cost(config: &ModelConfig, heads: &Heads) -> f64 {
 
 /// Width of the feed-forward slices: a function of the model alone, because it decides where exact sums round.
 ///
-/// - The widest of 256, 128, 64 and 32 that divides the width into at least 24 slices: wide slices round seldom, many
-///   slices can be dealt evenly.
-/// - Of a narrower layer the widest of 128, 64 and 32 with at least 8 slices, or else 32: a quant group is never cut.
+/// - 256 if it divides the width into at least 24 slices, or else the widest of 128, 64 and 32 with at least 8: wide slices
+///   round seldom, many slices can be dealt evenly.
+/// - Of a very narrow layer 32: a quant group is never cut.
 /// - Where 32 doesn't divide the width (so that the weights can't be quantized in groups of 32), the largest power of
 ///   two that divides it into at least 8 slices, or else 1.
 fn ffn_slice_width(ffn: usize) -> usize {
     let widest =
         |widths: &[usize], least: usize| widths.iter().copied().find(|&w| ffn.is_multiple_of(w) && ffn / w >= least);
-    widest(&[256, 128, 64, 32], 24)
+    widest(&[256], 24)
         .or_else(|| widest(&[128, 64, 32], 8))
         .or_else(|| widest(&[32], 1))
         .or_else(|| widest(&[16, 8, 4, 2], 8))

@@ -68,7 +68,8 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
         n_in,
         data,
         bias: None,
-        slice_width: Some(n_in / 2),
+        // As narrow as models have them.
+        slice_width: Some(64),
         activations: ActivationLevels::One,
     })?;
     let (x, out, fixed) = (vector(ops, 512 * n_in)?, ops.alloc(512 * n_out)?, ops.alloc_fixed(512 * n_out)?);

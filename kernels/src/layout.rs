@@ -112,6 +112,11 @@ impl Kind {
         }
     }
 
+    /// Whether many rows meet it faster when each tile is unpacked once for them.
+    pub fn is_unpacked_for_many_rows(self) -> bool {
+        matches!(self, Self::Q4(_) | Self::Q6Half(_))
+    }
+
     /// Whether activations are quantized for it.
     pub fn is_quantized(self) -> bool {
         self.sets().is_some()

@@ -114,12 +114,12 @@ fn whoever_has_more_heads_has_no_fewer_columns() {
 #[test]
 fn slices_are_wide_but_many_and_whole_groups() {
     for (ffn, width) in [
-        (1536, 64),
+        (1536, 128),
         (4864, 128),
         (8960, 256),
         (14_336, 256),
-        (2048, 64),
-        (768, 32),
+        (2048, 128),
+        (768, 64),
         (512, 64),
         (256, 32),
         // Fewer than 8 slices, rather than a cut group.

@@ -32,6 +32,7 @@ macro_rules! both {
 impl Simd for Avx2 {
     type F = V;
     const ROWS: usize = 4;
+    const UNPACK_BLOCKS: usize = 4;
     const QUERIES: usize = 6;
     const HEAD_VECTORS: usize = 1;
     const FIXED_EXCESS: i64 = ROUNDING.to_bits() as i64;
@@ -151,6 +152,13 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn w4_store(p: *mut u8, w: I) {
+        unsafe {
+            _mm256_storeu_si256(p.cast(), w.0);
+            _mm256_storeu_si256(p.add(32).cast(), w.1);
+        }
+    }
+    #[inline(always)]
     unsafe fn i4_dot(sum: I, w: I, x: *const i8) -> I {
         unsafe {
             let sum = both!(_mm256_add_epi16, sum, both!(_mm256_maddubs_epi16, w, splat_4(x)));
@@ -208,10 +216,12 @@ impl Simd for Avx2 {
         (bias, bias)
     }
     #[inline(always)]
-    unsafe fn i6_dot(sum: I, w: I, x: *const i8) -> I {
+    unsafe fn i6_dot(sum: I, w: (I, I), x: *const i8) -> I {
+        // Four products of at most 63 * 127 fit 16 bits.
         unsafe {
-            let pairs = sum_pairs(both!(_mm256_maddubs_epi16, w, splat_4(x)));
-            let sum = both!(_mm256_add_epi32, sum, pairs);
+            let first = both!(_mm256_maddubs_epi16, w.0, splat_4(x));
+            let second = both!(_mm256_maddubs_epi16, w.1, splat_4(x.add(4)));
+            let sum = both!(_mm256_add_epi32, sum, sum_pairs(both!(_mm256_add_epi16, first, second)));
             (keep(sum.0), keep(sum.1))
         }
     }
@@ -242,16 +252,16 @@ unsafe fn sum_pairs(pairs: I) -> I {
     both!(_mm256_madd_epi16, pairs, one)
 }
 
-/// The value itself, about which the compiler learns nothing: else it adds sums in another order, keeps all their products
-/// until then, and runs out of registers.
+/// The value itself, about which the compiler learns nothing, computed in the order of the source: else it adds sums in another
+/// order, keeps all their products until then, and runs out of registers.
 ///
 /// # Safety
 /// The CPU has AVX2.
 #[target_feature(enable = "avx2")]
 #[inline]
 unsafe fn keep(mut v: __m256i) -> __m256i {
-    // SAFETY: there is no instruction in it.
-    unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags)) };
+    // SAFETY: there is no instruction in it. (Not `pure`: such may change places.)
+    unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags)) };
     v
 }
 

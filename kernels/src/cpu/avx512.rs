@@ -15,6 +15,7 @@ pub(crate) struct Avx512Vnni;
 impl Simd for Avx512Vnni {
     type F = __m512;
     const ROWS: usize = 8;
+    const UNPACK_BLOCKS: usize = usize::MAX;
     const QUERIES: usize = 8;
     const HEAD_VECTORS: usize = 2;
     const FIXED_EXCESS: i64 = 0;
@@ -126,6 +127,10 @@ impl Simd for Avx512Vnni {
         }
     }
     #[inline(always)]
+    unsafe fn w4_store(p: *mut u8, w: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), w) }
+    }
+    #[inline(always)]
     unsafe fn i4_dot(sum: __m512i, w: __m512i, x: *const i8) -> __m512i {
         unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x.cast::<i32>().read_unaligned())) }
     }
@@ -170,7 +175,7 @@ impl Simd for Avx512Vnni {
         unsafe { _mm512_set1_epi32(bias) }
     }
     #[inline(always)]
-    unsafe fn i6_dot(sum: __m512i, w: __m512i, x: *const i8) -> __m512i {
-        unsafe { Self::i4_dot(sum, w, x) }
+    unsafe fn i6_dot(sum: __m512i, w: (__m512i, __m512i), x: *const i8) -> __m512i {
+        unsafe { Self::i4_dot(Self::i4_dot(sum, w.0, x), w.1, x.add(4)) }
     }
 }

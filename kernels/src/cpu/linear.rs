@@ -6,6 +6,7 @@ use super::{
     generic::{
         linear::{LinearTask, Out},
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
+        quantized::UNPACKED_STEP_BYTES,
     },
     table::LinearFn,
 };
@@ -17,6 +18,10 @@ use crate::{
 /// Weights of a task that is run for several blocks of rows: they stay in the second-level cache.
 const TASK_BYTES: usize = 256 << 10;
 
+/// An unpacked tile may have as many: most of it stays in the first-level cache from block to block. (A longer one is slower
+/// than weights unpacked again for each block.)
+const UNPACKED_BYTES: usize = 32 << 10;
+
 /// Tasks for each thread, so that one that is late takes fewer.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -27,6 +32,8 @@ pub(super) struct Product {
     run: LinearFn,
     tiles_per_task: usize,
     row_blocks_per_task: usize,
+    /// Bytes of a tile when it is unpacked; 0 if it is not.
+    unpacked_bytes: usize,
     /// Tasks over tiles, and over rows.
     n_tasks: [usize; 2],
 }
@@ -71,12 +78,18 @@ impl CpuOps {
                 Out::Floats(_) => weight.n_steps(),
                 Out::Fixed(_) => weight.slice_width.unwrap_or(n_in) / weight.kind.step_width(),
             };
-            let fair = n_tiles.div_ceil(TASKS_PER_THREAD * n_threads).next_multiple_of(2);
+            let fair = n_tiles.div_ceil(TASKS_PER_THREAD * n_threads);
+            // One row alone takes two tiles at once.
+            let fair = if n_rows == 1 { fair.next_multiple_of(2) } else { fair };
             let cached = if n_blocks == 1 { n_tiles } else { (TASK_BYTES / weight.tile_bytes()).max(1) };
             let tiles_per_task = fair.min(cached);
             let tile_tasks = n_tiles.div_ceil(tiles_per_task);
             let row_tasks = (TASKS_PER_THREAD * n_threads).div_ceil(tile_tasks).min(n_blocks);
             let row_blocks_per_task = if n_threads == 1 { n_blocks } else { n_blocks.div_ceil(row_tasks) };
+            let unpacked_bytes = weight.n_steps() * UNPACKED_STEP_BYTES;
+            let unpacks = weight.kind.is_unpacked_for_many_rows()
+                && row_blocks_per_task >= self.table.unpack_blocks
+                && unpacked_bytes <= UNPACKED_BYTES;
             let packed = match (weight.kind.is_quantized(), n_rows) {
                 (true, _) => self.quantized.as_slice().as_ptr(),
                 (false, 1) => x.cast(),
@@ -96,16 +109,21 @@ impl CpuOps {
                     out,
                     tiles: 0..n_tiles,
                     row_blocks: 0..n_blocks,
+                    unpacked: std::ptr::null_mut(),
                 },
+                unpacked_bytes: if unpacks { unpacked_bytes } else { 0 },
                 run: (self.table.linear)(weight.kind),
                 tiles_per_task,
                 row_blocks_per_task,
                 n_tasks: [tile_tasks, n_blocks.div_ceil(row_blocks_per_task)],
             });
         }
+        let room = products.iter().map(|p| p.unpacked_bytes).max().unwrap_or(0).next_multiple_of(64);
+        self.unpacked.reserve("unpacked weights", n_threads * room)?;
+        let unpacked = Shared(self.unpacked.as_mut_slice().as_mut_ptr());
         let n_tasks = products.iter().map(|p| p.n_tasks[0] * p.n_tasks[1]).sum();
         let shared = Shared(products.as_slice());
-        self.pool.run(n_tasks, &|mut index, _| {
+        self.pool.run(n_tasks, &|mut index, thread| {
             for product in shared.get() {
                 let [tile_tasks, row_tasks] = product.n_tasks;
                 if index >= tile_tasks * row_tasks {
@@ -117,8 +135,14 @@ impl CpuOps {
                 let mut task = product.task.clone();
                 task.tiles = tile..task.tiles.end.min(tile + product.tiles_per_task);
                 task.row_blocks = block..task.row_blocks.end.min(block + product.row_blocks_per_task);
-                // SAFETY: the contract above; tasks are disjoint in tiles or in rows, hence in outputs.
-                unsafe { (product.run)(&task) };
+                // SAFETY: the contract above; tasks are disjoint in tiles or in rows, hence in outputs; each thread unpacks
+                // to its own room.
+                unsafe {
+                    if product.unpacked_bytes > 0 {
+                        task.unpacked = unpacked.get().add(thread * room);
+                    }
+                    (product.run)(&task);
+                }
                 return;
             }
         });

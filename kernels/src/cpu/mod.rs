@@ -73,6 +73,8 @@ pub struct CpuOps {
     step: steps::Step,
     /// Quantized activations.
     quantized: Aligned<u8>,
+    /// A tile of unpacked weights for each thread.
+    unpacked: Aligned<u8>,
     /// Interleaved f32 activations.
     interleaved: Aligned<f32>,
     /// Queries and scores of attention, a stretch for each thread.
@@ -109,6 +111,7 @@ impl CpuOps {
             kv: None,
             step: steps::Step::default(),
             quantized: Aligned::zeroed("quantized activations", 0)?,
+            unpacked: Aligned::zeroed("unpacked weights", 0)?,
             interleaved: Aligned::zeroed("activations", 0)?,
             scores: Aligned::zeroed("attention scores", 0)?,
             products: Vec::new(),

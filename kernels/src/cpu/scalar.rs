@@ -24,6 +24,7 @@ impl Simd for Scalar {
     type F = V;
     // Where there are faster kernels, these serve as a check only: few, to compile quickly.
     const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+    const UNPACK_BLOCKS: usize = 2;
     const QUERIES: usize = Self::ROWS;
     const HEAD_VECTORS: usize = 1;
     const FIXED_EXCESS: i64 = 0;
@@ -126,6 +127,11 @@ impl Simd for Scalar {
         (bytes.map(|b| b & 15), bytes.map(|b| b >> 4))
     }
     #[inline(always)]
+    unsafe fn w4_store(p: *mut u8, w: [u8; 64]) {
+        // SAFETY: as above.
+        unsafe { p.cast::<[u8; 64]>().write_unaligned(w) }
+    }
+    #[inline(always)]
     unsafe fn i4_dot(mut sum: [i32; LANES], w: [u8; 64], x: *const i8) -> [i32; LANES] {
         for (lane, sum) in sum.iter_mut().enumerate() {
             for j in 0..4 {
@@ -179,9 +185,9 @@ impl Simd for Scalar {
         [bias; LANES]
     }
     #[inline(always)]
-    unsafe fn i6_dot(sum: [i32; LANES], w: [u8; 64], x: *const i8) -> [i32; LANES] {
-        // SAFETY: as above; the products are the same for larger weights.
-        unsafe { Self::i4_dot(sum, w, x) }
+    unsafe fn i6_dot(sum: [i32; LANES], w: ([u8; 64], [u8; 64]), x: *const i8) -> [i32; LANES] {
+        // SAFETY: as above.
+        unsafe { Self::i4_dot(Self::i4_dot(sum, w.0, x), w.1, x.add(4)) }
     }
 }
 

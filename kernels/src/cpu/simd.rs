@@ -26,6 +26,9 @@ pub(crate) trait Simd {
     type F: Copy;
     /// Activation rows in a register block, the most for which a weight vector is unpacked once: 1, 2, 4 or 8.
     const ROWS: usize;
+    /// Blocks of rows from which on a task unpacks each tile once for all of them: more than there are where that was not found
+    /// to be faster.
+    const UNPACK_BLOCKS: usize;
     /// Queries for which attention reads a key or value once: 1 to 8.
     const QUERIES: usize;
     /// Vectors of a head that attention sums at once.
@@ -72,6 +75,8 @@ pub(crate) trait Simd {
     unsafe fn i4_zero() -> Self::I4;
     /// Splits 64 bytes into low and high nibbles.
     unsafe fn w4_load(p: *const u8) -> (Self::W4, Self::W4);
+    /// Writes 64 bytes, which [`Simd::w2_load`] reads again.
+    unsafe fn w4_store(p: *mut u8, w: Self::W4);
     /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 8 times a sum.
     unsafe fn i4_dot(sum: Self::I4, w: Self::W4, x: *const i8) -> Self::I4;
     unsafe fn i4_finish(sum: Self::I4) -> Self::F;
@@ -84,12 +89,12 @@ pub(crate) trait Simd {
     unsafe fn i8_dot(sum: Self::I8, w: Self::W8, x: *const i8) -> Self::I8;
     unsafe fn i8_finish(sum: Self::I8) -> Self::F;
 
-    /// Reads 64 bytes of 2-bit weights, 4 per byte.
+    /// Reads 64 bytes as they are: of 2-bit weights 4 per byte.
     unsafe fn w2_load(p: *const u8) -> Self::W4;
     /// 6-bit weights: 4 low bits, and as high bits number `i` (0..4) of each byte of `high`.
     unsafe fn w6(low: Self::W4, high: Self::W4, i: usize) -> Self::W4;
     /// A sum to start with: `bias`.
     unsafe fn i6_start(bias: i32) -> Self::I8;
-    /// Adds to each lane the products of its 4 weights (0..=63) and the 4 activations (-127..=127) at `x`.
-    unsafe fn i6_dot(sum: Self::I8, w: Self::W4, x: *const i8) -> Self::I8;
+    /// Adds to each lane the products of its 4 + 4 weights (0..=63) and the 8 activations (-127..=127) at `x`.
+    unsafe fn i6_dot(sum: Self::I8, w: (Self::W4, Self::W4), x: *const i8) -> Self::I8;
 }

@@ -29,6 +29,8 @@ pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
 pub(crate) struct Table {
     /// Rows of a block of activations.
     pub rows: usize,
+    /// Blocks of rows from which on a task unpacks tiles.
+    pub unpack_blocks: usize,
     /// Queries for which attention reads the cache once.
     pub queries: usize,
     pub quantize_row: unsafe fn(*const f32, usize, QuantPlace, *mut u8),
@@ -160,6 +162,7 @@ macro_rules! kernels {
 
             pub(super) const TABLE: Table = Table {
                 rows: <$simd as Simd>::ROWS,
+                unpack_blocks: <$simd as Simd>::UNPACK_BLOCKS,
                 queries: <$simd as Simd>::QUERIES,
                 quantize_row,
                 pack_rows,

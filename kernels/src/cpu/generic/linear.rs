@@ -38,7 +38,36 @@ pub(crate) struct LinearTask {
     pub out: Out,
     pub tiles: Range<usize>,
     pub row_blocks: Range<usize>,
+    /// Room for one unpacked tile; null if tiles are to be used as they are.
+    pub unpacked: *mut u8,
 }
+
+impl LinearTask {
+    /// The weights from tile `tile` on.
+    ///
+    /// # Safety
+    /// There is such a tile.
+    #[inline(always)]
+    unsafe fn weights(&self, tile: usize) -> Weights {
+        // SAFETY: the contract above.
+        let first = unsafe { self.weights.add(tile * self.tile_bytes) };
+        Weights { tile: first, tile_bytes: self.tile_bytes, n_steps: self.n_steps }
+    }
+
+    /// The activations of the block that begins with row `first_row`.
+    ///
+    /// # Safety
+    /// There is such a block; blocks lie one after another.
+    #[inline(always)]
+    unsafe fn inputs<K: Tile>(&self, first_row: usize) -> Inputs {
+        // SAFETY: the contract above.
+        let at = unsafe { self.x.add(first_row * self.n_steps * self.n_levels * K::X_BYTES) };
+        Inputs { at, n_levels: self.n_levels }
+    }
+}
+
+/// Activations that blocks of rows which meet an unpacked tile one after another may have: they stay in the second-level cache.
+const GROUP_BYTES: usize = 256 << 10;
 
 /// Does a task.
 ///
@@ -46,7 +75,19 @@ pub(crate) struct LinearTask {
 /// The CPU has `S`; pointers are valid for what the task's shapes say; nobody else touches the task's outputs.
 #[inline(always)]
 pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
-    for index in task.row_blocks.clone() {
+    let mut blocks = task.row_blocks.clone();
+    if !task.unpacked.is_null() {
+        let n_full = (task.n_rows / S::ROWS).min(blocks.end);
+        let block_bytes = S::ROWS * task.n_steps * task.n_levels * K::X_BYTES;
+        let most = (GROUP_BYTES / block_bytes.max(1)).max(S::UNPACK_BLOCKS);
+        while blocks.start.saturating_add(S::UNPACK_BLOCKS) <= n_full {
+            let group = blocks.start..n_full.min(blocks.start + most);
+            blocks.start = group.end;
+            // SAFETY: the contract above; these blocks have `ROWS` rows.
+            unsafe { unpacked::<S, K>(task, group) };
+        }
+    }
+    for index in blocks {
         let block = Block::new(task.n_rows, S::ROWS, index);
         // SAFETY: the contract above. Arms above `ROWS` are never taken.
         unsafe {
@@ -61,34 +102,59 @@ pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
     }
 }
 
+/// Unpacks one tile after another, for blocks of `ROWS` rows.
+///
+/// # Safety
+/// As [`linear`]; `task.unpacked` has room for a tile, and nobody else touches it.
+#[inline(always)]
+unsafe fn unpacked<S: Simd, K: Tile>(task: &LinearTask, blocks: Range<usize>) {
+    for tile in task.tiles.clone() {
+        // SAFETY: the contract above. Arms but that of `ROWS` are never taken.
+        unsafe {
+            K::unpack::<S>(task.weights(tile), task.unpacked);
+            let w = Weights { tile: task.unpacked, tile_bytes: 0, n_steps: task.n_steps };
+            for index in blocks.clone() {
+                let first_row = index * S::ROWS;
+                match S::ROWS {
+                    1 => tiles::<S, K::Unpacked, 1, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
+                    2 => tiles::<S, K::Unpacked, 2, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
+                    4 => tiles::<S, K::Unpacked, 4, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
+                    8 => tiles::<S, K::Unpacked, 8, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
+                    n => unreachable!("a block of {n} rows"),
+                }
+            }
+        }
+    }
+}
+
 /// # Safety
 /// As [`linear`]; a block of `R` rows begins with `first_row`.
 #[inline(always)]
 unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
-    // SAFETY: blocks lie one after another.
-    let at = unsafe { task.x.add(first_row * task.n_steps * task.n_levels * K::X_BYTES) };
-    let x = Inputs { at, n_levels: task.n_levels };
+    // SAFETY: the contract above.
+    let x = unsafe { task.inputs::<K>(first_row) };
     let mut tile = task.tiles.start;
     if R == 1 && S::ROWS > 1 {
         // One row alone keeps few sums in flight: two tiles at once hide the latency of the additions.
         while tile + 2 <= task.tiles.end {
             // SAFETY: the contract above.
-            unsafe { tiles::<S, K, R, 2>(task, x, first_row, tile) };
+            unsafe { tiles::<S, K, R, 2>(task, task.weights(tile), x, first_row, tile) };
             tile += 2;
         }
     }
     while tile < task.tiles.end {
         // SAFETY: the contract above.
-        unsafe { tiles::<S, K, R, 1>(task, x, first_row, tile) };
+        unsafe { tiles::<S, K, R, 1>(task, task.weights(tile), x, first_row, tile) };
         tile += 1;
     }
 }
 
 /// # Safety
-/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `T` tiles from `first_tile` on exist.
+/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `w` are `T` tiles from `first_tile` on.
 #[inline(always)]
 unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
     task: &LinearTask,
+    w: Weights,
     x: Inputs,
     first_row: usize,
     first_tile: usize,
@@ -100,8 +166,6 @@ unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
     let mut step = 0;
     // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
     unsafe {
-        let tile = task.weights.add(first_tile * task.tile_bytes);
-        let w = Weights { tile, tile_bytes: task.tile_bytes, n_steps: task.n_steps };
         while step < task.n_steps {
             let n_steps = task.steps_per_slice.min(task.n_steps - step);
             K::sums::<S, R, T>(w, x, step..step + n_steps, &mut sums);

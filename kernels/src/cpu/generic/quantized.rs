@@ -68,6 +68,56 @@ impl Scales for Factored {
     }
 }
 
+/// How quants of up to 6 bits are kept. A *chunk* is 8 inputs of each row of the tile.
+pub(crate) trait Quants {
+    /// Bytes of the quants of a step.
+    const BYTES: usize;
+
+    /// The first 4 inputs of chunk number `chunk` (0..4) of the quants at `quants`, and the other 4.
+    ///
+    /// # Safety
+    /// The CPU has `S`; they lie there.
+    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4);
+}
+
+/// 4 bits: see `layout.rs`.
+pub(crate) struct Bits4;
+/// 6 bits: see `layout.rs`.
+pub(crate) struct Bits6;
+/// A byte for each: unpacked.
+pub(crate) struct Bytes;
+
+impl Quants for Bits4 {
+    const BYTES: usize = 16 * LANES;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+        // SAFETY: the trait's contract.
+        unsafe { S::w4_load(quants.add(64 * chunk)) }
+    }
+}
+
+impl Quants for Bits6 {
+    const BYTES: usize = 24 * LANES;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let (even, odd) = S::w4_load(quants.add(64 * chunk));
+            let high = S::w2_load(quants.add(16 * LANES + chunk / 2 * 64));
+            (S::w6(even, high, chunk % 2 * 2), S::w6(odd, high, chunk % 2 * 2 + 1))
+        }
+    }
+}
+
+impl Quants for Bytes {
+    const BYTES: usize = 32 * LANES;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+        // SAFETY: the trait's contract.
+        unsafe { (S::w2_load(quants.add(128 * chunk)), S::w2_load(quants.add(128 * chunk + 64))) }
+    }
+}
+
 /// The activations of one step of a block of `R` rows: see `quantize.rs`.
 #[derive(Clone, Copy)]
 struct Step<const R: usize>(*const u8);
@@ -105,12 +155,20 @@ pub(crate) trait Quantized {
     /// Sets of scales and mins.
     const N_SETS: usize;
     type Scales: Scales;
+    /// See [`Tile::Unpacked`].
+    type Unpacked: Tile;
 
-    /// Adds the products of a step. `w`: the step's quants; `set(i)`: set number `i`.
+    /// Adds the products of a step.
     ///
     /// # Safety
     /// The CPU has `S`; weights and activations lie there.
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]);
+
+    /// Unpacks a step to `out`, if [`Quantized::Unpacked`] is another layout.
+    ///
+    /// # Safety
+    /// The CPU has `S`; the step lies there, and there is room for one that is unpacked.
+    unsafe fn unpack<S: Simd>(_: StepAt, _: *mut u8) {}
 }
 
 /// Where a step of weights lies.
@@ -138,6 +196,19 @@ impl<Q: Quantized> Tile for Q {
     const STEP_BYTES: usize = Q::QUANT_BYTES + Q::N_SETS * Q::Scales::STEP_BYTES;
     const HEAD_BYTES: usize = Q::N_SETS * Q::Scales::HEAD_BYTES;
     const X_BYTES: usize = QUANT_ROW_BYTES;
+    type Unpacked = Q::Unpacked;
+
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(w: Weights, out: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let (head, first) = w.parts::<Q>(0);
+            for step in 0..w.n_steps {
+                let quants = first.add(step * Self::STEP_BYTES);
+                Q::unpack::<S>(StepAt { head, quants, step }, out.add(step * Self::Unpacked::STEP_BYTES));
+            }
+        }
+    }
 
     #[inline(always)]
     unsafe fn sums<S: Simd, const R: usize, const T: usize>(
@@ -149,14 +220,15 @@ impl<Q: Quantized> Tile for Q {
         // SAFETY: the trait's contract.
         unsafe {
             let mut acc = [[S::splat(0.0); R]; T];
-            for step in steps {
-                for level in step * x.n_levels..(step + 1) * x.n_levels {
-                    let x = x.at.add(level * R * QUANT_ROW_BYTES);
-                    for t in 0..T {
-                        let (head, first) = w.parts::<Q>(t);
-                        let quants = first.add(step * Self::STEP_BYTES);
-                        Q::step::<S, R>(StepAt { head, quants, step }, x, &mut acc[t]);
-                    }
+            // One loop over levels, not two: of two the compiler keeps scales and sums from round to round in registers that
+            // it does not have.
+            for level in steps.start * x.n_levels..steps.end * x.n_levels {
+                let step = level >> (x.n_levels - 1);
+                let x = x.at.add(level * R * QUANT_ROW_BYTES);
+                for t in 0..T {
+                    let (head, first) = w.parts::<Q>(t);
+                    let quants = first.add(step * Self::STEP_BYTES);
+                    Q::step::<S, R>(StepAt { head, quants, step }, x, &mut acc[t]);
                 }
             }
             for t in 0..T {
@@ -169,12 +241,19 @@ impl<Q: Quantized> Tile for Q {
 }
 
 /// 4-bit weights with mins.
-pub(crate) struct Q4<C>(std::marker::PhantomData<C>);
+pub(crate) struct Q4<C, N = Bits4>(std::marker::PhantomData<(C, N)>);
 
-impl<C: Scales> Quantized for Q4<C> {
-    const QUANT_BYTES: usize = 16 * LANES;
+impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
+    const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
+    type Unpacked = Q4<ScaleF32, Bytes>;
+
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe { unpack_step::<S, Self, N>(at, out) }
+    }
 
     #[inline(always)]
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
@@ -182,20 +261,33 @@ impl<C: Scales> Quantized for Q4<C> {
         // SAFETY: the trait's contract.
         unsafe {
             let mut sums = [S::i4_zero(); R];
-            for chunk in 0..4 {
-                let (low, high) = S::w4_load(at.quants.add(64 * chunk));
-                for r in 0..R {
-                    let x = x.quants(r).add(8 * chunk);
-                    sums[r] = S::i4_dot(sums[r], low, x);
-                    sums[r] = S::i4_dot(sums[r], high, x.add(4));
-                }
-            }
+            q4_chunk::<S, N, R>(at, x, 0, &mut sums);
+            q4_chunk::<S, N, R>(at, x, 1, &mut sums);
+            q4_chunk::<S, N, R>(at, x, 2, &mut sums);
+            q4_chunk::<S, N, R>(at, x, 3, &mut sums);
             let (d, m) = (at.set::<S, Self>(0), at.set::<S, Self>(1));
             for r in 0..R {
                 let scale = S::mul(d, S::splat(x.scale(r)));
                 acc[r] = S::fma(scale, S::i4_finish(sums[r]), acc[r]);
                 acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
+        }
+    }
+}
+
+/// Adds the products of 8 inputs. (Such functions are called once for each chunk, for the compiler does not unroll a loop.)
+///
+/// # Safety
+/// The CPU has `S`; weights and activations lie there.
+#[inline(always)]
+unsafe fn q4_chunk<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I4; R]) {
+    // SAFETY: the contract above.
+    unsafe {
+        let (low, high) = N::load::<S>(at.quants, chunk);
+        for r in 0..R {
+            let x = x.quants(r).add(8 * chunk);
+            sums[r] = S::i4_dot(sums[r], low, x);
+            sums[r] = S::i4_dot(sums[r], high, x.add(4));
         }
     }
 }
@@ -207,13 +299,18 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
     const QUANT_BYTES: usize = 32 * LANES;
     const N_SETS: usize = if MINS { 2 } else { 1 };
     type Scales = C;
+    type Unpacked = Self;
 
     #[inline(always)]
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
-            let sums = q8_sums::<S, R>(at, x, 0, 0..8);
+            let mut sums = q8_start::<S, R>(x, 0);
+            q8_chunk::<S, R>(at, x, 0, &mut sums);
+            q8_chunk::<S, R>(at, x, 1, &mut sums);
+            q8_chunk::<S, R>(at, x, 2, &mut sums);
+            q8_chunk::<S, R>(at, x, 3, &mut sums);
             let d = at.set::<S, Self>(0);
             for r in 0..R {
                 let scale = S::mul(d, S::splat(x.scale(r)));
@@ -236,82 +333,160 @@ impl<C: Scales> Quantized for Q8Half<C> {
     const QUANT_BYTES: usize = 32 * LANES;
     const N_SETS: usize = 2;
     type Scales = C;
+    type Unpacked = Self;
 
     #[inline(always)]
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
-            for half in 0..2 {
-                let sums = q8_sums::<S, R>(at, x, 1 + half, 4 * half..4 * half + 4);
-                let d = at.set::<S, Self>(half);
-                for r in 0..R {
-                    let scale = S::mul(d, S::splat(x.scale(r)));
-                    acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
-                }
-            }
+            q8_half::<S, Self, R>(at, x, 0, acc);
+            q8_half::<S, Self, R>(at, x, 1, acc);
+        }
+    }
+}
+
+/// Adds the products of one group of 16 inputs.
+///
+/// # Safety
+/// The CPU has `S`; weights and activations lie there.
+#[inline(always)]
+unsafe fn q8_half<S: Simd, Q: Quantized, const R: usize>(at: StepAt, x: Step<R>, half: usize, acc: &mut [S::F; R]) {
+    // SAFETY: the contract above.
+    unsafe {
+        let mut sums = q8_start::<S, R>(x, 1 + half);
+        q8_chunk::<S, R>(at, x, 2 * half, &mut sums);
+        q8_chunk::<S, R>(at, x, 2 * half + 1, &mut sums);
+        let d = at.set::<S, Q>(half);
+        for r in 0..R {
+            let scale = S::mul(d, S::splat(x.scale(r)));
+            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
         }
     }
 }
 
 /// 6-bit weights in groups of 16.
-pub(crate) struct Q6Half<C>(std::marker::PhantomData<C>);
+pub(crate) struct Q6Half<C, N = Bits6>(std::marker::PhantomData<(C, N)>);
 
-impl<C: Scales> Quantized for Q6Half<C> {
-    const QUANT_BYTES: usize = 24 * LANES;
+impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
+    const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
+    type Unpacked = Q6Half<ScaleF32, Bytes>;
+
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe { unpack_step::<S, Self, N>(at, out) }
+    }
 
     #[inline(always)]
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
-            for half in 0..2 {
-                let mut sums = [S::i6_start(0); R];
-                for r in 0..R {
-                    // Weights are stored + 32, not + 128; the bias is a multiple of 128.
-                    sums[r] = S::i6_start(x.bias(1 + half, r) >> 2);
-                }
-                let high = S::w2_load(at.quants.add(16 * LANES + 64 * half));
-                for pair in 0..2 {
-                    let chunk = 2 * half + pair;
-                    let (even, odd) = S::w4_load(at.quants.add(64 * chunk));
-                    let (even, odd) = (S::w6(even, high, 2 * pair), S::w6(odd, high, 2 * pair + 1));
-                    for r in 0..R {
-                        let x = x.quants(r).add(8 * chunk);
-                        sums[r] = S::i6_dot(sums[r], even, x);
-                        sums[r] = S::i6_dot(sums[r], odd, x.add(4));
-                    }
-                }
-                let d = at.set::<S, Self>(half);
-                for r in 0..R {
-                    let scale = S::mul(d, S::splat(x.scale(r)));
-                    acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
-                }
-            }
+            q6_half::<S, Self, N, R>(at, x, 0, acc);
+            q6_half::<S, Self, N, R>(at, x, 1, acc);
         }
     }
 }
 
-/// Exact sums of the products of 8-bit quants over `chunks` of 4 inputs, whose biases are number `bias`.
+/// Adds the products of one group of 16 inputs.
 ///
 /// # Safety
 /// The CPU has `S`; weights and activations lie there.
 #[inline(always)]
-unsafe fn q8_sums<S: Simd, const R: usize>(at: StepAt, x: Step<R>, bias: usize, chunks: Range<usize>) -> [S::I8; R] {
+unsafe fn q6_half<S: Simd, Q: Quantized, N: Quants, const R: usize>(
+    at: StepAt,
+    x: Step<R>,
+    half: usize,
+    acc: &mut [S::F; R],
+) {
+    // SAFETY: the contract above.
+    unsafe {
+        let mut sums = [S::i6_start(0); R];
+        for r in 0..R {
+            // Weights are stored + 32, not + 128; the bias is a multiple of 128.
+            sums[r] = S::i6_start(x.bias(1 + half, r) >> 2);
+        }
+        q6_chunk::<S, N, R>(at, x, 2 * half, &mut sums);
+        q6_chunk::<S, N, R>(at, x, 2 * half + 1, &mut sums);
+        let d = at.set::<S, Q>(half);
+        for r in 0..R {
+            let scale = S::mul(d, S::splat(x.scale(r)));
+            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
+        }
+    }
+}
+
+/// Adds the products of 8 inputs.
+///
+/// # Safety
+/// The CPU has `S`; weights and activations lie there.
+#[inline(always)]
+unsafe fn q6_chunk<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I8; R]) {
+    // SAFETY: the contract above.
+    unsafe {
+        let weights = N::load::<S>(at.quants, chunk);
+        for r in 0..R {
+            sums[r] = S::i6_dot(sums[r], weights, x.quants(r).add(8 * chunk));
+        }
+    }
+}
+
+/// Bytes of an unpacked step: a byte for each quant, and two sets of f32.
+pub(crate) const UNPACKED_STEP_BYTES: usize = Bytes::BYTES + 2 * 4 * LANES;
+const _: () = assert!(<Q4<ScaleF32, Bytes> as Tile>::STEP_BYTES == UNPACKED_STEP_BYTES);
+const _: () = assert!(<Q6Half<ScaleF32, Bytes> as Tile>::STEP_BYTES == UNPACKED_STEP_BYTES);
+
+/// Unpacks a step: a byte for each quant, then the sets as f32.
+///
+/// # Safety
+/// The CPU has `S`; the step lies there, and there is room for an unpacked one.
+#[inline(always)]
+unsafe fn unpack_step<S: Simd, Q: Quantized, N: Quants>(at: StepAt, out: *mut u8) {
+    // SAFETY: the contract above.
+    unsafe {
+        for chunk in 0..4 {
+            let (first, second) = N::load::<S>(at.quants, chunk);
+            S::w4_store(out.add(128 * chunk), first);
+            S::w4_store(out.add(128 * chunk + 64), second);
+        }
+        for set in 0..Q::N_SETS {
+            S::store(out.add(Bytes::BYTES).cast::<f32>().add(set * LANES), at.set::<S, Q>(set));
+        }
+    }
+}
+
+/// Sums to start with, whose biases are number `bias`.
+///
+/// # Safety
+/// The CPU has `S`; activations lie there.
+#[inline(always)]
+unsafe fn q8_start<S: Simd, const R: usize>(x: Step<R>, bias: usize) -> [S::I8; R] {
     // SAFETY: the contract above.
     unsafe {
         let mut sums = [S::i8_start(0); R];
         for r in 0..R {
             sums[r] = S::i8_start(x.bias(bias, r));
         }
-        for chunk in chunks {
-            let w = S::w8_load(at.quants.add(64 * chunk));
+        sums
+    }
+}
+
+/// Adds the products of 8 inputs.
+///
+/// # Safety
+/// The CPU has `S`; weights and activations lie there.
+#[inline(always)]
+unsafe fn q8_chunk<S: Simd, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I8; R]) {
+    // SAFETY: the contract above.
+    unsafe {
+        for part in 2 * chunk..2 * chunk + 2 {
+            let w = S::w8_load(at.quants.add(64 * part));
             for r in 0..R {
-                sums[r] = S::i8_dot(sums[r], w, x.quants(r).add(4 * chunk));
+                sums[r] = S::i8_dot(sums[r], w, x.quants(r).add(4 * part));
             }
         }
-        sums
     }
 }

@@ -25,6 +25,14 @@ pub(crate) trait Tile {
     const HEAD_BYTES: usize;
     /// Bytes of one row's activations in a step.
     const X_BYTES: usize;
+    /// The layout that a tile is brought to if many rows meet it, without heads; the same where that saves nothing.
+    type Unpacked: Tile;
+
+    /// Brings a tile to that layout, if it is another one.
+    ///
+    /// # Safety
+    /// The CPU has `S`; the tile lies there, and `out` has room for one that is unpacked.
+    unsafe fn unpack<S: Simd>(w: Weights, out: *mut u8);
 
     /// Sums over some of the steps of `T` tiles for a block of `R` rows.
     ///
@@ -144,6 +152,10 @@ impl<E: Element> Tile for Dense<E> {
     const STEP_BYTES: usize = E::BYTES * LANES;
     const HEAD_BYTES: usize = 0;
     const X_BYTES: usize = 4;
+    type Unpacked = Self;
+
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(_: Weights, _: *mut u8) {}
 
     #[inline(always)]
     unsafe fn sums<S: Simd, const R: usize, const T: usize>(
