@@ -59,7 +59,7 @@ fn smollm2_at_1_to_4_ranks() {
     ];
     for (world_size, expected) in (1..=4).zip(expected) {
         let plan = plan(&config, world_size);
-        assert_eq!(plan.ffn_slice_width, 64);
+        assert_eq!(plan.ffn_slice_width, 128);
         let ratio = excess(&config, &plan, &vec![1.0; world_size]);
         println!("{world_size} ranks: {ratio:.4} of the ideal time: {:?}", plan.ranks);
         // 9 query heads can't be cut in two or four.

@@ -55,19 +55,31 @@ impl AttentionBlock {
         })
     }
 
-    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`.
+    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`; in the last layer, that of wanted rows.
     pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
         let scratch = pass.scratch;
+        let n_heads = self.kv_head_of.len();
+        let (mut queries, mut attended) = (scratch.q, scratch.attended);
         if let Some(weights) = &self.projections {
-            let n_heads = self.kv_head_of.len();
             let outputs = [(weights.q, scratch.q), (weights.k, scratch.k), (weights.v, scratch.v)];
             pass.ops.linear(x, pass.n_rows, &outputs)?;
             pass.ops.rope(scratch.q, n_heads, self.head_dim, self.rope)?;
             pass.ops.rope(scratch.k, self.n_kv_heads, self.head_dim, self.rope)?;
             pass.ops.store_kv(self.layer, scratch.k, scratch.v)?;
-            let attention = Attention { layer: self.layer, n_heads, kv_head_of: &self.kv_head_of, scale: self.scale };
-            pass.ops.attention(attention, scratch.q, scratch.attended)?;
         }
-        pass.reduce(scratch.attended, self.projections.as_ref().map(|weights| weights.output))
+        if let Some(wanted) = pass.drop_unwanted()? {
+            if wanted.is_empty() {
+                return Ok(());
+            }
+            if self.projections.is_some() {
+                pass.ops.gather_rows(queries, wanted, n_heads * self.head_dim, attended)?;
+                std::mem::swap(&mut queries, &mut attended);
+            }
+        }
+        if self.projections.is_some() {
+            let attention = Attention { layer: self.layer, n_heads, kv_head_of: &self.kv_head_of, scale: self.scale };
+            pass.ops.attention(attention, queries, attended)?;
+        }
+        pass.reduce(attended, self.projections.as_ref().map(|weights| weights.output))
     }
 }

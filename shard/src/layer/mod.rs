@@ -7,6 +7,7 @@ pub mod pre_norm;
 pub mod rope;
 pub mod scratch;
 pub mod tensors;
+pub mod wanted;
 
 use phalanx_kernels::{
     collective::Collective,
@@ -14,7 +15,7 @@ use phalanx_kernels::{
     ops::{Buf, Linear, Ops},
 };
 
-use self::scratch::Scratch;
+use self::{scratch::Scratch, wanted::WantedRows};
 
 /// One pass of a step's rows through the layers.
 pub struct Pass<'a> {
@@ -24,13 +25,35 @@ pub struct Pass<'a> {
     pub collective: &'a mut dyn Collective,
     /// Buffers.
     pub scratch: &'a Scratch,
-    /// Rows of the step.
+    /// Rows of the step that are still looked at.
     pub n_rows: usize,
     /// Width of the residual stream.
     pub hidden: usize,
+    /// Residual stream, `[n_rows, hidden]`.
+    pub residual: Buf,
+    /// Room for the norm of it, `[n_rows, hidden]`.
+    pub normed: Buf,
+    /// In the last layer, if some rows' logits are not wanted: those whose are.
+    pub wanted: Option<&'a WantedRows>,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// Goes on with the wanted rows alone, if there are others: returns which ones those are. [`Pass::normed`] holds nothing
+    /// afterwards, and what else is kept by row has to be gathered.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn drop_unwanted(&mut self) -> Result<Option<&'a [u32]>, KernelError> {
+        let Some(wanted) = self.wanted.take() else { return Ok(None) };
+        self.n_rows = wanted.indices().len();
+        if self.n_rows > 0 {
+            self.ops.begin_step(wanted.rows())?;
+            self.ops.gather_rows(self.residual, wanted.indices(), self.hidden, self.normed)?;
+            std::mem::swap(&mut self.residual, &mut self.normed);
+        }
+        Ok(Some(wanted.indices()))
+    }
+
     /// This rank's share of a row-parallel product into [`Scratch::delta`], then summed over all ranks.
     /// A rank that holds no column (`None`) adds nothing.
     pub fn reduce(&mut self, x: Buf, weight: Option<Linear>) -> Result<(), KernelError> {
@@ -59,6 +82,6 @@ impl Pass<'_> {
 
     /// Adds [`Scratch::delta`] to the residual stream.
     pub fn add_delta(&mut self) -> Result<(), KernelError> {
-        self.ops.add_fixed(self.scratch.residual, self.scratch.delta, self.n_rows * self.hidden)
+        self.ops.add_fixed(self.residual, self.scratch.delta, self.n_rows * self.hidden)
     }
 }

@@ -31,12 +31,14 @@ impl PreNormLayer {
 
 impl DecoderLayer for PreNormLayer {
     fn run(&self, pass: &mut Pass<'_>) -> Result<(), KernelError> {
-        let scratch = pass.scratch;
-        self.attention_norm.run(pass, scratch.residual, scratch.normed)?;
-        self.attention.run(pass, scratch.normed)?;
+        self.attention_norm.run(pass, pass.residual, pass.normed)?;
+        self.attention.run(pass, pass.normed)?;
+        if pass.n_rows == 0 {
+            return Ok(());
+        }
         pass.add_delta()?;
-        self.ffn_norm.run(pass, scratch.residual, scratch.normed)?;
-        self.ffn.run(pass, scratch.normed)?;
+        self.ffn_norm.run(pass, pass.residual, pass.normed)?;
+        self.ffn.run(pass, pass.normed)?;
         pass.add_delta()
     }
 }

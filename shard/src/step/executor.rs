@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Instant};
 use phalanx_kernels::{
     collective::Collective,
     error::KernelError,
-    ops::{Ops, RowChunk, StepRows},
+    ops::{Buf, Ops, RowChunk, StepRows},
 };
 use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult, TokenScore};
 
@@ -25,6 +25,7 @@ use crate::{
     layer::{
         Pass,
         scratch::{LOGIT_ROWS, Scratch},
+        wanted::WantedRows,
     },
     model::LoadedModel,
     sampler,
@@ -37,6 +38,9 @@ pub struct Executor {
     scratch: Scratch,
     host: HostScratch,
     rows: StepRows,
+    wanted_rows: WantedRows,
+    /// Where the last step left the residual stream.
+    residual: Buf,
     limits: Limits,
     sequences: BTreeMap<u32, Sequence>,
 }
@@ -83,11 +87,13 @@ impl Executor {
     /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already.
     pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, limits: Limits) -> Self {
         Self {
+            residual: scratch.residual,
             ops,
             model,
             scratch,
             host: HostScratch::default(),
             rows: StepRows::default(),
+            wanted_rows: WantedRows::default(),
             limits,
             sequences: BTreeMap::new(),
         }
@@ -151,8 +157,7 @@ impl Executor {
         plan
     }
 
-    /// Runs the rows through all layers; leaves the residual stream in the scratch, and notes which rows' logits are
-    /// wanted.
+    /// Runs the rows through all layers, and notes which rows' logits are wanted and where they are.
     fn forward(&mut self, plan: &CheckedPlan, collective: &mut dyn Collective) -> Result<(), KernelError> {
         let host = &mut self.host;
         host.ids.clear();
@@ -199,12 +204,23 @@ impl Executor {
         ops.begin_step(&self.rows)?;
         let table = self.model.embedding.unwrap_or(self.scratch.nothing);
         ops.embed(table, &host.local_ids, self.scratch.delta)?;
-        let mut pass = Pass { ops, collective, scratch: &self.scratch, n_rows, hidden };
+        self.wanted_rows.set(&self.rows, host.wanted.iter().map(|w| w.row), self.limits.block_size);
+        let scratch = &self.scratch;
+        let (residual, normed, wanted) = (scratch.residual, scratch.normed, None);
+        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, normed, wanted };
         pass.all_reduce_delta()?;
         pass.ops.bits_to_f32(self.scratch.delta, self.scratch.residual, n_rows * hidden)?;
+        let n_layers = self.model.layers.len();
         for (idx, layer) in self.model.layers.iter().enumerate() {
-            failpoint::layer(idx, self.model.layers.len());
+            failpoint::layer(idx, n_layers);
+            pass.wanted = (idx + 1 == n_layers && host.wanted.len() < n_rows).then_some(&self.wanted_rows);
             layer.run(&mut pass)?;
+        }
+        self.residual = pass.residual;
+        if pass.n_rows < n_rows {
+            for (row, wanted) in (0..).zip(&mut host.wanted) {
+                wanted.row = row;
+            }
         }
         Ok(())
     }
@@ -256,7 +272,7 @@ impl Executor {
         host.row_indices.clear();
         host.row_indices.extend(block.iter().map(|w| w.row));
         let (scratch, model, ops) = (&self.scratch, &self.model, self.ops.as_mut());
-        ops.gather_rows(scratch.residual, &host.row_indices, model.shape.config.hidden, scratch.gathered)?;
+        ops.gather_rows(self.residual, &host.row_indices, model.shape.config.hidden, scratch.gathered)?;
         let norm = model.output_norm;
         ops.rms_norm(scratch.gathered, norm.weight, norm.eps, scratch.gathered_normed, block.len())?;
         match model.output {
