@@ -5,17 +5,22 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use futures::stream::BoxStream;
 use phalanx_proto::v1::{JournalEntry, TokenScore, journal_entry::What};
 
-use crate::scores::PackedScores;
+use crate::{config::Config, scores::PackedScores};
 
 /// What a request takes besides its tokens: its place under its key, and what an allocator adds.
 const OWN_BYTES: usize = size_of::<(String, Request)>() + 64;
+/// Pauses between looks for requests whose time is over.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Shortest time for a request that has not ended: its client, or who forwards it, looks for a leader for so long.
+const CLIENTS_RETURN: Duration = Duration::from_secs(60);
 
 /// What the leader knows of requests that can be resumed.
 pub trait JournalFeed: Send + Sync {
@@ -65,6 +70,18 @@ pub struct Retention {
     pub after_change: Duration,
 }
 
+impl Retention {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            bytes: config.resume_memory,
+            after_end: config.resume_window,
+            after_change: config.resume_window.max(CLIENTS_RETURN),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Retention {
     fn default() -> Self {
         let ten_minutes = Duration::from_secs(600);
@@ -86,6 +103,15 @@ impl ReplicatedJournal {
     /// What is known of the request with this key.
     pub fn get(&self, key: &str) -> Option<Replica> {
         self.lock().get(Instant::now(), key)
+    }
+
+    /// Forgets requests when their time is over, for the life of the process. Nobody else does where no request follows.
+    pub async fn forget_in_time(self: Arc<Self>) {
+        let pause = (self.lock().retention.after_end / 8).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        loop {
+            tokio::time::sleep(pause).await;
+            self.lock().forget_over(Instant::now());
+        }
     }
 
     /// Memory of all requests that are known.

@@ -10,7 +10,7 @@ use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{JournalBegan, JournalEnded, JournalEntry, JournalTokens, TokenScore, journal_entry::What};
 
 use super::run::Run;
-use crate::{frontend::reply::Reply, request::RequestEvent};
+use crate::{config::Config, frontend::reply::Reply, request::RequestEvent};
 
 /// Tokens per message when standbys are told all of a request: messages stay small whatever they are scored with.
 const TOKENS_PER_ENTRY: usize = 256;
@@ -22,6 +22,13 @@ pub struct Retention {
     pub bytes: usize,
     /// Time after a request's end.
     pub after_end: Duration,
+}
+
+impl Retention {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self { bytes: config.resume_memory, after_end: config.resume_window }
+    }
 }
 
 impl Default for Retention {
