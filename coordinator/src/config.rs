@@ -84,6 +84,10 @@ pub struct Config {
     pub max_replays: u32,
     /// Longest wait of requests for a group.
     pub no_group_timeout: Duration,
+    /// How long a finished answer can be asked for again.
+    pub resume_window: Duration,
+    /// Bytes for answers that can be asked for again.
+    pub resume_memory: usize,
     /// Whether prompts share KV blocks.
     pub enable_prefix_caching: bool,
     /// How ranks exchange sums.
@@ -285,6 +289,12 @@ impl Config {
         let write_timeout = flags.client_write_timeout.unwrap_or(60);
         let write_timeout = within("client-write-timeout", write_timeout, 1, 86_400)?;
         let no_group = within("no-group-timeout", flags.no_group_timeout.unwrap_or(60), 1, 86_400)?;
+        let resume_window = within("resume-window", flags.resume_window.unwrap_or(600), 1, 86_400)?;
+        let resume_memory = flags.resume_memory.unwrap_or(ByteSize(256 << 20));
+        let resume_memory = match usize::try_from(resume_memory.0) {
+            Ok(bytes) if bytes >= 1 << 20 => bytes,
+            _ => return Err(wrong("resume-memory", resume_memory, "want at least 1MiB")),
+        };
         let shutdown = within("shutdown-timeout", flags.shutdown_timeout.unwrap_or(10), 0, 86_400)?;
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
@@ -327,6 +337,8 @@ impl Config {
             )?,
             max_replays: within("max-replays", flags.max_replays.unwrap_or(3), 1, 1000)?,
             no_group_timeout: Duration::from_secs(u64::from(no_group)),
+            resume_window: Duration::from_secs(u64::from(resume_window)),
+            resume_memory,
             enable_prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
             collective: flags.collective.unwrap_or_default(),
             isa: flags.isa.unwrap_or_else(|| "auto".to_owned()),
@@ -383,6 +395,8 @@ impl Config {
             max_num_queued_tokens: Some(self.max_num_queued_tokens),
             max_replays: Some(self.max_replays),
             no_group_timeout: Some(clamp(self.no_group_timeout.as_secs().into())),
+            resume_window: Some(clamp(self.resume_window.as_secs().into())),
+            resume_memory: Some(ByteSize(self.resume_memory as u64)),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             state_dir: self.state_dir.clone(),
             collective: Some(self.collective),

@@ -17,6 +17,7 @@ pub mod request;
 pub mod routing;
 pub mod run;
 pub mod scheduler;
+pub mod scores;
 pub mod sequence;
 pub mod served_model;
 pub mod shard_link;

@@ -67,7 +67,7 @@ pub struct StopConditions {
 
 /// What a request's stream carries, in order: `PromptScored` (if asked for), then `Output`s of all choices as they come,
 /// then exactly one of `Finished` and `Failed`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RequestEvent {
     /// Scores of the prompt's tokens from the second on.
     PromptScored(Vec<TokenScore>),
@@ -80,7 +80,7 @@ pub enum RequestEvent {
 }
 
 /// New tokens and text of one choice.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Output {
     /// Which choice.
     pub index: u32,

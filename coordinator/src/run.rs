@@ -35,7 +35,7 @@ use crate::{
         CoordinatorRecord, View,
         actor::{LeadershipConfig, LeadershipHandle, StoreSource},
         address, follower,
-        journal_feed::ReplicatedJournal,
+        journal_feed::{ReplicatedJournal, Retention},
         service::FeedSlot,
     },
     metrics as names, model,
@@ -169,7 +169,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         },
     })
     .context("no thread for leadership")?;
-    let journal = Arc::new(ReplicatedJournal::default());
+    let journal = Arc::new(ReplicatedJournal::new(Retention::of(&config)));
+    tokio::spawn(Arc::clone(&journal).forget_in_time());
     let dialer = config.dialer()?;
     let base = Foundation { config, store, model, dialer, metrics, leadership, journal, feed: FeedSlot::default() };
     tokio::spawn(follower::follow(base.dialer.clone(), base.leadership.clone(), base.journal.clone()));

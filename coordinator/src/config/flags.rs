@@ -182,6 +182,18 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_group_timeout: Option<u32>,
 
+    /// How long a finished answer can be asked for again by its key, in seconds; one without a client's own key for 60 s at
+    /// most [default: 600]
+    #[arg(long, env = "PHALANX_RESUME_WINDOW", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resume_window: Option<u32>,
+
+    /// Memory for answers that can be asked for again, such as 64MiB or 1GiB, and as much again for a standby's copy of its
+    /// leader's; what finished first is forgotten first [default: 256MiB]
+    #[arg(long, env = "PHALANX_RESUME_MEMORY", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resume_memory: Option<ByteSize>,
+
     /// Share the KV cache of equal prompt beginnings [default: true]
     #[arg(
         long, env = "PHALANX_ENABLE_PREFIX_CACHING", value_name = "BOOL",

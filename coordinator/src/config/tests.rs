@@ -43,6 +43,7 @@ fn defaults_are_filled_in() {
     assert_eq!(config.grpc_address.to_string(), "127.0.0.1:50051");
     assert_eq!(config.state_dir, Some("/home/me/state/phalanx/50051".into()));
     assert!(config.enable_prefix_caching);
+    assert_eq!((config.resume_window.as_secs(), config.resume_memory), (600, 256 << 20));
     assert_eq!(resolve(&["--grpc-port", "0"]).unwrap().state_dir, None);
 }
 
@@ -56,6 +57,8 @@ fn flags_are_taken() {
     assert_eq!(config.http_address.to_string(), "[::]:8000");
     assert_eq!(resolve(&["--port", "1", "--port", "2"]).unwrap().http_address.port(), 2, "the last one counts");
     assert!(resolve(&["--enable-prefix-caching", "m.gguf"]).unwrap().enable_prefix_caching);
+    let resume = resolve(&["--resume-window", "5", "--resume-memory", "64MiB"]).unwrap();
+    assert_eq!((resume.resume_window.as_secs(), resume.resume_memory), (5, 64 << 20));
     let small = resolve(&["--max-num-batched-tokens", "16"]).unwrap();
     assert_eq!((small.max_num_batched_tokens, small.max_num_seqs), (16, 16));
     assert_eq!(resolve(&["--served-model-name", "a", "b"]).unwrap().served_model_names, ["a", "b"]);
@@ -70,6 +73,8 @@ fn contradictions_are_refused() {
     assert!(refused(&["--store", "etcd://h:1", "--state-dir", "/x"]).contains("embedded only"));
     assert!(refused(&["--tensor-parallel-size", "0"]).contains("1 to 256"));
     assert!(refused(&["--block-size", "24"]).contains("multiple of 16"));
+    assert!(refused(&["--resume-window", "0"]).contains("1 to 86400"));
+    assert!(refused(&["--resume-memory", "512KiB"]).contains("at least 1MiB"));
     assert!(refused(&["--kv-cache-memory", "much"]).contains("512MiB"));
     assert!(refused(&["--store", "zookeeper://h:1"]).contains("embedded, etcd://"));
     assert!(refused(&["--kv-mirror", "everywhere"]).contains("spare, buddy, off"));

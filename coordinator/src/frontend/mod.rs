@@ -45,7 +45,7 @@ use crate::{
 use error::ApiError;
 use streams::{Streams, registry::Retention};
 
-/// Bounds of what clients may send and how long they may take.
+/// Bounds of what clients may send, how long they may take, and what is kept for them.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Longest body of an HTTP request and longest gRPC message, in bytes.
@@ -62,6 +62,8 @@ pub struct Limits {
     pub keep_alive: Duration,
     /// How long a client may take nothing of what is there for it before it is cut off.
     pub write_timeout: Duration,
+    /// How much is kept of answers that can be asked for again, and for how long.
+    pub retention: Retention,
 }
 
 impl Limits {
@@ -70,6 +72,7 @@ impl Limits {
         Self {
             max_prompts: config.max_num_queued_reqs as usize,
             write_timeout: config.client_write_timeout,
+            retention: Retention::of(config),
             ..Self::default()
         }
     }
@@ -85,6 +88,7 @@ impl Default for Limits {
             deadline: None,
             keep_alive: Duration::from_secs(5),
             write_timeout: Duration::from_secs(60),
+            retention: Retention::default(),
         }
     }
 }
@@ -112,9 +116,9 @@ impl FrontendState {
         Self {
             submit,
             model: Arc::new(model),
+            streams: Arc::new(Streams::new(limits.retention, Arc::default())),
             limits: Arc::new(limits),
             metrics,
-            streams: Arc::new(Streams::new(Retention::default(), Arc::default())),
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
         }
@@ -123,7 +127,7 @@ impl FrontendState {
     /// Looks keys that it does not know up in what a former leader told.
     #[must_use]
     pub fn with_journal(self, journal: Arc<ReplicatedJournal>) -> Self {
-        Self { streams: Arc::new(Streams::new(Retention::default(), journal)), ..self }
+        Self { streams: Arc::new(Streams::new(self.limits.retention, journal)), ..self }
     }
 
     /// Requests that can be resumed.

@@ -5,12 +5,22 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use futures::stream::BoxStream;
 use phalanx_proto::v1::{JournalEntry, TokenScore, journal_entry::What};
+
+use crate::{config::Config, scores::PackedScores};
+
+/// What a request takes besides its tokens: its place under its key, and what an allocator adds.
+const OWN_BYTES: usize = size_of::<(String, Request)>() + 64;
+/// Pauses between looks for requests whose time is over.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Shortest time for a request that has not ended: its client, or who forwards it, looks for a leader for so long.
+const CLIENTS_RETURN: Duration = Duration::from_secs(60);
 
 /// What the leader knows of requests that can be resumed.
 pub trait JournalFeed: Send + Sync {
@@ -60,6 +70,18 @@ pub struct Retention {
     pub after_change: Duration,
 }
 
+impl Retention {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            bytes: config.resume_memory,
+            after_end: config.resume_window,
+            after_change: config.resume_window.max(CLIENTS_RETURN),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for Retention {
     fn default() -> Self {
         let ten_minutes = Duration::from_secs(600);
@@ -81,6 +103,20 @@ impl ReplicatedJournal {
     /// What is known of the request with this key.
     pub fn get(&self, key: &str) -> Option<Replica> {
         self.lock().get(Instant::now(), key)
+    }
+
+    /// Forgets requests when their time is over, for the life of the process. Nobody else does where no request follows.
+    pub async fn forget_in_time(self: Arc<Self>) {
+        let pause = (self.lock().retention.after_end / 8).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        loop {
+            tokio::time::sleep(pause).await;
+            self.lock().forget_over(Instant::now());
+        }
+    }
+
+    /// Memory of all requests that are known.
+    pub fn bytes(&self) -> usize {
+        self.lock().bytes
     }
 
     /// Requests that are known.
@@ -118,14 +154,50 @@ struct Kept {
     bytes: usize,
 }
 
+/// A [`Replica`] in little memory.
 struct Request {
-    replica: Replica,
+    request_hash: Vec<u8>,
+    seed: u64,
+    choices: Vec<Choice>,
+    is_ended: bool,
     bytes: usize,
     changed_at: Instant,
 }
 
-fn score_bytes(score: &TokenScore) -> usize {
-    size_of::<TokenScore>() + size_of_val(score.top.as_slice())
+#[derive(Default, Clone)]
+struct Choice {
+    token_ids: Vec<u32>,
+    scores: PackedScores,
+}
+
+impl Request {
+    /// Gives back memory that was meant for more tokens; how much it was.
+    fn shrink(&mut self) -> usize {
+        let mut freed = 0;
+        for choice in &mut self.choices {
+            let before = choice.bytes();
+            choice.token_ids.shrink_to_fit();
+            choice.scores.shrink();
+            freed += before - choice.bytes();
+        }
+        self.bytes -= freed;
+        freed
+    }
+
+    fn replica(&self) -> Replica {
+        let choices = self
+            .choices
+            .iter()
+            .map(|choice| ReplicaChoice { token_ids: choice.token_ids.clone(), scores: choice.scores.to_vec() });
+        let choices = choices.collect();
+        Replica { request_hash: self.request_hash.clone(), seed: self.seed, choices, is_ended: self.is_ended }
+    }
+}
+
+impl Choice {
+    fn bytes(&self) -> usize {
+        self.token_ids.capacity() * size_of::<u32>() + self.scores.bytes()
+    }
 }
 
 impl Kept {
@@ -140,31 +212,35 @@ impl Kept {
                     tracing::warn!(n_choices, "a journal entry claims too many choices: ignored");
                     return;
                 }
-                let bytes = size_of::<Request>()
-                    + 2 * key.len()
-                    + began.request_hash.len()
-                    + n_choices * size_of::<ReplicaChoice>();
-                let choices = vec![ReplicaChoice::default(); n_choices];
-                let replica = Replica { request_hash: began.request_hash, seed: began.seed, choices, is_ended: false };
+                let bytes = OWN_BYTES + key.len() + began.request_hash.len() + n_choices * size_of::<Choice>();
+                let request = Request {
+                    request_hash: began.request_hash,
+                    seed: began.seed,
+                    choices: vec![Choice::default(); n_choices],
+                    is_ended: false,
+                    bytes,
+                    changed_at: now,
+                };
                 self.bytes += bytes;
-                self.requests.insert(key, Request { replica, bytes, changed_at: now });
+                self.requests.insert(key, request);
             }
             What::Tokens(tokens) => {
                 // Unknown: forgotten for want of room.
                 let Some(request) = self.requests.get_mut(&key) else { return };
-                let Some(choice) = request.replica.choices.get_mut(tokens.choice as usize) else { return };
-                let scores: usize = tokens.scores.iter().map(score_bytes).sum();
-                let added = size_of_val(tokens.token_ids.as_slice()) + scores;
+                let Some(choice) = request.choices.get_mut(tokens.choice as usize) else { return };
+                let before = choice.bytes();
                 choice.token_ids.extend(tokens.token_ids);
                 choice.scores.extend(tokens.scores);
+                let added = choice.bytes() - before;
                 request.bytes += added;
                 request.changed_at = now;
                 self.bytes += added;
             }
             What::Ended(_) => {
                 if let Some(request) = self.requests.get_mut(&key) {
-                    request.replica.is_ended = true;
+                    request.is_ended = true;
                     request.changed_at = now;
+                    self.bytes -= request.shrink();
                 }
             }
             What::Synced(_) => {}
@@ -178,11 +254,11 @@ impl Kept {
             self.forget(key);
             return None;
         }
-        Some(request.replica.clone())
+        Some(request.replica())
     }
 
     fn is_over(&self, now: Instant, request: &Request) -> bool {
-        let kept_for = if request.replica.is_ended { self.retention.after_end } else { self.retention.after_change };
+        let kept_for = if request.is_ended { self.retention.after_end } else { self.retention.after_change };
         now.saturating_duration_since(request.changed_at) >= kept_for
     }
 
@@ -192,18 +268,22 @@ impl Kept {
         }
     }
 
-    /// Looks at all requests only when there is no room: time alone frees nothing that anybody needs.
-    fn tidy(&mut self, now: Instant) {
-        if self.bytes <= self.retention.bytes {
-            return;
-        }
+    fn forget_over(&mut self, now: Instant) {
         let over: Vec<String> =
             self.requests.iter().filter(|(_, r)| self.is_over(now, r)).map(|(key, _)| key.clone()).collect();
         for key in over {
             self.forget(&key);
         }
+    }
+
+    /// Makes room. Looks at all requests only when there is none.
+    fn tidy(&mut self, now: Instant) {
+        if self.bytes <= self.retention.bytes {
+            return;
+        }
+        self.forget_over(now);
         let mut order: Vec<(bool, Instant, String)> =
-            self.requests.iter().map(|(key, r)| (!r.replica.is_ended, r.changed_at, key.clone())).collect();
+            self.requests.iter().map(|(key, r)| (!r.is_ended, r.changed_at, key.clone())).collect();
         order.sort_unstable();
         // Room for a while, so that not every entry looks at all requests.
         let goal = self.retention.bytes - self.retention.bytes / 8;
@@ -283,10 +363,27 @@ mod tests {
         kept.apply(start, began("runs", 1, 0));
         kept.apply(start, began("ended", 1, 0));
         kept.apply(after(1), ended("ended"));
+        kept.forget_over(after(10));
         assert!(kept.get(after(10), "ended").is_some());
-        assert!(kept.get(after(11), "ended").is_none());
+        kept.forget_over(after(11));
+        assert!(!kept.requests.contains_key("ended"), "though nobody asked for it");
         assert!(kept.get(after(19), "runs").is_some());
         assert!(kept.get(after(20), "runs").is_none());
+        assert_eq!(kept.bytes, 0);
+    }
+
+    #[test]
+    fn what_has_ended_gets_smaller() {
+        let now = Instant::now();
+        let mut kept = Kept { retention: Retention::default(), requests: BTreeMap::new(), bytes: 0 };
+        kept.apply(now, began("a", 2, 0));
+        let ids: Vec<u32> = (0..700).collect();
+        ids.iter().for_each(|id| kept.apply(now, tokens("a", id % 2, &[*id])));
+        let (before, live) = (kept.get(now, "a"), kept.bytes);
+        kept.apply(now, ended("a"));
+        assert!(kept.bytes < live && kept.bytes < 20 * ids.len() + 500, "{} {live}", kept.bytes);
+        assert_eq!(kept.get(now, "a"), before.map(|replica| Replica { is_ended: true, ..replica }));
+        kept.forget("a");
         assert_eq!(kept.bytes, 0);
     }
 

@@ -131,6 +131,9 @@ impl Deployment {
         option("--replicas", setup.replicas.to_string());
         option("--tensor-parallel-size", setup.world_size.to_string());
         option("--local-shards", setup.local_shards.to_string());
+        // Answers are kept for a few rounds only, so that memory is steady after them and a leak shows. Clients come back at
+        // once; who finds its answer forgotten gets the same one, computed again.
+        option("--resume-window", "5".to_owned());
         if let Some(hosts) = &self.hosts {
             option("--host", "0.0.0.0".to_owned());
             option("--advertise-host", hosts.address(0));

@@ -7,6 +7,7 @@
 
 pub mod endpoint;
 pub mod key;
+pub mod log;
 pub mod position;
 pub mod registry;
 pub mod run;
@@ -38,7 +39,7 @@ use crate::{
     scheduler::handle::Submit,
 };
 
-/// How long an answer is kept for a coordinator that forwards it: as long as that looks for a leader.
+/// How long an answer is kept at most for a coordinator that forwards it: as long as that looks for a leader.
 const FORWARDERS_RETURN: Duration = Duration::from_secs(60);
 /// Changes that a standby may be behind before it has to begin again.
 const FEED_CAPACITY: usize = 8192;
@@ -176,9 +177,7 @@ impl Streams {
         let id = run.id();
         // Its memory is the registry's: it may have to make room before the time is over.
         drop(run);
-        // Who does not wait for its client does not come back late either.
-        let kept_for = if patience.is_zero() { FORWARDERS_RETURN } else { self.after_end };
-        tokio::time::sleep(kept_for.min(self.after_end)).await;
+        tokio::time::sleep(kept_for(patience, self.after_end)).await;
         self.lock().registry.forget(&key, id);
     }
 
@@ -207,6 +206,11 @@ impl Shared {
             self.listeners.retain(|listener| listener.try_send(entry.clone()).is_ok());
         }
     }
+}
+
+/// How long an answer is kept. Who does not wait for its client does not come back late either.
+fn kept_for(patience: Duration, window: Duration) -> Duration {
+    if patience.is_zero() { window.min(FORWARDERS_RETURN) } else { window }
 }
 
 fn joined(run: &Arc<Run>) -> Joined {

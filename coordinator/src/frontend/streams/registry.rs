@@ -6,10 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{JournalBegan, JournalEnded, JournalEntry, JournalTokens, TokenScore, journal_entry::What};
 
 use super::run::Run;
-use crate::{frontend::reply::Reply, request::RequestEvent};
+use crate::{config::Config, frontend::reply::Reply, request::RequestEvent};
 
 /// Tokens per message when standbys are told all of a request: messages stay small whatever they are scored with.
 const TOKENS_PER_ENTRY: usize = 256;
@@ -17,10 +18,17 @@ const TOKENS_PER_ENTRY: usize = 256;
 /// How much is kept of requests, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct Retention {
-    /// Bytes of all requests together. Those that ended first are forgotten first; live ones are never.
+    /// Memory of all requests together. Those that ended first are forgotten first; live ones are never.
     pub bytes: usize,
     /// Time after a request's end.
     pub after_end: Duration,
+}
+
+impl Retention {
+    /// As configured.
+    pub fn of(config: &Config) -> Self {
+        Self { bytes: config.resume_memory, after_end: config.resume_window }
+    }
 }
 
 impl Default for Retention {
@@ -55,6 +63,8 @@ struct Entry {
     run: Arc<Run>,
     n_open: usize,
     ended_at: Option<Instant>,
+    /// As they are counted among all.
+    bytes: usize,
 }
 
 /// All runs by key.
@@ -90,9 +100,9 @@ impl Registry {
         self.remove(key);
         let run = Arc::new(Run::new(self.next_id, asked, reply));
         self.next_id += 1;
-        self.bytes += run.own_bytes() + key.len();
-        let entry = Entry { run: Arc::clone(&run), n_open: asked.n_prompts, ended_at: None };
+        let entry = Entry { run: Arc::clone(&run), n_open: asked.n_prompts, ended_at: None, bytes: 0 };
         self.runs.insert(key.to_owned(), entry);
+        self.recount(key);
         (run, began(key, &asked))
     }
 
@@ -111,21 +121,22 @@ impl Registry {
             RequestEvent::Failed(_) => Some(Err(())),
             RequestEvent::PromptScored(_) | RequestEvent::Output(_) => None,
         };
-        let bytes = run.push(prompt_idx, event);
+        run.push(prompt_idx, event);
         let Some(entry) = self.runs.get_mut(key).filter(|entry| entry.run.id() == run.id()) else {
             // Forgotten; who reads it still can.
             run.end();
             return (Status::Over, None);
         };
-        self.bytes += bytes;
         match outcome {
             Some(Ok(())) => {
                 entry.n_open = entry.n_open.saturating_sub(1);
                 if entry.n_open > 0 {
+                    self.recount(key);
                     return (Status::Live, None);
                 }
                 entry.ended_at = Some(now);
                 run.end();
+                self.recount(key);
                 self.tidy(now);
                 (Status::Over, Some(ended(key)))
             }
@@ -135,6 +146,7 @@ impl Registry {
                 (Status::Over, Some(ended(key)))
             }
             None => {
+                self.recount(key);
                 self.tidy(now);
                 (Status::Live, told)
             }
@@ -161,8 +173,22 @@ impl Registry {
 
     fn remove(&mut self, key: &str) {
         if let Some(entry) = self.runs.remove(key) {
-            self.bytes = self.bytes.saturating_sub(entry.run.bytes() + key.len());
+            self.bytes -= entry.bytes;
         }
+    }
+
+    /// After a change of a run.
+    fn recount(&mut self, key: &str) {
+        if let Some(entry) = self.runs.get_mut(key) {
+            let bytes = entry.run.bytes() + 2 * key.len();
+            self.bytes = self.bytes - entry.bytes + bytes;
+            entry.bytes = bytes;
+        }
+    }
+
+    /// Memory of all runs that are known.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Makes room: what ended first goes first.
@@ -190,13 +216,12 @@ impl Registry {
         for (key, entry) in &self.runs {
             let asked = entry.run.asked();
             all.push(began(key, asked));
-            let mut choices = vec![(Vec::new(), Vec::new()); asked.n_prompts * asked.n as usize];
-            entry.run.inspect(|prompt_idx, event| {
-                let RequestEvent::Output(output) = event else { return };
-                let choice = prompt_idx * asked.n as usize + output.index as usize;
-                if let Some((ids, scores)) = choices.get_mut(choice) {
-                    ids.extend_from_slice(&output.token_ids);
-                    scores.extend_from_slice(&output.scores);
+            let mut choices: Vec<(Vec<TokenId>, Vec<TokenScore>)> =
+                vec![Default::default(); asked.n_prompts * asked.n as usize];
+            entry.run.inspect(|prompt_idx, index, token_ids, token_scores| {
+                if let Some((ids, scores)) = choices.get_mut(prompt_idx * asked.n as usize + index as usize) {
+                    ids.extend_from_slice(token_ids);
+                    scores.extend(token_scores);
                 }
             });
             for (choice, (ids, scores)) in (0..).zip(&choices) {

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
-use super::*;
+use super::{run::Read, *};
 use crate::{
     frontend::{
         chat, completions, http_router,
@@ -416,8 +416,66 @@ fn memory_is_bounded_and_old_answers_are_forgotten() {
             registry.push(now + Duration::from_millis(index), &key, &run, 0, end);
         }
     }
-    assert!(registry.len() < 20);
+    assert!(registry.len() < 20 && registry.bytes() <= 1 << 16);
     assert!(registry.get(now, "000").is_some(), "live");
     assert!(registry.get(now, "099").is_some() && registry.get(now, "001").is_none());
     assert!(registry.get(now + Duration::from_secs(60), "099").is_none());
+}
+
+#[tokio::test]
+async fn a_run_that_ends_gets_smaller_and_its_readers_do_not_notice() {
+    let asked = Asked { hash: [0; 32], seed: 0, n_prompts: 1, n: 1 };
+    let mut registry = Registry::new(Retention::default());
+    let (run, _) = registry.begin("k", asked, None);
+    let mut reader = run.attach();
+    let mut said: Vec<_> = (0..700).map(|token| output(token, "text")).collect();
+    said.extend(finished());
+    let mut read = Vec::new();
+    let mut largest = 0;
+    for (at, event) in said.iter().enumerate() {
+        registry.push(Instant::now(), "k", &run, 0, event.clone());
+        largest = largest.max(registry.bytes());
+        if at % 2 == 0 {
+            let Read::Event(0, event) = reader.next().await else { panic!("there is more") };
+            read.push(event);
+        }
+    }
+    assert!(registry.bytes() < largest && registry.bytes() < 36 * said.len() + 2000, "{} {largest}", registry.bytes());
+    while let Read::Event(0, event) = reader.next().await {
+        read.push(event);
+    }
+    assert_eq!(read, said);
+    let mut late = run.attach();
+    for event in said {
+        assert!(matches!(late.next().await, Read::Event(0, again) if again == event));
+    }
+    assert!(matches!(late.next().await, Read::Over) && matches!(reader.next().await, Read::Superseded));
+    registry.forget("k", run.id());
+    assert_eq!(registry.bytes(), 0);
+}
+
+#[tokio::test]
+async fn answers_are_kept_as_long_as_the_window_says() {
+    let (zero, long, patient) = (Duration::ZERO, Duration::from_secs(600), Duration::from_secs(30));
+    assert_eq!(kept_for(patient, long), long);
+    assert_eq!(kept_for(zero, long), Duration::from_secs(60), "for a forwarder");
+    let window = Duration::from_millis(20);
+    assert_eq!((kept_for(patient, window), kept_for(zero, window)), (window, window));
+
+    let server = Server::saying("x");
+    server.send(keyed(completions::PATH, "other", None, &json!({"prompt": "a"}))).await;
+    let retention = Retention { after_end: window, ..Retention::default() };
+    let streams = Arc::new(Streams::new(retention, Arc::default()));
+    let keyed = Keyed { key: "k".to_owned(), hash: [0; 32], patience: patient, has: position::Position::default() };
+    let prepared = Prepared { requests: vec![server.last_request()], has_seed: true, reply: None };
+    let (generation, _) = streams.begin(&keyed, server.fake.as_ref(), prepared).unwrap();
+    assert_eq!(streams.len(), 1);
+    generation.collect().await.unwrap();
+    let forgotten = async {
+        while !streams.is_empty() {
+            tokio::time::sleep(window / 4).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), forgotten).await.expect("nobody has to ask for it");
+    assert_eq!(streams.lock().registry.bytes(), 0);
 }
