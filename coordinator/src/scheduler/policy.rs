@@ -30,8 +30,9 @@ pub fn spare_blocks(n_blocks: usize, n_running: usize) -> usize {
     if n_running == 0 { 0 } else { (n_blocks / 100).max(1) }
 }
 
-/// How long a step may take that others' next tokens come with, as far as it is known how long rows take.
-const STEP_TARGET: Duration = Duration::from_millis(250);
+/// How long a step may take that others' next tokens come with, as far as it is known how long rows take: who reads along
+/// should not see an answer stop.
+const STEP_TARGET: Duration = Duration::from_millis(100);
 /// Rows that a step may have in any case: with fewer, prompts would cost more steps than rows.
 const LEAST_ROWS: usize = 64;
 /// A step of fewer rows says nothing of how long a row takes: reading the weights takes most of its time.
@@ -96,8 +97,8 @@ mod tests {
         time.record(1, Duration::from_secs(9));
         assert_eq!(time.rows_beside_decodes(2048), 2048, "a small step says nothing");
         time.record(2048, Duration::from_millis(2048));
-        assert_eq!(time.rows_beside_decodes(2048), 250);
-        assert_eq!(time.rows_beside_decodes(100), 100);
+        assert_eq!(time.rows_beside_decodes(2048), 100);
+        assert_eq!(time.rows_beside_decodes(80), 80);
         (0..50).for_each(|_| time.record(64, Duration::from_secs(10)));
         assert_eq!(time.rows_beside_decodes(2048), LEAST_ROWS);
         (0..99).for_each(|_| time.record(64, Duration::from_micros(64)));
