@@ -49,6 +49,7 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
         "q4-f32-scales" => WeightData::Q4 { quants: &quants4, scales: &scales[..n / 32], mins: &short },
         "q8" => WeightData::Q8 { quants: &quants8, group: 32, scales: &short, mins: None },
         "q4-factored" => WeightData::Q4 { quants: &quants4, scales: &factored[..n / 32], mins: &factored[..n / 32] },
+        "q6" => WeightData::Q8 { quants: &quants6, group: 32, scales: &short, mins: None },
         "q6-factored" => WeightData::Q8 { quants: &quants6, group: 16, scales: &factored, mins: None },
         "f16" => WeightData::F16(&half),
         _ => WeightData::F32(&values),
@@ -179,7 +180,7 @@ fn main() -> Result<()> {
     let isa = args.get(2).map(|arg| arg.parse::<Isa>()).transpose()?;
     let device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
     println!("{}", device()?.name());
-    for name in ["q4", "q4-f32-scales", "q8", "q4-factored", "q6-factored", "f16", "f32"] {
+    for name in ["q4", "q4-f32-scales", "q8", "q4-factored", "q6", "q6-factored", "f16", "f32"] {
         for (n_out, n_in) in [(1536, 8960), (8960, 1536), (576, 1536), (1536, 576)] {
             if name.starts_with(filter) {
                 bench_linear(&mut device()?, name, n_out, n_in)?;

@@ -9,6 +9,7 @@
 //! | q4 | 32 inputs | 256 B of nibbles; sets of scales, of mins |
 //! | q8 | 32 inputs | 512 B of weights + 128; sets of scales, of mins if there are any |
 //! | q8, groups of 16 | 32 inputs | 512 B of weights + 128; sets of scales of the first, of the last 16 inputs |
+//! | q6 | 32 inputs | 256 B of nibbles of weights + 32, 128 B of high bits; a set of scales |
 //! | q6, groups of 16 | 32 inputs | 256 B of nibbles of weights + 32, 128 B of high bits; the same sets |
 //!
 //! Quants lie as `vpdpbusd` wants them: 4 consecutive inputs of a row in 4 consecutive bytes, then the next row. A byte
@@ -64,7 +65,9 @@ pub(crate) enum Kind {
     Q8Min(Scale),
     /// Groups of 16.
     Q8Half(Scale),
-    /// Groups of 16, weights of 6 bits.
+    /// Weights of 6 bits or less.
+    Q6(Scale),
+    /// Groups of 16, weights of 6 bits or less.
     Q6Half(Scale),
 }
 
@@ -78,7 +81,7 @@ impl Kind {
     fn sets(self) -> Option<(Scale, usize)> {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => None,
-            Self::Q8(scale) => Some((scale, 1)),
+            Self::Q8(scale) | Self::Q6(scale) => Some((scale, 1)),
             Self::Q4(scale) | Self::Q8Min(scale) | Self::Q8Half(scale) | Self::Q6Half(scale) => Some((scale, 2)),
         }
     }
@@ -89,7 +92,7 @@ impl Kind {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::Q4(_) => 16,
-            Self::Q6Half(_) => 24,
+            Self::Q6(_) | Self::Q6Half(_) => 24,
             Self::Q8(_) | Self::Q8Min(_) | Self::Q8Half(_) => 32,
         }
     }
@@ -114,7 +117,7 @@ impl Kind {
 
     /// Whether many rows meet it faster when each tile is unpacked once for them.
     pub fn is_unpacked_for_many_rows(self) -> bool {
-        matches!(self, Self::Q4(_) | Self::Q6Half(_))
+        matches!(self, Self::Q4(_) | Self::Q6(_) | Self::Q6Half(_))
     }
 
     /// Whether activations are quantized for it.
@@ -280,6 +283,12 @@ impl SetValues<'_> {
     }
 }
 
+/// Whether all quants are in -32..=31. (GGUF's Q5_0 and Q6_K.)
+fn fit_6_bits(quants: &[i8]) -> bool {
+    // Bit 5 and those above are the same in what fits.
+    quants.iter().fold(0, |bits, &q| bits | (q ^ (q >> 7)) as u8) < 32
+}
+
 /// The value a quant stands for, rounded as a loader's dequantization rounds: after the product and after the sum.
 fn dequantize(scale: f32, quant: f32, min: Option<f32>) -> f32 {
     let product = scale * quant;
@@ -305,15 +314,14 @@ impl Packed {
             }
             (WeightData::Q8 { quants, group: 16, scales, .. }, _) => {
                 let values = sets([(scales, 2, 0), (scales, 2, 1)], 2);
-                // Bit 5 and those above are the same in what fits 6 bits.
-                let is_6_bits = quants.iter().fold(0, |bits, &q| bits | (q ^ (q >> 7)) as u8) < 32;
+                let is_6_bits = fit_6_bits(quants);
                 let (scale, factors) = values.scale_type(if is_6_bits { &[Scale::Factored] } else { &[] });
                 (if is_6_bits { Kind::Q6Half(scale) } else { Kind::Q8Half(scale) }, values, factors)
             }
-            (WeightData::Q8 { scales, mins: None, .. }, _) => {
+            (WeightData::Q8 { quants, scales, mins: None, .. }, _) => {
                 let values = sets([(scales, 1, 0), none], 1);
                 let (scale, factors) = values.scale_type(&[Scale::F16]);
-                (Kind::Q8(scale), values, factors)
+                (if fit_6_bits(quants) { Kind::Q6(scale) } else { Kind::Q8(scale) }, values, factors)
             }
             (WeightData::Q8 { scales, mins: Some(mins), .. }, _) => {
                 let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
@@ -386,6 +394,10 @@ impl Packed {
                 if i % 8 < 4 { byte & 15 } else { byte >> 4 }
             };
             let byte = |i: usize| f32::from((weights[i / 4 * 4 * TILE + 4 * lane + i % 4] ^ 0x80) as i8);
+            let six = |i: usize| {
+                let high = weights[16 * TILE + i / 16 * 4 * TILE + 4 * lane + i % 4] >> (2 * (i / 4 % 4)) & 3;
+                f32::from(nibble(i) | high << 4) - 32.0
+            };
             match self.kind {
                 Kind::F32 => out(base, get_f32(weights, 4 * lane)),
                 Kind::F16 => out(base, f16::from_ne_bytes([weights[2 * lane], weights[2 * lane + 1]]).to_f32()),
@@ -394,10 +406,8 @@ impl Packed {
                 Kind::Q8(_) => quants([set(0); 2], None, &byte),
                 Kind::Q8Min(_) => quants([set(0); 2], Some(set(1)), &byte),
                 Kind::Q8Half(_) => quants([set(0), set(1)], None, &byte),
-                Kind::Q6Half(_) => quants([set(0), set(1)], None, &|i| {
-                    let high = weights[16 * TILE + i / 16 * 4 * TILE + 4 * lane + i % 4] >> (2 * (i / 4 % 4)) & 3;
-                    f32::from(nibble(i) | high << 4) - 32.0
-                }),
+                Kind::Q6(_) => quants([set(0); 2], None, &six),
+                Kind::Q6Half(_) => quants([set(0), set(1)], None, &six),
             }
         }
     }

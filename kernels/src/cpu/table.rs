@@ -6,8 +6,9 @@ use super::{
         attention::{self, AttentionTask},
         elementwise,
         linear::{self, LinearTask},
+        packed::{Factored, ScaleF16, ScaleF32},
         quantize::{self, QuantPlace},
-        quantized::{Factored, Q4, Q6Half, Q8, Q8Half, ScaleF16, ScaleF32},
+        quantized::{Q4, Q6, Q6Half, Q8, Q8Half},
         store,
         tile::{Bf16, Dense, F16, F32, Tile},
     },
@@ -95,9 +96,14 @@ macro_rules! kernels {
                     Kind::Q8Min(Scale::F16) => linear_of::<Q8<ScaleF16, true>>,
                     Kind::Q8Min(Scale::Factored) => linear_of::<Q8<Factored, true>>,
                     Kind::Q8Half(Scale::F32) => linear_of::<Q8Half<ScaleF32>>,
+                    Kind::Q6(Scale::F32) => linear_of::<Q6<ScaleF32>>,
+                    Kind::Q6(Scale::F16) => linear_of::<Q6<ScaleF16>>,
                     Kind::Q6Half(Scale::F32) => linear_of::<Q6Half<ScaleF32>>,
                     Kind::Q6Half(Scale::Factored) => linear_of::<Q6Half<Factored>>,
-                    Kind::Q8(Scale::Factored) | Kind::Q8Half(Scale::F16 | Scale::Factored) | Kind::Q6Half(Scale::F16) => {
+                    Kind::Q8(Scale::Factored)
+                    | Kind::Q8Half(Scale::F16 | Scale::Factored)
+                    | Kind::Q6(Scale::Factored)
+                    | Kind::Q6Half(Scale::F16) => {
                         unreachable!("`layout.rs` packs no {kind:?}")
                     }
                 }

@@ -50,11 +50,13 @@ pub(super) fn pack_step(
                 }
             }
         }
-        (Kind::Q6Half(_), WeightData::Q8 { quants, .. }) => {
+        (Kind::Q6(_) | Kind::Q6Half(_), WeightData::Q8 { quants, .. }) => {
             for lane in 0..n_rows {
-                // + 32 in 6 bits flips the sign bit of 6.
-                let q = words(bytemuck::cast_slice(&quants[at(lane)..][..GROUP]));
-                let q = q.map(|q| (q ^ 0x2020_2020) & 0x3f3f_3f3f);
+                let mut q = words(bytemuck::cast_slice(&quants[at(lane)..][..GROUP]));
+                for q in &mut q {
+                    // + 32 in 6 bits flips the sign bit of 6.
+                    *q = (*q ^ 0x2020_2020) & 0x3f3f_3f3f;
+                }
                 for (chunk, q) in q.chunks_exact(2).enumerate() {
                     put_word(weights, chunk * TILE + lane, (q[0] & 0x0f0f_0f0f) | (q[1] & 0x0f0f_0f0f) << 4);
                 }
@@ -66,7 +68,14 @@ pub(super) fn pack_step(
         }
         // `Packed::new` derives the kind from the data.
         (
-            Kind::F16 | Kind::Bf16 | Kind::Q4(_) | Kind::Q8(_) | Kind::Q8Min(_) | Kind::Q8Half(_) | Kind::Q6Half(_),
+            Kind::F16
+            | Kind::Bf16
+            | Kind::Q4(_)
+            | Kind::Q8(_)
+            | Kind::Q8Min(_)
+            | Kind::Q8Half(_)
+            | Kind::Q6(_)
+            | Kind::Q6Half(_),
             _,
         ) => unreachable!("kind {kind:?} is made from other data"),
     }
@@ -74,7 +83,7 @@ pub(super) fn pack_step(
 
 /// A group's quants as words of 4.
 fn words(quants: &[u8]) -> [u32; GROUP / 4] {
-    std::array::from_fn(|i| u32::from_ne_bytes([0, 1, 2, 3].map(|j| quants[4 * i + j])))
+    bytemuck::pod_read_unaligned(quants)
 }
 
 fn put_word(bytes: &mut [u8], index: usize, word: u32) {

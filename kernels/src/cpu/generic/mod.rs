@@ -6,6 +6,7 @@
 pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
+pub(crate) mod packed;
 pub(crate) mod quantize;
 pub(crate) mod quantized;
 pub(crate) mod store;

@@ -5,118 +5,11 @@ use std::ops::Range;
 
 use super::{
     super::simd::{LANES, Simd},
+    packed::{Bits4, Bits6, Bytes, Quants, ScaleF32, Scales},
     quantize::QUANT_ROW_BYTES,
-    tile::{Inputs, STEPS_PER_HEAD, Sums, Tile, Weights},
+    tile::{Inputs, Sums, Tile, Weights},
 };
 use crate::layout::GROUP;
-
-/// How scales and mins are kept. A *set* is one number for each row of the tile.
-pub(crate) trait Scales {
-    /// Bytes of a set in a step.
-    const STEP_BYTES: usize;
-    /// Bytes for a set in each head.
-    const HEAD_BYTES: usize;
-
-    /// Set number `set` of `n_sets` of step `step`. `tail`: behind the step's quants.
-    ///
-    /// # Safety
-    /// The CPU has `S`; they lie there.
-    unsafe fn load<S: Simd>(head: *const u8, tail: *const u8, step: usize, set: usize, n_sets: usize) -> S::F;
-}
-
-/// f32, behind the quants.
-pub(crate) struct ScaleF32;
-/// f16, behind the quants.
-pub(crate) struct ScaleF16;
-/// Whole numbers of 8 bits times a factor (f32) for each 8 steps, all in the head.
-pub(crate) struct Factored;
-
-impl Scales for ScaleF32 {
-    const STEP_BYTES: usize = 4 * LANES;
-    const HEAD_BYTES: usize = 0;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
-        // SAFETY: the trait's contract.
-        unsafe { S::load(tail.cast::<f32>().add(set * LANES)) }
-    }
-}
-
-impl Scales for ScaleF16 {
-    const STEP_BYTES: usize = 2 * LANES;
-    const HEAD_BYTES: usize = 0;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
-        // SAFETY: the trait's contract.
-        unsafe { S::load_f16(tail.cast::<u16>().add(set * LANES)) }
-    }
-}
-
-impl Scales for Factored {
-    const STEP_BYTES: usize = 0;
-    const HEAD_BYTES: usize = (4 + STEPS_PER_HEAD) * LANES;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(head: *const u8, _: *const u8, step: usize, set: usize, n_sets: usize) -> S::F {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let head = head.add(step / STEPS_PER_HEAD * n_sets * Self::HEAD_BYTES);
-            let factor = S::load(head.cast::<f32>().add(set * LANES));
-            let numbers = head.add(4 * n_sets * LANES).cast::<i8>();
-            let number = S::load_i8(numbers.add((step % STEPS_PER_HEAD * n_sets + set) * LANES));
-            // Exact: the loader has compared the products.
-            S::mul(factor, number)
-        }
-    }
-}
-
-/// How quants of up to 6 bits are kept. A *chunk* is 8 inputs of each row of the tile.
-pub(crate) trait Quants {
-    /// Bytes of the quants of a step.
-    const BYTES: usize;
-
-    /// The first 4 inputs of chunk number `chunk` (0..4) of the quants at `quants`, and the other 4.
-    ///
-    /// # Safety
-    /// The CPU has `S`; they lie there.
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4);
-}
-
-/// 4 bits: see `layout.rs`.
-pub(crate) struct Bits4;
-/// 6 bits: see `layout.rs`.
-pub(crate) struct Bits6;
-/// A byte for each: unpacked.
-pub(crate) struct Bytes;
-
-impl Quants for Bits4 {
-    const BYTES: usize = 16 * LANES;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
-        // SAFETY: the trait's contract.
-        unsafe { S::w4_load(quants.add(64 * chunk)) }
-    }
-}
-
-impl Quants for Bits6 {
-    const BYTES: usize = 24 * LANES;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let (even, odd) = S::w4_load(quants.add(64 * chunk));
-            let high = S::w2_load(quants.add(16 * LANES + chunk / 2 * 64));
-            (S::w6(even, high, chunk % 2 * 2), S::w6(odd, high, chunk % 2 * 2 + 1))
-        }
-    }
-}
-
-impl Quants for Bytes {
-    const BYTES: usize = 32 * LANES;
-    #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
-        // SAFETY: the trait's contract.
-        unsafe { (S::w2_load(quants.add(128 * chunk)), S::w2_load(quants.add(128 * chunk + 64))) }
-    }
-}
 
 /// The activations of one step of a block of `R` rows: see `quantize.rs`.
 #[derive(Clone, Copy)]
@@ -311,11 +204,7 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
             q8_chunk::<S, R>(at, x, 1, &mut sums);
             q8_chunk::<S, R>(at, x, 2, &mut sums);
             q8_chunk::<S, R>(at, x, 3, &mut sums);
-            let d = at.set::<S, Self>(0);
-            for r in 0..R {
-                let scale = S::mul(d, S::splat(x.scale(r)));
-                acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
-            }
+            add_scaled::<S, R>(at.set::<S, Self>(0), x, sums, acc);
             if MINS {
                 let m = at.set::<S, Self>(1);
                 for r in 0..R {
@@ -357,10 +246,36 @@ unsafe fn q8_half<S: Simd, Q: Quantized, const R: usize>(at: StepAt, x: Step<R>,
         let mut sums = q8_start::<S, R>(x, 1 + half);
         q8_chunk::<S, R>(at, x, 2 * half, &mut sums);
         q8_chunk::<S, R>(at, x, 2 * half + 1, &mut sums);
-        let d = at.set::<S, Q>(half);
-        for r in 0..R {
-            let scale = S::mul(d, S::splat(x.scale(r)));
-            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
+        add_scaled::<S, R>(at.set::<S, Q>(half), x, sums, acc);
+    }
+}
+
+/// 6-bit weights in groups of 32.
+pub(crate) struct Q6<C, N = Bits6>(std::marker::PhantomData<(C, N)>);
+
+impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
+    const QUANT_BYTES: usize = N::BYTES;
+    const N_SETS: usize = 1;
+    type Scales = C;
+    type Unpacked = Q6<ScaleF32, Bytes>;
+
+    #[inline(always)]
+    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe { unpack_step::<S, Self, N>(at, out) }
+    }
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
+        let x = Step::<R>(x);
+        // SAFETY: the trait's contract.
+        unsafe {
+            let mut sums = q6_start::<S, R>(x, 0);
+            q6_chunk::<S, N, R>(at, x, 0, &mut sums);
+            q6_chunk::<S, N, R>(at, x, 1, &mut sums);
+            q6_chunk::<S, N, R>(at, x, 2, &mut sums);
+            q6_chunk::<S, N, R>(at, x, 3, &mut sums);
+            add_scaled::<S, R>(at.set::<S, Self>(0), x, sums, acc);
         }
     }
 }
@@ -404,18 +319,10 @@ unsafe fn q6_half<S: Simd, Q: Quantized, N: Quants, const R: usize>(
 ) {
     // SAFETY: the contract above.
     unsafe {
-        let mut sums = [S::i6_start(0); R];
-        for r in 0..R {
-            // Weights are stored + 32, not + 128; the bias is a multiple of 128.
-            sums[r] = S::i6_start(x.bias(1 + half, r) >> 2);
-        }
+        let mut sums = q6_start::<S, R>(x, 1 + half);
         q6_chunk::<S, N, R>(at, x, 2 * half, &mut sums);
         q6_chunk::<S, N, R>(at, x, 2 * half + 1, &mut sums);
-        let d = at.set::<S, Q>(half);
-        for r in 0..R {
-            let scale = S::mul(d, S::splat(x.scale(r)));
-            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
-        }
+        add_scaled::<S, R>(at.set::<S, Q>(half), x, sums, acc);
     }
 }
 
@@ -455,6 +362,38 @@ unsafe fn unpack_step<S: Simd, Q: Quantized, N: Quants>(at: StepAt, out: *mut u8
         for set in 0..Q::N_SETS {
             S::store(out.add(Bytes::BYTES).cast::<f32>().add(set * LANES), at.set::<S, Q>(set));
         }
+    }
+}
+
+/// Adds the sums of a group whose weights have the scales `d`.
+///
+/// # Safety
+/// The CPU has `S`; activations lie there.
+#[inline(always)]
+unsafe fn add_scaled<S: Simd, const R: usize>(d: S::F, x: Step<R>, sums: [S::I8; R], acc: &mut [S::F; R]) {
+    // SAFETY: the contract above.
+    unsafe {
+        for r in 0..R {
+            let scale = S::mul(d, S::splat(x.scale(r)));
+            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
+        }
+    }
+}
+
+/// Sums of 6-bit weights to start with, whose biases are number `bias`.
+///
+/// # Safety
+/// The CPU has `S`; activations lie there.
+#[inline(always)]
+unsafe fn q6_start<S: Simd, const R: usize>(x: Step<R>, bias: usize) -> [S::I8; R] {
+    // SAFETY: the contract above.
+    unsafe {
+        let mut sums = [S::i6_start(0); R];
+        for r in 0..R {
+            // Weights are stored + 32, not + 128; the bias is a multiple of 128.
+            sums[r] = S::i6_start(x.bias(bias, r) >> 2);
+        }
+        sums
     }
 }
 

@@ -104,7 +104,7 @@ enum Data {
 }
 
 /// Number of kinds that [`Matrix::random`] makes: each layout, quantized ones with scales in f16 and in f32.
-const N_KINDS: usize = 16;
+const N_KINDS: usize = 18;
 
 /// Scales as GGUF's Q4_K and Q6_K make them, `[n_out, n_steps, per_step]`: an f16 for 8 steps times small numbers.
 fn products(random: &mut Random, n_out: usize, n_steps: usize, per_step: usize) -> Vec<f32> {
@@ -148,7 +148,7 @@ impl Matrix {
                 };
                 Data::Q8 { quants: (0..n).map(|_| quant(random)).collect(), group, scales: d, mins }
             }
-            // Scales and mins that are a factor of 8 steps times a whole number; 13: 8 bits; 14, 15: 6 bits.
+            // Scales and mins that are a factor of 8 steps times a whole number; 13: 8 bits; 14 to 17: 6 bits.
             11..=13 => {
                 let (d, m) = (products(random, n_out, n_in / 32, 1), products(random, n_out, n_in / 32, 1));
                 let below = if kind == 13 { 256 } else { 16 };
@@ -165,6 +165,15 @@ impl Matrix {
                 };
                 let quants = (0..n).map(|_| random.below(64) as i8 - 32).collect();
                 Data::Q8 { quants, group: 16, scales, mins: None }
+            }
+            16 | 17 => {
+                let d = scales(n / 32, 0.01, kind == 16);
+                let quant = |random: &mut Random| match random.below(8) {
+                    0 => -32,
+                    1 => 31,
+                    _ => random.below(64) as i8 - 32,
+                };
+                Data::Q8 { quants: (0..n).map(|_| quant(random)).collect(), group: 32, scales: d, mins: None }
             }
             _ => panic!("no kind {kind}"),
         };
