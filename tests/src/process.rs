@@ -63,6 +63,7 @@ pub struct Process {
     child: Child,
     log: Log,
     lines: mpsc::Receiver<String>,
+    readers: [thread::JoinHandle<()>; 2],
 }
 
 /// Lines with the moments at which they came.
@@ -94,9 +95,8 @@ impl Process {
         let (sender, lines) = mpsc::channel();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
-        keep_lines(stdout, Arc::clone(&log), Some(sender));
-        keep_lines(stderr, Arc::clone(&log), None);
-        Self { child, log, lines }
+        let readers = [keep_lines(stdout, Arc::clone(&log), Some(sender)), keep_lines(stderr, Arc::clone(&log), None)];
+        Self { child, log, lines, readers }
     }
 
     /// Process id.
@@ -150,10 +150,19 @@ impl Process {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("the child is ours") {
+                self.read_all();
                 return status;
             }
             assert!(Instant::now() < deadline, "the process does not end; log:\n{}", self.log());
             thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for the last lines of a process that has ended; not for ever: its children may hold the pipes.
+    fn read_all(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.readers.iter().any(|reader| !reader.is_finished()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -168,7 +177,11 @@ impl Drop for Process {
     }
 }
 
-fn keep_lines(reader: impl BufRead + Send + 'static, log: Log, sender: Option<mpsc::Sender<String>>) {
+fn keep_lines(
+    reader: impl BufRead + Send + 'static,
+    log: Log,
+    sender: Option<mpsc::Sender<String>>,
+) -> thread::JoinHandle<()> {
     thread::spawn(move || {
         for line in reader.split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
@@ -177,7 +190,7 @@ fn keep_lines(reader: impl BufRead + Send + 'static, log: Log, sender: Option<mp
                 let _ = sender.send(line);
             }
         }
-    });
+    })
 }
 
 /// Sends a signal to a process that may be gone.
