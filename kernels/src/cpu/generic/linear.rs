@@ -76,7 +76,7 @@ const GROUP_BYTES: usize = 256 << 10;
 #[inline(always)]
 pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
     let mut blocks = task.row_blocks.clone();
-    if !task.unpacked.is_null() {
+    if K::UNPACKS && !task.unpacked.is_null() {
         let n_full = (task.n_rows / S::ROWS).min(blocks.end);
         let block_bytes = S::ROWS * task.n_steps * task.n_levels * K::X_BYTES;
         let most = (GROUP_BYTES / block_bytes.max(1)).max(S::UNPACK_BLOCKS);

@@ -48,6 +48,8 @@ pub(crate) trait Quantized {
     /// Sets of scales and mins.
     const N_SETS: usize;
     type Scales: Scales;
+    /// See [`Tile::UNPACKS`].
+    const UNPACKS: bool = false;
     /// See [`Tile::Unpacked`].
     type Unpacked: Tile;
 
@@ -57,7 +59,7 @@ pub(crate) trait Quantized {
     /// The CPU has `S`; weights and activations lie there.
     unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]);
 
-    /// Unpacks a step to `out`, if [`Quantized::Unpacked`] is another layout.
+    /// Unpacks a step to `out`, if [`Quantized::UNPACKS`].
     ///
     /// # Safety
     /// The CPU has `S`; the step lies there, and there is room for one that is unpacked.
@@ -89,6 +91,7 @@ impl<Q: Quantized> Tile for Q {
     const STEP_BYTES: usize = Q::QUANT_BYTES + Q::N_SETS * Q::Scales::STEP_BYTES;
     const HEAD_BYTES: usize = Q::N_SETS * Q::Scales::HEAD_BYTES;
     const X_BYTES: usize = QUANT_ROW_BYTES;
+    const UNPACKS: bool = Q::UNPACKS;
     type Unpacked = Q::Unpacked;
 
     #[inline(always)]
@@ -140,6 +143,7 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
+    const UNPACKS: bool = true;
     type Unpacked = Q4<ScaleF32, Bytes>;
 
     #[inline(always)]
@@ -257,6 +261,7 @@ impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 1;
     type Scales = C;
+    const UNPACKS: bool = true;
     type Unpacked = Q6<ScaleF32, Bytes>;
 
     #[inline(always)]
@@ -287,6 +292,7 @@ impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
+    const UNPACKS: bool = true;
     type Unpacked = Q6Half<ScaleF32, Bytes>;
 
     #[inline(always)]

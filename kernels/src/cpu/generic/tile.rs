@@ -25,7 +25,9 @@ pub(crate) trait Tile {
     const HEAD_BYTES: usize;
     /// Bytes of one row's activations in a step.
     const X_BYTES: usize;
-    /// The layout that a tile is brought to if many rows meet it, without heads; the same where that saves nothing.
+    /// Whether a tile is brought to another layout if many rows meet it.
+    const UNPACKS: bool;
+    /// That layout, without heads; the same one where there is none.
     type Unpacked: Tile;
 
     /// Brings a tile to that layout, if it is another one.
@@ -152,6 +154,7 @@ impl<E: Element> Tile for Dense<E> {
     const STEP_BYTES: usize = E::BYTES * LANES;
     const HEAD_BYTES: usize = 0;
     const X_BYTES: usize = 4;
+    const UNPACKS: bool = false;
     type Unpacked = Self;
 
     #[inline(always)]
