@@ -10,6 +10,7 @@
 
 mod liveness;
 mod ops;
+mod placement;
 mod setup;
 
 use std::{
@@ -21,6 +22,7 @@ use std::{
 };
 
 use liveness::Liveness;
+use placement::Placement;
 use rustix::{
     mm::{MapFlags, ProtFlags, mmap, munmap},
     thread::futex,
@@ -74,6 +76,8 @@ struct Lane {
     sleepers: AtomicU32,
     state: AtomicU32,
     pid: AtomicU32,
+    /// The processor on which it last published.
+    processor: AtomicU32,
     /// Inode of the PID namespace that `pid` is of.
     pid_namespace: AtomicU64,
     /// The operation that each buffer's piece belongs to.
@@ -197,6 +201,7 @@ struct Exchange {
     published: bool,
     liveness: Vec<Liveness>,
     spin: Spin,
+    placement: Placement,
     /// Whether this rank's lane is its own; until then it must not say there that it leaves.
     attached: bool,
 }
@@ -216,6 +221,7 @@ impl Exchange {
         }
         let lane = self.segment.lane(self.rank);
         lane.op[(self.round & 1) as usize].store(op.to_word(), Ordering::Relaxed);
+        lane.processor.store(Placement::here(), Ordering::Relaxed);
         lane.published.store(self.round.wrapping_add(1), Ordering::SeqCst);
         wake(lane);
         self.published = true;
@@ -279,6 +285,10 @@ impl Exchange {
             self.spin.learn(came);
         }
         let _waiting = (!came).then(|| self.abort.waiting_for(peer));
+        // One of two moves: if both did, they would meet again.
+        if !came && self.rank > peer {
+            self.placement.part_from(self.segment.lane(peer).processor.load(Ordering::Relaxed));
+        }
         while !came {
             self.check_abort()?;
             // Order matters: a peer that published and then left has done its part.

@@ -1,8 +1,9 @@
 //! Loading slices before they are wanted, so that a later form loads nothing.
 //!
-//! One slice at a time, most wanted first, each by a thread of its own with the lowest priority: threads that serve on the
-//! same machine go first, and whoever wants the engine for something else gets it at once. (A thread without privileges
-//! may lower its priority and not raise it again; so it is not the engine's own thread that loads.)
+//! One slice at a time, most wanted first, each by a thread of its own that takes idle processors only: threads that serve
+//! on the same machine go first, and whoever wants the engine for something else gets it at once. Where no processor is
+//! ever idle, it begins again as a thread of the lowest priority. (A thread without privileges may lower its priority
+//! and not raise it again; so it is not the engine's own thread that loads.)
 
 use std::{
     collections::VecDeque,
@@ -17,15 +18,13 @@ use phalanx_kernels::collective::AbortFlag;
 use phalanx_proto::v1::{Form, Peer, Prepare, Prepared};
 
 use super::{
+    background::{Patience, Processors},
     checkpoints::{self, Checkpoints, Opened},
     rank::{self, EngineError, RankConfig},
     slice::{self, Key, Slices, Weights},
     worker::{Command, Envelope},
 };
 use crate::memory;
-
-/// Lowest priority of a thread.
-const NICENESS: i32 = 19;
 
 /// Share of the free memory that stays free for KV pages where their size is not given.
 const KV_RESERVE_DIVISOR: u64 = 8;
@@ -40,6 +39,8 @@ pub(super) struct Ahead {
     waiting: VecDeque<u32>,
     job: Option<Job>,
     n_jobs: u64,
+    /// What loading threads take.
+    processors: Processors,
 }
 
 /// A loading thread at work.
@@ -59,6 +60,8 @@ pub struct LoadedAhead {
 enum Cargo {
     Opened(Opened),
     Weights(Box<Weights>),
+    /// Nothing: no processor was idle for long enough.
+    Starved,
 }
 
 /// What the engine has.
@@ -79,7 +82,8 @@ enum Look {
 impl Ahead {
     /// Nothing is to be loaded. Results come back through `results`.
     pub fn new(results: mpsc::Sender<Envelope>) -> Self {
-        Self { results, form: Form::default(), waiting: VecDeque::new(), job: None, n_jobs: 0 }
+        let processors = Processors::Idle;
+        Self { results, form: Form::default(), waiting: VecDeque::new(), job: None, n_jobs: 0, processors }
     }
 
     /// Loads what `prepare` wants instead of what was wanted before. Returns what is loaded already.
@@ -125,6 +129,13 @@ impl Ahead {
                     self.waiting.push_front(rank);
                 }
             }
+            Ok(Cargo::Starved) => {
+                tracing::info!(rank, "no processor is idle: loading ahead begins again with the lowest priority");
+                self.processors = Processors::Any;
+                if let Some(rank) = rank {
+                    self.waiting.push_front(rank);
+                }
+            }
             Err(error) => {
                 // The group does not depend on it: a form of this rank will say what is wrong.
                 tracing::warn!(rank, "loading ahead: {error}");
@@ -141,7 +152,8 @@ impl Ahead {
         let Some(checkpoint) = stock.checkpoints.get(&self.form) else {
             if self.job.is_none() && !self.waiting.is_empty() {
                 let form = self.form.clone();
-                self.spawn(None, move |_| checkpoints::open(&form).map(Cargo::Opened));
+                // Nobody asks meanwhile whether it has waited in vain.
+                self.spawn(None, Processors::Any, move |_| checkpoints::open(&form).map(Cargo::Opened));
             }
             return Vec::new();
         };
@@ -196,10 +208,17 @@ impl Ahead {
         // Its threads serve later: they must not inherit the low priority.
         let ops = slice::open_device(&key, &config.device)?;
         let checkpoint = checkpoint.clone();
-        self.spawn(Some(rank), move |abort| {
-            let mut progress = |_| if abort.is_aborted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-            let weights = Weights::load(key, ops, checkpoint.as_ref(), &plan, rank as usize, &mut progress)?;
-            Ok(Cargo::Weights(Box::new(weights)))
+        let processors = self.processors;
+        self.spawn(Some(rank), processors, move |abort| {
+            let mut patience = (processors == Processors::Idle).then(Patience::new);
+            let mut is_starved = || patience.as_mut().is_some_and(Patience::is_over);
+            let mut progress =
+                |_| if abort.is_aborted() || is_starved() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let loaded = Weights::load(key, ops, checkpoint.as_ref(), &plan, rank as usize, &mut progress);
+            match loaded {
+                Err(_) if is_starved() => Ok(Cargo::Starved),
+                loaded => Ok(Cargo::Weights(Box::new(loaded?))),
+            }
         });
         Ok(())
     }
@@ -214,14 +233,14 @@ impl Ahead {
     fn spawn(
         &mut self,
         rank: Option<u32>,
+        processors: Processors,
         work: impl FnOnce(&AbortFlag) -> Result<Cargo, EngineError> + Send + 'static,
     ) {
         self.n_jobs += 1;
         let (number, abort) = (self.n_jobs, AbortFlag::default());
         let (results, raised) = (self.results.clone(), abort.clone());
         let body = move || {
-            // Not being allowed to would only make it as quick as others.
-            let _as_before = rustix::process::nice(NICENESS);
+            processors.bind();
             let panicked = |_| Err(EngineError::OutOfOrder("loading panicked".to_owned()));
             let result = catch_unwind(AssertUnwindSafe(|| work(&raised))).unwrap_or_else(panicked);
             let command = Command::LoadedAhead(LoadedAhead { job: number, result });

@@ -14,11 +14,11 @@ use rustix::{
     shm::{self, Mode, OFlags},
 };
 
-use super::{ATTACHED, BUFFER_BYTES, Exchange, LEFT, Liveness, Segment, Spin};
+use super::{ATTACHED, BUFFER_BYTES, Exchange, LEFT, Liveness, Placement, Segment, Spin};
 use crate::collective::{AbortFlag, CollectiveConfig, CollectiveError, auth};
 
 /// Also the version of the layout and of the protocol.
-const MAGIC: u32 = 0x5048_4C01;
+const MAGIC: u32 = 0x5048_4C02;
 
 /// Pause between looks at what another process has yet to do.
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
@@ -198,6 +198,7 @@ impl Setup<'_> {
             published: false,
             liveness: Vec::new(),
             spin: Spin::new(world_size, n_cores),
+            placement: Placement::new(world_size, n_cores),
             attached: false,
         })
     }
