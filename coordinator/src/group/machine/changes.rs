@@ -36,7 +36,10 @@ impl GroupMachine {
         let wanted = self.settings.world_size;
         let size = if self.seats(wanted, now, |_| true).is_some() { wanted } else { self.ranks.len() };
         let next = self.seats(size, now, |_| true);
-        self.ask_to_prepare(size, next.as_deref(), now);
+        if self.recovering.is_none() {
+            // Until then processors and memory are for those who wait.
+            self.ask_to_prepare(size, next.as_deref(), now);
+        }
         self.settle();
         if self.recovering.is_some() {
             // Nobody stands still twice in a row.

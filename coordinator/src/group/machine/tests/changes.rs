@@ -70,6 +70,22 @@ fn a_change_waits_for_its_successor_to_load_and_for_an_epoch() {
 }
 
 #[test]
+fn spares_load_when_all_that_stood_still_goes_on() {
+    let mut group = pair_and_spare();
+    group.lose("a", 1);
+    for name in ["c", "b"] {
+        group.loaded(name, 70, None);
+    }
+    for name in ["c", "b"] {
+        group.ready(name);
+    }
+    assert_eq!(group.machine.phase(), "serving");
+    assert_eq!(group.arrive("a", 2), [], "who was killed is back while others' answers are computed again");
+    let prepare = Action::Prepare { shard: shard("a"), world_size: 2, ranks: vec![0, 1] };
+    assert!(group.recovered(Duration::from_secs(1)).contains(&prepare));
+}
+
+#[test]
 fn a_loss_in_the_middle_of_a_change_is_recovered_and_the_change_made() {
     let mut group = pair_and_spare();
     group.arrive("d", 1);
