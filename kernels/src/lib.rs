@@ -13,4 +13,4 @@ pub mod rng;
 pub mod slots;
 mod tensor;
 
-pub use cpu::{CpuConfig, CpuOps, Isa};
+pub use cpu::{CpuConfig, CpuOps, Isa, RowMath};

@@ -28,6 +28,7 @@ mod linear;
 mod ops;
 pub(crate) mod pages;
 mod pool;
+mod rows;
 mod scalar;
 mod simd;
 mod steps;
@@ -36,6 +37,7 @@ mod table;
 mod tests;
 
 pub use isa::Isa;
+pub use rows::RowMath;
 
 use crate::{error::KernelError, layout::Packed, ops::Precision, tensor::Aligned};
 

@@ -47,6 +47,7 @@ pub(crate) struct Table {
     pub add_fixed: unsafe fn(*mut f32, *const i64, usize),
     pub rope: unsafe fn(*mut f32, usize, usize, RopeStyle, &[f32], &[f32]),
     pub argmax: unsafe fn(*const f32, usize) -> (f32, u32),
+    pub odds: unsafe fn(*const f32, f32, f32, *mut f32, usize),
     #[cfg(test)]
     pub exp: unsafe fn(&[f32; 16]) -> [f32; 16],
 }
@@ -158,6 +159,10 @@ macro_rules! kernels {
             unsafe fn argmax(x: *const f32, width: usize) -> (f32, u32) {
                 unsafe { elementwise::argmax::<$simd>(x, width) }
             }
+            $(#[$features])?
+            unsafe fn odds(x: *const f32, largest: f32, factor: f32, out: *mut f32, len: usize) {
+                unsafe { elementwise::odds::<$simd>(x, largest, factor, out, len) }
+            }
             #[cfg(test)]
             $(#[$features])?
             unsafe fn exp(x: &[f32; 16]) -> [f32; 16] {
@@ -183,6 +188,7 @@ macro_rules! kernels {
                 add_fixed,
                 rope,
                 argmax,
+                odds,
                 #[cfg(test)]
                 exp,
             };

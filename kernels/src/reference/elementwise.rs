@@ -74,3 +74,13 @@ pub fn argmax(x: &[f32]) -> (f32, u32) {
     }
     (x[best], best as u32)
 }
+
+/// How probable each element of a row of logits is beside the largest one, at an inverse temperature: e^((x - largest) *
+/// factor); 0 for NaN.
+pub fn odds(x: &[f32], largest: f32, factor: f32) -> Vec<f32> {
+    let of = |x: f32| match (x - largest) * factor {
+        distance if distance > -104.0 => exp(distance),
+        _ => 0.0,
+    };
+    x.iter().map(|&x| if x == largest { 1.0 } else { of(x) }).collect()
+}

@@ -8,7 +8,7 @@ mod elementwise;
 mod linear;
 
 pub use attention::{Sequence, attention};
-pub use elementwise::{add_fixed, argmax, exp, rms_norm, rope, silu_mul};
+pub use elementwise::{add_fixed, argmax, exp, odds, rms_norm, rope, silu_mul};
 pub use linear::{embed, linear, linear_exact, quantize, to_fixed};
 
 /// Adds 16 numbers as a tree: number i and i + 8, then i + 4, i + 2, i + 1.

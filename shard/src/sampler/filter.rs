@@ -5,10 +5,10 @@
 //! would take longer than a small model's layers; but only the neighbourhood of two points matters, where top-p cuts and
 //! where the draw falls. So tokens are counted into buckets by their logit, and only these two buckets are sorted.
 
+use phalanx_kernels::RowMath;
+
 use super::{
     Sampling,
-    exp::exp,
-    score::distance,
     select::{Candidate, largest},
 };
 
@@ -17,55 +17,106 @@ const FEW: usize = 1024;
 
 const N_BUCKETS: usize = 1024;
 
-/// Bucket of tokens that can't be chosen.
-const NO_BUCKET: u16 = u16::MAX;
-
-/// Weights that are computed at a time, as vector code.
+/// Logits that are put into buckets at a time, as vector code.
 const CHUNK: usize = 64;
+
+/// Adding it rounds a small number to a whole one, which is then in the low bits.
+const ROUND: f32 = 8_388_608.0;
 
 /// Buckets reach this far below the largest (scaled) logit, or to the smallest one; the last bucket takes the rest. e^-32
 /// is so small that the rest of any vocabulary is next to never drawn.
-const FARTHEST: f64 = 32.0;
+const FARTHEST: f32 = 32.0;
 
 /// The parameters that choose among tokens.
 pub(super) struct Filter {
-    scale: f64,
+    scale: f32,
     top_k: Option<usize>,
     top_p: f64,
-    min_p: f64,
+    min_p: f32,
 }
 
 impl From<&Sampling> for Filter {
     fn from(sampling: &Sampling) -> Self {
         Self {
-            scale: 1.0 / f64::from(sampling.temperature),
+            scale: 1.0 / sampling.temperature,
             top_k: sampling.top_k,
             top_p: f64::from(sampling.top_p),
-            min_p: f64::from(sampling.min_p),
+            min_p: sampling.min_p,
         }
     }
 }
 
 impl Filter {
-    /// Weight of a token relative to the most probable one's; 0 if min-p drops it.
-    #[inline]
-    fn weight(&self, best: Candidate, logit: f32) -> f64 {
-        let weight = exp(distance(best.logit, logit) * self.scale);
-        if weight >= self.min_p { weight } else { 0.0 }
+    /// Puts the weights of logits, relative to the most probable one's, into `weights`; 0 where min-p drops a token.
+    fn weights(&self, math: RowMath, best: Candidate, logits: &[f32], weights: &mut Vec<f32>) {
+        math.odds(logits, best.logit, self.scale, weights);
+        if self.min_p > 0.0 {
+            weights.iter_mut().for_each(|weight| *weight = if *weight >= self.min_p { *weight } else { 0.0 });
+        }
     }
 }
 
-/// Memory that draws reuse. One for each thread that samples.
+/// Memory that draws and scores reuse. One for each thread that samples.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    pub(super) math: RowMath,
+    /// Of each token of a row.
+    pub(super) odds: Vec<f32>,
     kept: Vec<Candidate>,
     kept_logits: Vec<f32>,
     /// Bucket of each token.
     buckets: Vec<u16>,
-    /// The tokens of one bucket.
-    bucket: Vec<Candidate>,
+    /// The tokens of one bucket, best first, and their weights.
+    bucket: Bucket,
     /// Sum of the weights in each bucket.
     sums: Vec<f64>,
+}
+
+/// Tokens, best first.
+#[derive(Debug, Default)]
+struct Bucket {
+    tokens: Vec<Candidate>,
+    weights: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Bucket {
+    /// Sorts its tokens and weighs them.
+    fn finish(&mut self, filter: &Filter, math: RowMath, best: Candidate) {
+        self.tokens.sort_unstable_by(Candidate::order);
+        self.logits.clear();
+        self.logits.extend(self.tokens.iter().map(|token| token.logit));
+        filter.weights(math, best, &self.logits, &mut self.weights);
+    }
+
+    /// Number of tokens from the best on whose weights reach `goal`, and their weights' sum.
+    fn cut(&self, goal: f64) -> (usize, f64) {
+        let mut sum = 0.0;
+        for (idx, weight) in self.weights.iter().enumerate() {
+            sum += f64::from(*weight);
+            if sum >= goal {
+                return (idx + 1, sum);
+            }
+        }
+        (self.weights.len(), sum)
+    }
+
+    /// The token at `goal` when the weights of the first `n_kept` are laid side by side; the last one that has any weight if
+    /// rounding puts it past the end.
+    fn point(&self, n_kept: usize, goal: f64) -> Option<Candidate> {
+        let mut sum = 0.0;
+        let mut last = None;
+        for (token, weight) in self.tokens.iter().zip(&self.weights).take(n_kept) {
+            if *weight > 0.0 {
+                sum += f64::from(*weight);
+                last = Some(*token);
+                if goal < sum {
+                    break;
+                }
+            }
+        }
+        last
+    }
 }
 
 /// The token at `draw`, a point in `[0, 1)`.
@@ -74,58 +125,27 @@ pub(super) fn draw(filter: &Filter, best: Candidate, logits: &[f32], draw: f64, 
         // An index is below the length of the row, and ids are 32 bits wide.
         return draw_bucketed(filter, best, logits, |idx| idx as u32, draw, scratch);
     };
+    if k <= FEW {
+        largest(logits, k, &mut scratch.bucket.tokens);
+        return draw_sorted(filter, best, draw, scratch);
+    }
     let mut kept = std::mem::take(&mut scratch.kept);
     largest(logits, k, &mut kept);
-    let token_id = if k <= FEW {
-        draw_sorted(filter, best, &kept, draw)
-    } else {
-        let mut kept_logits = std::mem::take(&mut scratch.kept_logits);
-        kept_logits.clear();
-        kept_logits.extend(kept.iter().map(|token| token.logit));
-        let token_id = draw_bucketed(filter, best, &kept_logits, |idx| kept[idx].token_id, draw, scratch);
-        scratch.kept_logits = kept_logits;
-        token_id
-    };
-    scratch.kept = kept;
+    let mut kept_logits = std::mem::take(&mut scratch.kept_logits);
+    kept_logits.clear();
+    kept_logits.extend(kept.iter().map(|token| token.logit));
+    let token_id = draw_bucketed(filter, best, &kept_logits, |idx| kept[idx].token_id, draw, scratch);
+    (scratch.kept, scratch.kept_logits) = (kept, kept_logits);
     token_id
 }
 
-/// Draws from few tokens, best first.
-fn draw_sorted(filter: &Filter, best: Candidate, kept: &[Candidate], draw: f64) -> u32 {
-    let weight = |candidate: &Candidate| filter.weight(best, candidate.logit);
-    let goal = filter.top_p * kept.iter().map(weight).sum::<f64>();
-    let (n_kept, total) = cut(kept, weight, goal);
-    point(&kept[..n_kept], weight, draw * total).unwrap_or(best).token_id
-}
-
-/// Number of tokens from the best on whose weights reach `goal`, and their weights' sum.
-fn cut(sorted: &[Candidate], weight: impl Fn(&Candidate) -> f64, goal: f64) -> (usize, f64) {
-    let mut sum = 0.0;
-    for (idx, candidate) in sorted.iter().enumerate() {
-        sum += weight(candidate);
-        if sum >= goal {
-            return (idx + 1, sum);
-        }
-    }
-    (sorted.len(), sum)
-}
-
-/// The token at `goal` when the weights are laid side by side; the last one that has any weight if rounding puts it past
-/// the end.
-fn point(sorted: &[Candidate], weight: impl Fn(&Candidate) -> f64, goal: f64) -> Option<Candidate> {
-    let mut sum = 0.0;
-    let mut last = None;
-    for candidate in sorted {
-        let weight = weight(candidate);
-        if weight > 0.0 {
-            sum += weight;
-            last = Some(*candidate);
-            if goal < sum {
-                break;
-            }
-        }
-    }
-    last
+/// Draws from the few tokens in the scratch's bucket.
+fn draw_sorted(filter: &Filter, best: Candidate, draw: f64, scratch: &mut Scratch) -> u32 {
+    let bucket = &mut scratch.bucket;
+    bucket.finish(filter, scratch.math, best);
+    let goal = filter.top_p * bucket.weights.iter().copied().map(f64::from).sum::<f64>();
+    let (n_kept, total) = bucket.cut(goal);
+    bucket.point(n_kept, draw * total).unwrap_or(best).token_id
 }
 
 /// Draws from many tokens, in any order. `id_of` is the token at an index of `logits`.
@@ -137,14 +157,18 @@ fn draw_bucketed(
     draw: f64,
     scratch: &mut Scratch,
 ) -> u32 {
-    let Scratch { buckets, bucket, sums, .. } = scratch;
-    put_into_buckets(filter, best, logits, buckets, sums);
-    let weight = |token: &Candidate| filter.weight(best, token.logit);
-    let fill = |bucket: &mut Vec<Candidate>, wanted: usize| {
-        bucket.clear();
-        let members = buckets.iter().enumerate().filter(|(_, bucket)| usize::from(**bucket) == wanted);
-        bucket.extend(members.map(|(idx, _)| Candidate { logit: logits[idx], token_id: id_of(idx) }));
-        bucket.sort_unstable_by(Candidate::order);
+    put_into_buckets(filter, best, logits, scratch);
+    let Scratch { math, buckets, bucket, sums, .. } = scratch;
+    let fill = |bucket: &mut Bucket, wanted: usize| {
+        bucket.tokens.clear();
+        let is_member = |(idx, place): (usize, &u16)| {
+            let logit = logits[idx];
+            // What can't be chosen is in some bucket, without weight.
+            (usize::from(*place) == wanted && logit > f32::NEG_INFINITY)
+                .then(|| Candidate { logit, token_id: id_of(idx) })
+        };
+        bucket.tokens.extend(buckets.iter().enumerate().filter_map(is_member));
+        bucket.finish(filter, *math, best);
     };
 
     // Top-p: whole buckets, then the head of the one in which the goal lies.
@@ -153,44 +177,53 @@ fn draw_bucketed(
         let goal = filter.top_p * total;
         let (cut_bucket, before) = locate(sums, |end| end >= goal);
         fill(bucket, cut_bucket);
-        let (n_kept, kept_sum) = cut(bucket, weight, goal - before);
+        let (n_kept, kept_sum) = bucket.cut(goal - before);
         total = before + kept_sum;
         if draw * total >= before {
-            return point(&bucket[..n_kept], weight, draw * total - before).unwrap_or(best).token_id;
+            return bucket.point(n_kept, draw * total - before).unwrap_or(best).token_id;
         }
     }
     let goal = draw * total;
     let (drawn_bucket, before) = locate(sums, |end| end > goal);
     fill(bucket, drawn_bucket);
-    point(bucket, weight, goal - before).unwrap_or(best).token_id
+    bucket.point(usize::MAX, goal - before).unwrap_or(best).token_id
 }
 
 /// Finds each token's bucket, and each bucket's weight.
-fn put_into_buckets(filter: &Filter, best: Candidate, logits: &[f32], buckets: &mut Vec<u16>, sums: &mut Vec<f64>) {
-    let lower = |least: f32, logit: &f32| if *logit < least && *logit > f32::NEG_INFINITY { *logit } else { least };
-    let smallest = logits.iter().fold(best.logit, lower);
-    let span = (-distance(best.logit, smallest) * filter.scale).min(FARTHEST);
-    let per_unit = if span > 0.0 { (N_BUCKETS - 1) as f64 / span } else { 0.0 };
-    let to_bucket = -filter.scale * per_unit;
+fn put_into_buckets(filter: &Filter, best: Candidate, logits: &[f32], scratch: &mut Scratch) {
+    let Scratch { math, odds: weights, buckets, sums, .. } = scratch;
+    filter.weights(*math, best, logits, weights);
+    let span = ((best.logit - smallest(best.logit, logits)) * filter.scale).min(FARTHEST);
+    let last_bucket = (N_BUCKETS - 1) as f32;
+    let per_unit = if span > 0.0 { last_bucket / span } else { 0.0 };
+    let to_bucket = filter.scale * per_unit;
     buckets.clear();
     sums.clear();
     sums.resize(N_BUCKETS, 0.0);
-    for chunk in logits.chunks(CHUNK) {
-        let mut weights = [0.0; CHUNK];
-        let mut places = [0_i32; CHUNK];
-        for ((weight, place), logit) in weights.iter_mut().zip(&mut places).zip(chunk) {
-            *weight = filter.weight(best, *logit);
-            // Saturates, also for an infinite distance.
-            *place = ((distance(best.logit, *logit) * to_bucket) as i32).min(N_BUCKETS as i32 - 1);
+    for (logits, weights) in logits.chunks(CHUNK).zip(weights.chunks(CHUNK)) {
+        let mut places = [0; CHUNK];
+        for (place, logit) in places.iter_mut().zip(logits) {
+            let distance = (best.logit - logit) * to_bucket;
+            // Not `min`, which has a case for NaN: that goes into the last bucket, like an infinite distance.
+            let distance = if distance < last_bucket { distance } else { last_bucket };
+            *place = (distance + ROUND).to_bits() as u16;
         }
-        for ((weight, place), logit) in weights.iter().zip(&places).zip(chunk) {
-            let can_be_chosen = *logit > f32::NEG_INFINITY;
-            buckets.push(if can_be_chosen { *place as u16 } else { NO_BUCKET });
-            if can_be_chosen {
-                sums[*place as usize] += weight;
-            }
+        for (place, weight) in places.iter().zip(weights) {
+            sums[usize::from(*place) % N_BUCKETS] += f64::from(*weight);
         }
+        buckets.extend_from_slice(&places[..logits.len()]);
     }
+}
+
+/// The smallest logit above minus infinity, if it is below `bound`; else `bound`.
+fn smallest(bound: f32, logits: &[f32]) -> f32 {
+    let lower = |least: f32, logit: f32| if logit < least && logit > f32::NEG_INFINITY { logit } else { least };
+    // Side by side, as vector code.
+    let mut lanes = [bound; 16];
+    for chunk in logits.chunks(lanes.len()) {
+        lanes.iter_mut().zip(chunk).for_each(|(least, logit)| *least = lower(*least, *logit));
+    }
+    lanes.into_iter().fold(bound, lower)
 }
 
 /// The first bucket with any weight whose end satisfies `reaches`, and the sum of those before it; the last one with any

@@ -4,7 +4,6 @@
 //! Draws are a function of the sequence's seed and of the token's place in the output, so that a replayed sequence goes
 //! on with the same tokens.
 
-mod exp;
 mod filter;
 pub mod penalties;
 mod score;
@@ -13,6 +12,7 @@ mod select;
 use phalanx_kernels::rng;
 use phalanx_proto::v1::SamplingParams;
 
+use self::select::Candidate;
 pub use self::{
     filter::Scratch,
     penalties::TokenCounts,
@@ -170,7 +170,9 @@ pub fn choose(
     logits: &[f32],
     scratch: &mut Scratch,
 ) -> Result<u32, SamplingError> {
-    let best = select::best(logits).ok_or(SamplingError::NoCandidate { vocab_size: logits.len() })?;
+    let best = scratch.math.largest(logits).ok_or(SamplingError::NoCandidate { vocab_size: logits.len() })?;
+    // An index is below the length of the row, and ids are 32 bits wide.
+    let best = Candidate { logit: best.0, token_id: best.1 as u32 };
     if sampling.is_greedy() || sampling.top_k == Some(1) {
         return Ok(best.token_id);
     }

@@ -2,10 +2,10 @@
 
 use phalanx_proto::v1::{TokenScore, TopToken};
 
-use super::{SamplingError, exp::exp, select};
+use super::{SamplingError, Scratch, select};
 
-/// Weights that are computed at a time, as vector code; they are added in index order.
-const CHUNK: usize = 64;
+/// Odds are added in so many sums, one after the other, so that the additions need not wait for each other.
+const LANES: usize = 8;
 
 /// Score of a token under the model.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,41 +26,49 @@ pub struct Score {
 ///
 /// # Errors
 /// [`SamplingError::UnknownToken`] if the row does not reach to the token.
-pub fn score(logits: &[f32], token_id: u32, n_top: usize) -> Result<Score, SamplingError> {
+pub fn score(logits: &[f32], token_id: u32, n_top: usize, scratch: &mut Scratch) -> Result<Score, SamplingError> {
     let index = token_id as usize;
     let logit = *logits.get(index).ok_or(SamplingError::UnknownToken { token_id, vocab_size: logits.len() })?;
-    let normalizer = Normalizer::new(logits);
-    let is_above = |other: &f32| *other > logit || logit.is_nan() && *other > f32::NEG_INFINITY;
-    let n_above = logits.iter().filter(|other| is_above(other)).count();
-    let n_equal_before = logits[..index].iter().filter(|other| **other == logit).count();
+    let normalizer = Normalizer::new(logits, scratch);
+    let n_above = if logit.is_nan() {
+        count(logits, |other| other > f32::NEG_INFINITY)
+    } else {
+        count(logits, |other| other > logit)
+    };
+    let n_equal_before = count(&logits[..index], |other| other == logit);
     let mut best = Vec::new();
     select::largest(logits, n_top.min(logits.len()), &mut best);
     Ok(Score {
         token_id,
         logprob: normalizer.logprob(logit),
-        rank: u32::try_from(n_above + n_equal_before + 1).unwrap_or(u32::MAX),
+        rank: (n_above + n_equal_before).saturating_add(1),
         top: best.iter().map(|best| (best.token_id, normalizer.logprob(best.logit))).collect(),
     })
 }
 
-/// Largest logit of a row and the logarithm of the sum of the exponentials, relative to it.
+/// Number of logits with a property. (Counting in 32 bits becomes vector code.)
+fn count(logits: &[f32], has: impl Fn(f32) -> bool) -> u32 {
+    logits.iter().map(|logit| u32::from(has(*logit))).sum()
+}
+
+/// Largest logit of a row and the logarithm of the sum of the odds beside it.
 struct Normalizer {
     max: f32,
     log_sum: f64,
 }
 
 impl Normalizer {
-    fn new(logits: &[f32]) -> Self {
-        let max = select::best(logits).map_or(f32::NEG_INFINITY, |best| best.logit);
-        let mut sum = 0.0;
-        for chunk in logits.chunks(CHUNK) {
-            let mut weights = [0.0; CHUNK];
-            for (weight, logit) in weights.iter_mut().zip(chunk) {
-                *weight = exp(distance(max, *logit));
-            }
-            weights[..chunk.len()].iter().for_each(|weight| sum += weight);
+    fn new(logits: &[f32], scratch: &mut Scratch) -> Self {
+        let Scratch { math, odds, .. } = scratch;
+        let max = math.largest(logits).map_or(f32::NEG_INFINITY, |(largest, _)| largest);
+        math.odds(logits, max, 1.0, odds);
+        let mut sums = [0.0; LANES];
+        let mut chunks = odds.chunks_exact(LANES);
+        for chunk in &mut chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, odds)| *sum += f64::from(*odds));
         }
-        Self { max, log_sum: f64::ln(sum) }
+        sums.iter_mut().zip(chunks.remainder()).for_each(|(sum, odds)| *sum += f64::from(*odds));
+        Self { max, log_sum: f64::ln(sums.iter().sum()) }
     }
 
     fn logprob(&self, logit: f32) -> f32 {
@@ -69,8 +77,7 @@ impl Normalizer {
 }
 
 /// How far a logit is below the largest one; 0 for it, also if it is infinite.
-#[inline]
-pub(super) fn distance(max: f32, logit: f32) -> f64 {
+fn distance(max: f32, logit: f32) -> f64 {
     if logit == max { 0.0 } else { f64::from(logit) - f64::from(max) }
 }
 
@@ -90,6 +97,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn score(logits: &[f32], token_id: u32, n_top: usize) -> Result<Score, SamplingError> {
+        super::score(logits, token_id, n_top, &mut Scratch::default())
+    }
 
     #[test]
     fn scores_are_those_computed_by_hand() {

@@ -24,11 +24,6 @@ pub(super) fn candidates(logits: &[f32]) -> impl Iterator<Item = Candidate> + Cl
         .map(|(token_id, logit)| Candidate { logit: *logit, token_id })
 }
 
-/// The most probable token; ties by lower id. None if no token can be chosen.
-pub(super) fn best(logits: &[f32]) -> Option<Candidate> {
-    candidates(logits).reduce(|best, next| if next.logit > best.logit { next } else { best })
-}
-
 /// Puts the `k` best tokens into `kept`, best first; all, if there are fewer.
 ///
 /// Most of a row is below the k-th best seen so far and costs one comparison; the rest is collected and thinned out now
@@ -76,7 +71,6 @@ mod tests {
             let mut got = Vec::new();
             largest(&logits, want.len(), &mut got);
             prop_assert_eq!(&got, &want);
-            prop_assert_eq!(best(&logits), want.first().copied());
             want.truncate(k);
             largest(&logits, k, &mut got);
             prop_assert_eq!(got, want);

@@ -1,7 +1,7 @@
 use phalanx_proto::v1::LogitBias;
 use proptest::prelude::*;
 
-use super::{select::Candidate, *};
+use super::*;
 
 fn sampling(temperature: f32, top_k: u32, top_p: f32, min_p: f32) -> Sampling {
     let params = SamplingParams { temperature, top_k, top_p, min_p, seed: 7, ..SamplingParams::default() };

@@ -28,7 +28,6 @@ use crate::{
         wanted::WantedRows,
     },
     model::LoadedModel,
-    sampler,
 };
 
 /// Executes plans on one rank.
@@ -62,7 +61,7 @@ struct HostScratch {
     /// Rank 0: one whole row.
     row: Vec<f32>,
     lens: Vec<usize>,
-    sampler: sampler::Scratch,
+    sampling: sampling::Scratches,
 }
 
 /// A row whose logits are wanted.
@@ -361,7 +360,8 @@ impl Executor {
             match w.purpose {
                 Purpose::Score { position } => {
                     let n_top = sequence.prompt_logprobs.unwrap_or(0);
-                    let score = sampling::score(&host.row, sequence.tokens[position], n_top)?;
+                    let score =
+                        sampling::score(&host.row, sequence.tokens[position], n_top, &mut host.sampling.sampler)?;
                     match prompt_scores.last_mut().filter(|scores| scores.sequence == w.sequence) {
                         Some(scores) => scores.scores.push(score),
                         None => prompt_scores.push(PromptScores {
@@ -371,7 +371,7 @@ impl Executor {
                         }),
                     }
                 }
-                Purpose::Sample => chosen.push(sampling::choose(sequence, &mut host.row, &mut host.sampler)?),
+                Purpose::Sample => chosen.push(sampling::choose(sequence, &mut host.row, &mut host.sampling)?),
                 Purpose::Greedy => {}
             }
         }

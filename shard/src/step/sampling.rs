@@ -39,6 +39,14 @@ impl Candidate {
     }
 }
 
+/// Memory that rows reuse.
+#[derive(Debug, Default)]
+pub(super) struct Scratches {
+    pub sampler: Scratch,
+    /// A row with penalties.
+    adjusted: Vec<f32>,
+}
+
 /// Applies penalties and biases to the logits of the vocabulary from `vocab_start` on.
 pub(super) fn adjust(sequence: &Sequence, vocab_start: usize, logits: &mut [f32]) {
     if let Some(counts) = &sequence.counts {
@@ -51,7 +59,7 @@ pub(super) fn adjust(sequence: &Sequence, vocab_start: usize, logits: &mut [f32]
 pub(super) fn choose(
     sequence: &Sequence,
     logits: &mut [f32],
-    scratch: &mut Scratch,
+    scratch: &mut Scratches,
 ) -> Result<(u32, Option<TokenScore>), SamplingError> {
     match try_to_choose(sequence, logits, scratch) {
         Err(SamplingError::NoCandidate { .. }) => Ok((NO_TOKEN, None)),
@@ -62,31 +70,38 @@ pub(super) fn choose(
 fn try_to_choose(
     sequence: &Sequence,
     logits: &mut [f32],
-    scratch: &mut Scratch,
+    scratch: &mut Scratches,
 ) -> Result<(u32, Option<TokenScore>), SamplingError> {
     let n_output = sequence.n_output() as u64;
     match sequence.logprobs {
         None => {
             adjust(sequence, 0, logits);
-            Ok((sampler::choose(&sequence.sampling, n_output, logits, scratch)?, None))
+            Ok((sampler::choose(&sequence.sampling, n_output, logits, &mut scratch.sampler)?, None))
         }
         Some(n_top) if sequence.counts.is_none() => {
-            let token = sampler::choose(&sequence.sampling, n_output, logits, scratch)?;
-            Ok((token, Some(score(logits, token, n_top)?)))
+            let token = sampler::choose(&sequence.sampling, n_output, logits, &mut scratch.sampler)?;
+            Ok((token, Some(score(logits, token, n_top, &mut scratch.sampler)?)))
         }
         Some(n_top) => {
             // Scores are of the model, not of what penalties make of it.
-            let mut adjusted = logits.to_vec();
-            adjust(sequence, 0, &mut adjusted);
-            let token = sampler::choose(&sequence.sampling, n_output, &adjusted, scratch)?;
-            Ok((token, Some(score(logits, token, n_top)?)))
+            let Scratches { sampler, adjusted } = scratch;
+            adjusted.clear();
+            adjusted.extend_from_slice(logits);
+            adjust(sequence, 0, adjusted);
+            let token = sampler::choose(&sequence.sampling, n_output, adjusted, sampler)?;
+            Ok((token, Some(score(logits, token, n_top, sampler)?)))
         }
     }
 }
 
 /// Scores a token. `logits`: raw, over the whole vocabulary.
-pub(super) fn score(logits: &[f32], token: u32, n_top: usize) -> Result<TokenScore, SamplingError> {
-    sampler::score(logits, token, n_top).map(to_wire)
+pub(super) fn score(
+    logits: &[f32],
+    token: u32,
+    n_top: usize,
+    scratch: &mut Scratch,
+) -> Result<TokenScore, SamplingError> {
+    sampler::score(logits, token, n_top, scratch).map(to_wire)
 }
 
 fn to_wire(score: Score) -> TokenScore {

@@ -217,3 +217,25 @@ pub(crate) unsafe fn argmax<S: Simd>(x: *const f32, width: usize) -> (f32, u32) 
         (x[at], at as u32)
     }
 }
+
+/// `out = exp(max((x - largest) * factor, -104))`: 0 for NaN and for what is far below the largest.
+///
+/// # Safety
+/// The CPU has `S`; pointers are valid for `len` elements.
+#[inline(always)]
+pub(crate) unsafe fn odds<S: Simd>(x: *const f32, largest: f32, factor: f32, out: *mut f32, len: usize) {
+    // SAFETY: the contract above.
+    unsafe {
+        let (whole, rest) = (len / LANES * LANES, len % LANES);
+        let of = |x: S::F| {
+            let distance = S::mul(S::sub(x, S::splat(largest)), S::splat(factor));
+            exp::<S>(S::max(distance, S::splat(EXP_RANGE[0])))
+        };
+        for k in (0..whole).step_by(LANES) {
+            S::store(out.add(k), of(S::load(x.add(k))));
+        }
+        if rest > 0 {
+            store_part::<S>(out.add(whole), of(load_part::<S>(x.add(whole), rest)), rest);
+        }
+    }
+}

@@ -175,3 +175,37 @@ fn rows_are_gathered_and_buffers_read_and_written() {
         assert_eq!(two, [10.0, 11.0]);
     }
 }
+
+#[test]
+fn odds_equal_the_reference() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    let mut random = Random(8);
+    for len in [0, 1, 15, 16, 17, 1000] {
+        for factor in [1.0, 0.3, 100.0, 1e5] {
+            for largest in [7.5, inf] {
+                let mut row = random.floats(len);
+                row.iter_mut().for_each(|x| *x = *x * 60.0 - 52.5);
+                for (x, odd) in row.iter_mut().zip([nan, largest, -inf, -3e38, -96.5, largest]) {
+                    *x = odd;
+                }
+                let want = reference::odds(&row, largest, factor);
+                for isa in Isa::available() {
+                    let mut got = vec![7.0; 3];
+                    RowMath::new(isa).odds(&row, largest, factor, &mut got);
+                    assert_same(&got, &want, isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_without_anything_has_no_largest() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    for isa in Isa::available() {
+        let math = RowMath::new(isa);
+        assert_eq!(math.largest(&[]), None);
+        assert_eq!(math.largest(&[nan, -inf]), None);
+        assert_eq!(math.largest(&[nan, -2.0, -1.0, -1.0]), Some((-1.0, 2)));
+    }
+}

@@ -8,7 +8,7 @@ mod pages;
 
 use half::{bf16, f16};
 
-use super::{CpuConfig, CpuOps, Isa};
+use super::{CpuConfig, CpuOps, Isa, RowMath};
 use crate::ops::{ActivationLevels, Buf, FixedBuf, LinearSource, Ops, Precision, WeightData};
 
 /// Seeded numbers (Steele, Lea and Flood, 2014: SplitMix64).
