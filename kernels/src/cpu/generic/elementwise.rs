@@ -227,15 +227,24 @@ pub(crate) unsafe fn odds<S: Simd>(x: *const f32, largest: f32, factor: f32, out
     // SAFETY: the contract above.
     unsafe {
         let (whole, rest) = (len / LANES * LANES, len % LANES);
-        let of = |x: S::F| {
-            let distance = S::mul(S::sub(x, S::splat(largest)), S::splat(factor));
-            exp::<S>(S::max(distance, S::splat(EXP_RANGE[0])))
-        };
         for k in (0..whole).step_by(LANES) {
-            S::store(out.add(k), of(S::load(x.add(k))));
+            S::store(out.add(k), odds_of::<S>(S::load(x.add(k)), largest, factor));
         }
         if rest > 0 {
-            store_part::<S>(out.add(whole), of(load_part::<S>(x.add(whole), rest)), rest);
+            store_part::<S>(out.add(whole), odds_of::<S>(load_part::<S>(x.add(whole), rest), largest, factor), rest);
         }
+    }
+}
+
+/// Of one vector. (Not a closure: that would not have the caller's instruction set.)
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn odds_of<S: Simd>(x: S::F, largest: f32, factor: f32) -> S::F {
+    // SAFETY: the contract above.
+    unsafe {
+        let distance = S::mul(S::sub(x, S::splat(largest)), S::splat(factor));
+        exp::<S>(S::max(distance, S::splat(EXP_RANGE[0])))
     }
 }
