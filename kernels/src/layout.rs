@@ -26,6 +26,8 @@
 mod factor;
 mod pack;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use half::{bf16, f16};
 
 use self::pack::{pack_sets, pack_step};
@@ -33,6 +35,7 @@ use crate::{
     cpu::pages::prefer_large,
     error::KernelError,
     ops::{LinearSource, Precision, WeightData},
+    parallel,
     tensor::Aligned,
 };
 
@@ -251,35 +254,49 @@ impl SetValues<'_> {
     }
 
     /// The smallest of these types and f32 that is exact. (Not all types for all layouts: each is a kernel to compile.)
-    fn scale_type(&self, types: &[Scale]) -> (Scale, Factors) {
+    fn scale_type(&self, types: &[Scale], n_threads: usize) -> (Scale, Factors) {
         let exact = |&v: &f32| f16::from_f32(v).to_f32().to_bits() == v.to_bits();
         if types.contains(&Scale::F16) && self.sets[..self.n_sets].iter().all(|(values, ..)| values.iter().all(exact)) {
             return (Scale::F16, Vec::new());
         }
         if types.contains(&Scale::Factored)
-            && let Some(factors) = self.factors()
+            && let Some(factors) = self.factors(n_threads)
         {
             return (Scale::Factored, factors);
         }
         (Scale::F32, Vec::new())
     }
 
-    fn factors(&self) -> Option<Factors> {
-        let n_heads = self.n_steps.div_ceil(STEPS_PER_HEAD);
-        let mut factors = Vec::with_capacity(self.n_out * n_heads * self.n_sets);
-        for row in 0..self.n_out {
-            for first in (0..self.n_steps).step_by(STEPS_PER_HEAD) {
-                let n = STEPS_PER_HEAD.min(self.n_steps - first);
-                for set in 0..self.n_sets {
-                    let mut values = [0.0; STEPS_PER_HEAD];
-                    for (i, value) in values[..n].iter_mut().enumerate() {
-                        *value = self.get(row, first + i, set);
-                    }
-                    factors.push(factor::factor(&values[..n])?);
+    fn factors(&self, n_threads: usize) -> Option<Factors> {
+        let per_row = self.n_steps.div_ceil(STEPS_PER_HEAD) * self.n_sets;
+        let mut factors = vec![Default::default(); self.n_out * per_row];
+        let is_exact = AtomicBool::new(true);
+        let n_rows = parallel::part_size(self.n_out, n_threads, 64);
+        let parts = factors.chunks_mut(n_rows * per_row.max(1)).enumerate();
+        parallel::for_each(n_threads, parts, |(part, factors)| {
+            for (row, factors) in (part * n_rows..).zip(factors.chunks_mut(per_row)) {
+                if !is_exact.load(Ordering::Relaxed) || self.factors_of(row, factors).is_none() {
+                    is_exact.store(false, Ordering::Relaxed);
+                    return;
                 }
             }
+        });
+        is_exact.into_inner().then_some(factors)
+    }
+
+    fn factors_of(&self, row: usize, factors: &mut [(f32, [i8; STEPS_PER_HEAD])]) -> Option<()> {
+        for (head, factors) in factors.chunks_exact_mut(self.n_sets).enumerate() {
+            let first = head * STEPS_PER_HEAD;
+            let n = STEPS_PER_HEAD.min(self.n_steps - first);
+            for (set, factor) in factors.iter_mut().enumerate() {
+                let mut values = [0.0; STEPS_PER_HEAD];
+                for (i, value) in values[..n].iter_mut().enumerate() {
+                    *value = self.get(row, first + i, set);
+                }
+                *factor = factor::factor(&values[..n])?;
+            }
         }
-        Some(factors)
+        Some(())
     }
 }
 
@@ -296,8 +313,8 @@ fn dequantize(scale: f32, quant: f32, min: Option<f32>) -> f32 {
 }
 
 impl Packed {
-    /// Packs a matrix. In [`Precision::Float32`] quantized weights become the f32 values that they stand for.
-    pub fn new(source: &LinearSource<'_>, precision: Precision) -> Result<Self, KernelError> {
+    /// Packs a matrix, on so many threads. In [`Precision::Float32`] quantized weights become the f32 values that they stand for.
+    pub fn new(source: &LinearSource<'_>, precision: Precision, n_threads: usize) -> Result<Self, KernelError> {
         check(source)?;
         let (n_out, n_in) = (source.n_out, source.n_in);
         let n_steps = n_in / GROUP;
@@ -309,23 +326,23 @@ impl Packed {
             (WeightData::F32(_), _) | (_, Precision::Float32) => (Kind::F32, sets([none; 2], 0), Vec::new()),
             (WeightData::Q4 { scales, mins, .. }, _) => {
                 let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
-                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored]);
+                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored], n_threads);
                 (Kind::Q4(scale), values, factors)
             }
             (WeightData::Q8 { quants, group: 16, scales, .. }, _) => {
                 let values = sets([(scales, 2, 0), (scales, 2, 1)], 2);
                 let is_6_bits = fit_6_bits(quants);
-                let (scale, factors) = values.scale_type(if is_6_bits { &[Scale::Factored] } else { &[] });
+                let (scale, factors) = values.scale_type(if is_6_bits { &[Scale::Factored] } else { &[] }, n_threads);
                 (if is_6_bits { Kind::Q6Half(scale) } else { Kind::Q8Half(scale) }, values, factors)
             }
             (WeightData::Q8 { quants, scales, mins: None, .. }, _) => {
                 let values = sets([(scales, 1, 0), none], 1);
-                let (scale, factors) = values.scale_type(&[Scale::F16]);
+                let (scale, factors) = values.scale_type(&[Scale::F16], n_threads);
                 (if fit_6_bits(quants) { Kind::Q6(scale) } else { Kind::Q8(scale) }, values, factors)
             }
             (WeightData::Q8 { scales, mins: Some(mins), .. }, _) => {
                 let values = sets([(scales, 1, 0), (mins, 1, 0)], 2);
-                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored]);
+                let (scale, factors) = values.scale_type(&[Scale::F16, Scale::Factored], n_threads);
                 (Kind::Q8Min(scale), values, factors)
             }
         };
@@ -342,7 +359,8 @@ impl Packed {
         packed.data = Aligned::zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;
         prefer_large(packed.data.as_mut_slice());
         let heads = packed.heads_bytes();
-        for (tile, bytes) in packed.data.as_mut_slice().chunks_exact_mut(tile_bytes).enumerate() {
+        let n_tiles = parallel::part_size(n_out.div_ceil(TILE), n_threads, 4);
+        let pack = |(tile, bytes): (usize, &mut [u8])| {
             let rows = tile * TILE..n_out.min((tile + 1) * TILE);
             for (step, bytes) in bytes[heads..].chunks_exact_mut(kind.step_bytes()).enumerate() {
                 pack_step(kind, &source.data, n_in, rows.clone(), step, &mut bytes[..kind.weight_bytes()]);
@@ -350,7 +368,11 @@ impl Packed {
             if values.n_sets > 0 {
                 pack_sets(kind, &values, &factors, rows, bytes);
             }
-        }
+        };
+        let parts = packed.data.as_mut_slice().chunks_mut(n_tiles * tile_bytes).enumerate();
+        parallel::for_each(n_threads, parts, |(part, bytes)| {
+            (part * n_tiles..).zip(bytes.chunks_exact_mut(tile_bytes)).for_each(pack);
+        });
         if let Some(values) = source.bias {
             let mut bias = Aligned::zeroed("biases", n_out.next_multiple_of(TILE))?;
             bias.as_mut_slice()[..n_out].copy_from_slice(values);

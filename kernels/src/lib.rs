@@ -8,6 +8,7 @@ pub mod error;
 mod layout;
 pub mod ops;
 pub mod pages;
+pub mod parallel;
 pub mod reference;
 pub mod rng;
 pub mod slots;

@@ -210,6 +210,11 @@ pub trait Ops: Send {
 
     // ---- memory, before the first step -----------------------------------------------------------------------------
 
+    /// Threads of the host that weights may be read and packed with.
+    fn host_threads(&self) -> usize {
+        1
+    }
+
     /// A buffer of `len` f32, zeroed.
     fn alloc(&mut self, len: usize) -> Result<Buf, KernelError>;
 

@@ -20,8 +20,8 @@ use crate::{
     tensor::Aligned,
 };
 
-/// Number of these numerics: changes whenever a result changes in a bit.
-const NUMERICS: u32 = 1;
+/// Number of these numerics: changes whenever a result, or a choice among results, changes in a bit.
+const NUMERICS: u32 = 2;
 
 /// Elements of a task of an element-wise operation.
 const ELEMENTS_PER_TASK: usize = 16_384;
@@ -65,6 +65,10 @@ impl Ops for CpuOps {
             + scratch
     }
 
+    fn host_threads(&self) -> usize {
+        self.pool.n_threads()
+    }
+
     fn alloc(&mut self, len: usize) -> Result<Buf, KernelError> {
         Ok(self.buffers.add(Aligned::zeroed("activations", len)?))
     }
@@ -78,7 +82,7 @@ impl Ops for CpuOps {
     }
 
     fn load_linear(&mut self, source: LinearSource<'_>) -> Result<Linear, KernelError> {
-        let packed = Packed::new(&source, self.precision)?;
+        let packed = Packed::new(&source, self.precision, self.host_threads())?;
         self.weights.push(packed);
         Ok(Linear { id: (self.weights.len() - 1) as u32, n_out: source.n_out, n_in: source.n_in })
     }

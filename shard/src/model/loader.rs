@@ -21,7 +21,7 @@ use crate::{
         rope,
         tensors::{LayerTensors, Loaded},
     },
-    weights::{self, OwnedWeight},
+    weights::{self, OwnedWeight, Workshop},
 };
 
 /// Bytes of the checkpoint that were read for this rank, of all that it needs.
@@ -68,8 +68,9 @@ pub fn load(
     let shape = RankShape::new(config, plan, rank);
     let total_bytes = survey(checkpoint, architecture, &shape)?.stored_bytes;
     let rope = ops.load_rope(&rope::spec(&config.rope)).map_err(|source| device("rotary embedding", source))?;
-    let mut loader =
-        Loader { checkpoint, shape: &shape, ops, progress, state: Progress { done_bytes: 0, total_bytes } };
+    let workshop = Workshop::new(ops.host_threads());
+    let state = Progress { done_bytes: 0, total_bytes };
+    let mut loader = Loader { checkpoint, shape: &shape, ops, progress, state, workshop };
     let embedding = loader.matrix(&EMBEDDING, "token_embd")?;
     let output = if config.tied_embeddings { embedding } else { loader.matrix(&OUTPUT, "output")? };
     let output_norm = RmsNorm { weight: loader.vector("output_norm.weight", 0..config.hidden)?, eps: config.norm_eps };
@@ -180,6 +181,7 @@ struct Loader<'a> {
     ops: &'a mut dyn Ops,
     progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     state: Progress,
+    workshop: Workshop,
 }
 
 impl Loader<'_> {
@@ -223,10 +225,11 @@ impl Loader<'_> {
         if let Some(info) = self.checkpoint.find(&name) {
             self.state.done_bytes += stored_bytes(info, rows.len(), cols.len());
         }
-        let weight = OwnedWeight::load(self.checkpoint, &name, rows, cols)?;
+        let weight = OwnedWeight::load(self.checkpoint, &name, rows, cols, &mut self.workshop)?;
         let source =
             weight.as_source(bias.as_deref(), self.shape.slice_width(spec.part), self.shape.activations(spec.part));
         let linear = self.ops.load_linear(source).map_err(|source| device(&name, source))?;
+        self.workshop.take_back(weight);
         self.report()?;
         Ok(Some(linear))
     }

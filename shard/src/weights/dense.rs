@@ -5,16 +5,22 @@ use phalanx_cluster::checkpoint::TensorType;
 
 use super::{Decoder, Numbers, Part};
 
-pub(super) const F32: Decoder =
-    Decoder { dtype: TensorType::F32, granularity: 1, decode: |part| Numbers::F32(decode(part, f32::from_le_bytes)) };
+pub(super) const F32: Decoder = Decoder {
+    dtype: TensorType::F32,
+    granularity: 1,
+    decode: |part, _| Numbers::F32(decode(part, f32::from_le_bytes)),
+};
 
-pub(super) const F16: Decoder =
-    Decoder { dtype: TensorType::F16, granularity: 1, decode: |part| Numbers::F16(decode(part, f16::from_le_bytes)) };
+pub(super) const F16: Decoder = Decoder {
+    dtype: TensorType::F16,
+    granularity: 1,
+    decode: |part, _| Numbers::F16(decode(part, f16::from_le_bytes)),
+};
 
 pub(super) const BF16: Decoder = Decoder {
     dtype: TensorType::Bf16,
     granularity: 1,
-    decode: |part| Numbers::Bf16(decode(part, bf16::from_le_bytes)),
+    decode: |part, _| Numbers::Bf16(decode(part, bf16::from_le_bytes)),
 };
 
 fn decode<T, const N: usize>(part: &Part<'_>, from_le_bytes: fn([u8; N]) -> T) -> Vec<T> {

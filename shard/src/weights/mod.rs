@@ -16,6 +16,7 @@ mod q6_k;
 mod q8_0;
 #[cfg(test)]
 mod tests;
+mod workshop;
 
 use std::ops::Range;
 
@@ -23,12 +24,14 @@ use half::{bf16, f16};
 use phalanx_cluster::checkpoint::{Checkpoint, CheckpointError, TensorInfo, TensorType};
 use phalanx_kernels::ops::{ActivationLevels, LinearSource, WeightData};
 
+pub use self::workshop::Workshop;
+
 /// How one tensor type becomes a layout.
 struct Decoder {
     dtype: TensorType,
     /// Columns may be cut at multiples of this: the quant group.
     granularity: usize,
-    decode: fn(&Part<'_>) -> Numbers,
+    decode: fn(&Part<'_>, &mut Workshop) -> Numbers,
 }
 
 /// Every tensor type has one.
@@ -86,7 +89,7 @@ pub struct OwnedWeight {
 
 impl OwnedWeight {
     /// Decodes `rows` x `cols` of a tensor. Columns of quantized tensors may be cut at any multiple of the quant group:
-    /// 32, or 16 for Q6_K; a K-quant's block of 256 may be cut inside.
+    /// 32, or 16 for Q6_K; a K-quant's block of 256 may be cut inside. The memory is the workshop's: [`Workshop::take_back`].
     ///
     /// # Errors
     /// If there's no such tensor, or the ranges are not inside it or cut a quant group.
@@ -95,6 +98,7 @@ impl OwnedWeight {
         name: &str,
         rows: Range<usize>,
         cols: Range<usize>,
+        workshop: &mut Workshop,
     ) -> Result<Self, CheckpointError> {
         let error = |reason| tensor_error(checkpoint, name, reason);
         let tensor = checkpoint.find(name).ok_or_else(|| error("missing".to_owned()))?;
@@ -108,7 +112,7 @@ impl OwnedWeight {
         }
         let bytes = checkpoint.rows(name, rows.clone())?;
         let part = Part { bytes: &bytes, row_bytes: tensor.row_bytes(), cols: cols.clone() };
-        Ok(Self { n_out: rows.len(), n_in: cols.len(), numbers: (decoder.decode)(&part) })
+        Ok(Self { n_out: rows.len(), n_in: cols.len(), numbers: (decoder.decode)(&part, workshop) })
     }
 
     /// Rows.
@@ -156,7 +160,7 @@ pub fn load_vector(checkpoint: &dyn Checkpoint, name: &str, range: Range<usize>)
     {
         return Err(error(format!("want a vector, the file has [{}, {}]", tensor.rows, tensor.cols)));
     }
-    match OwnedWeight::load(checkpoint, name, 0..1, range)?.numbers {
+    match OwnedWeight::load(checkpoint, name, 0..1, range, &mut Workshop::new(1))?.numbers {
         Numbers::F32(v) => Ok(v),
         Numbers::F16(v) => Ok(v.into_iter().map(f16::to_f32).collect()),
         Numbers::Bf16(v) => Ok(v.into_iter().map(bf16::to_f32).collect()),

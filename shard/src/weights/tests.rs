@@ -142,7 +142,7 @@ fn assert_same_bits(got: &[f32], want: &[f32], what: &str) {
 }
 
 fn load(checkpoint: &OneTensor, rows: Range<usize>, cols: Range<usize>) -> OwnedWeight {
-    OwnedWeight::load(checkpoint, "w", rows, cols).expect("inside the tensor")
+    OwnedWeight::load(checkpoint, "w", rows, cols, &mut Workshop::new(3)).expect("inside the tensor")
 }
 
 #[test]
@@ -202,15 +202,35 @@ fn dense_tensors_are_copied() {
 #[test]
 fn wrong_ranges_are_errors_that_name_the_tensor() {
     let checkpoint = random_tensor(TensorType::Q4K, &[0, 2]);
-    let text = |rows, cols| match OwnedWeight::load(&checkpoint, "w", rows, cols) {
+    let text = |rows, cols| match OwnedWeight::load(&checkpoint, "w", rows, cols, &mut Workshop::new(1)) {
         Ok(_) => panic!("loaded"),
         Err(error) => error.to_string(),
     };
     assert_eq!(text(0..1, 0..768), "test.gguf: tensor w: want columns 0..768, the file has 512");
     assert_eq!(text(0..1, 16..64), "test.gguf: tensor w: columns 16..64 cut a quant group of 32 (Q4K)");
     assert!(text(4..6, 0..32).contains("rows 4..6"));
-    let missing = OwnedWeight::load(&checkpoint, "v", 0..1, 0..32).expect_err("no such tensor");
+    let missing = OwnedWeight::load(&checkpoint, "v", 0..1, 0..32, &mut Workshop::new(1)).expect_err("no such tensor");
     assert_eq!(missing.to_string(), "test.gguf: tensor v: missing");
     let quantized = load_vector(&super::tests::checkpoint(TensorType::Q8_0, 1, 32, vec![0; 34]), "w", 0..32);
     assert!(quantized.expect_err("quantized").to_string().contains("must not be quantized"));
+}
+
+#[test]
+fn threads_and_used_memory_decode_the_same() {
+    let n_rows = 1000;
+    let mut used = Workshop::new(3);
+    for &(dtype, ..) in QUANTIZED {
+        let n_bytes = n_rows * 512 / dtype.block_len() * dtype.block_bytes();
+        let bytes = (0..n_bytes as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 & 0xbb).collect();
+        let checkpoint = checkpoint(dtype, n_rows, 512, bytes);
+        // The first one's memory is larger than the others need.
+        for cols in [0..512, 64..288, 256..512] {
+            let decode = |workshop: &mut Workshop| {
+                OwnedWeight::load(&checkpoint, "w", 0..n_rows, cols.clone(), workshop).expect("inside the tensor")
+            };
+            let (alone, dealt) = (decode(&mut Workshop::new(1)), decode(&mut used));
+            assert_eq!(alone, dealt, "{dtype:?} {cols:?}");
+            used.take_back(dealt);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Products, exact sums, embedding.
 
 use super::*;
+use crate::layout::Packed;
 use crate::reference;
 
 fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
@@ -301,6 +302,19 @@ fn a_second_level_of_activations_is_far_closer_to_the_exact_product() {
             };
             let (one, two) = (error(ActivationLevels::One), error(ActivationLevels::Two));
             assert!(two <= one * 0.1 + 1e-3, "kind {kind}: one level is off by {one}, two by {two}");
+        }
+    }
+}
+
+#[test]
+fn threads_pack_what_one_packs() {
+    let mut random = Random(12);
+    for kind in 0..N_KINDS {
+        let matrix = Matrix::random(&mut random, kind, 333, 64);
+        for precision in [Precision::Auto, Precision::Float32] {
+            let pack = |n_threads| Packed::new(&matrix.source(), precision, n_threads).expect("valid");
+            let (one, four) = (pack(1), pack(4));
+            assert_eq!((one.kind, one.data.as_slice()), (four.kind, four.data.as_slice()), "kind {kind}");
         }
     }
 }
