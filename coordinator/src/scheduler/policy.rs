@@ -32,7 +32,7 @@ pub fn spare_blocks(n_blocks: usize, n_running: usize) -> usize {
 
 /// How long a step may take that others' next tokens come with, as far as it is known how long rows take: who reads along
 /// should not see an answer stop.
-const STEP_TARGET: Duration = Duration::from_millis(100);
+const STEP_TARGET: Duration = Duration::from_millis(80);
 /// Rows that a step may have in any case: with fewer, prompts would cost more steps than rows.
 const LEAST_ROWS: usize = 64;
 /// A step of fewer rows says nothing of how long a row takes: reading the weights takes most of its time.
@@ -97,8 +97,8 @@ mod tests {
         time.record(1, Duration::from_secs(9));
         assert_eq!(time.rows_beside_decodes(2048), 2048, "a small step says nothing");
         time.record(2048, Duration::from_millis(2048));
-        assert_eq!(time.rows_beside_decodes(2048), 100);
-        assert_eq!(time.rows_beside_decodes(80), 80);
+        assert_eq!(time.rows_beside_decodes(2048), 80);
+        assert_eq!(time.rows_beside_decodes(70), 70);
         (0..50).for_each(|_| time.record(64, Duration::from_secs(10)));
         assert_eq!(time.rows_beside_decodes(2048), LEAST_ROWS);
         (0..99).for_each(|_| time.record(64, Duration::from_micros(64)));
