@@ -75,8 +75,8 @@ fn decode<F: BlockFormat<BYTES>, const BYTES: usize>(part: &Part<'_>, workshop: 
     let mut quants = workshop::room(F::Quant::memory(workshop), part.len());
     let mut scales = workshop::room(&mut workshop.scales, n_groups);
     let mut mins = if F::MINS { workshop::room(&mut workshop.mins, n_groups) } else { Vec::new() };
-    if per_row > 0 {
-        let n_rows = parallel::part_size(part.len() / per_row, n_threads, 64);
+    if let Some(n_rows) = part.len().checked_div(per_row) {
+        let n_rows = parallel::part_size(n_rows, n_threads, 64);
         let bytes = part.bytes.chunks(n_rows * part.row_bytes);
         let quants = quants.chunks_mut(n_rows * per_row);
         let scales = scales.chunks_mut(n_rows * groups_per_row);
