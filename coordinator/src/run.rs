@@ -214,7 +214,7 @@ impl Process {
                 }
                 view = view.changed() => self.follow(&view).await?,
                 happened = next_of(&mut self.parts) => match happened? {
-                    Notice::Serving { epoch, shards } => self.announce(epoch, &shards),
+                    Notice::Serving { epoch, shards } => self.announce(epoch, &shards).await,
                     Notice::Stuck { shard, pid } => {
                         if let Some(local) = &self.local {
                             local.kill(&shard, pid);
@@ -258,8 +258,10 @@ impl Process {
         }
     }
 
-    fn announce(&mut self, epoch: Epoch, shards: &[ShardId]) {
-        if !self.is_announced {
+    /// Says once that requests are served.
+    async fn announce(&mut self, epoch: Epoch, shards: &[ShardId]) {
+        let Some(parts) = self.parts.as_ref().filter(|_| !self.is_announced) else { return };
+        if parts.wait_serving().await {
             self.is_announced = true;
             let name = self.base.model.served.names.first().cloned().unwrap_or_default();
             println!("{}", ready_line(self.http, self.grpc, &name, epoch, shards));

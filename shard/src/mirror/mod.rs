@@ -26,7 +26,7 @@ pub use sender::Mirrors;
 pub use store::{Adopted, Progress, Store, Taking};
 
 /// Steps go first where there are too few cores.
-const NICENESS: i32 = 5;
+const NICENESS: i32 = 10;
 
 /// Gives this thread a lower priority than those that compute.
 fn give_way() {
