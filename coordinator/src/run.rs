@@ -1,5 +1,6 @@
 //! The process: opens the model, starts actors, servers and shards, waits, and ends them in order.
 
+mod announcement;
 mod gate;
 mod parts;
 mod servers;
@@ -24,6 +25,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use self::{
+    announcement::Announcement,
     parts::{Foundation, Parts},
     servers::{Servers, bind},
 };
@@ -39,6 +41,7 @@ use crate::{
         service::FeedSlot,
     },
     metrics as names, model,
+    scheduler::actor::SchedulerHandle,
     spawn::LocalShards,
 };
 
@@ -179,8 +182,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     tracing::info!(%http, %grpc, "listening");
 
     let (fatal, fatals) = mpsc::unbounded_channel();
-    let mut process =
-        Process { base, servers, parts: None, local: None, http, grpc, fatal, fatals, is_announced: false };
+    let mut process = Process {
+        base,
+        servers,
+        parts: None,
+        local: None,
+        http,
+        grpc,
+        fatal,
+        fatals,
+        announcement: Announcement::default(),
+    };
     let outcome = process.run(&mut interrupts).await;
     process.end(outcome.is_ok(), &mut interrupts).await;
     tracing::info!("ended");
@@ -199,7 +211,7 @@ struct Process {
     grpc: SocketAddr,
     fatal: mpsc::UnboundedSender<String>,
     fatals: mpsc::UnboundedReceiver<String>,
-    is_announced: bool,
+    announcement: Announcement,
 }
 
 impl Process {
@@ -214,7 +226,7 @@ impl Process {
                 }
                 view = view.changed() => self.follow(&view).await?,
                 happened = next_of(&mut self.parts) => match happened? {
-                    Notice::Serving { epoch, shards } => self.announce(epoch, &shards).await,
+                    Notice::Serving { epoch, shards } => self.prepare_announcement(epoch, &shards),
                     Notice::Stuck { shard, pid } => {
                         if let Some(local) = &self.local {
                             local.kill(&shard, pid);
@@ -222,6 +234,7 @@ impl Process {
                     }
                     Notice::GiveUp(cause) => anyhow::bail!("the model can't be served: {cause}"),
                 },
+                line = self.announcement.due() => println!("{line}"),
                 Some(cause) = self.fatals.recv() => return Err(anyhow::anyhow!(cause)),
                 ended = &mut self.servers.http => anyhow::bail!("the HTTP server has ended: {ended:?}"),
                 ended = &mut self.servers.grpc => anyhow::bail!("the gRPC server has ended: {ended:?}"),
@@ -258,14 +271,11 @@ impl Process {
         }
     }
 
-    /// Says once that requests are served.
-    async fn announce(&mut self, epoch: Epoch, shards: &[ShardId]) {
-        let Some(parts) = self.parts.as_ref().filter(|_| !self.is_announced) else { return };
-        if parts.wait_serving().await {
-            self.is_announced = true;
-            let name = self.base.model.served.names.first().cloned().unwrap_or_default();
-            println!("{}", ready_line(self.http, self.grpc, &name, epoch, shards));
-        }
+    fn prepare_announcement(&mut self, epoch: Epoch, shards: &[ShardId]) {
+        let Some(parts) = &self.parts else { return };
+        let name = self.base.model.served.names.first().cloned().unwrap_or_default();
+        let line = ready_line(self.http, self.grpc, &name, epoch, shards);
+        self.announcement.prepare(line, parts.schedulers.iter().map(SchedulerHandle::watch_readiness).collect());
     }
 
     /// Ends in order: with a standby its requests go on there, else they are waited for.

@@ -37,7 +37,7 @@ use crate::{
     scheduler::{
         actor::{SchedulerConfig, SchedulerHandle},
         event::{Limits, Recovery},
-        handle::{GroupEvent, Readiness, Submit},
+        handle::{GroupEvent, Submit},
     },
     shard_link,
 };
@@ -148,17 +148,6 @@ impl Parts {
             .with_journal(Arc::clone(&base.journal));
         base.feed.set(Some(state.streams()));
         Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, notices })
-    }
-
-    /// Waits a moment until requests are served; says whether they are. (A scheduler hears of its group a little later than
-    /// we do.)
-    pub async fn wait_serving(&self) -> bool {
-        let serves = |scheduler: &SchedulerHandle| {
-            let mut readiness = scheduler.watch_readiness();
-            Box::pin(async move { readiness.wait_for(|readiness| *readiness == Readiness::Serving).await.is_ok() })
-        };
-        let any = futures::future::select_all(self.schedulers.iter().map(serves));
-        tokio::time::timeout(CALL_LIMIT, any).await.is_ok_and(|(serves, ..)| serves)
     }
 
     /// Ends the schedulers: what still runs fails as unavailable.
