@@ -6,6 +6,7 @@
 //! - [`mirror`]: copies of KV rows at a spare.
 //! - [`offline`]: a group in one process, for tests and for [`mod@bench`].
 
+mod background;
 pub mod bench;
 mod canary;
 pub mod config;

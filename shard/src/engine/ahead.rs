@@ -18,13 +18,15 @@ use phalanx_kernels::collective::AbortFlag;
 use phalanx_proto::v1::{Form, Peer, Prepare, Prepared};
 
 use super::{
-    background::{Patience, Processors},
     checkpoints::{self, Checkpoints, Opened},
     rank::{self, EngineError, RankConfig},
     slice::{self, Key, Slices, Weights},
     worker::{Command, Envelope},
 };
-use crate::memory;
+use crate::{
+    background::{Patience, Share},
+    memory,
+};
 
 /// Share of the free memory that stays free for KV pages where their size is not given.
 const KV_RESERVE_DIVISOR: u64 = 8;
@@ -39,8 +41,8 @@ pub(super) struct Ahead {
     waiting: VecDeque<u32>,
     job: Option<Job>,
     n_jobs: u64,
-    /// What loading threads take.
-    processors: Processors,
+    /// Of the processors, for loading threads.
+    share: Share,
 }
 
 /// A loading thread at work.
@@ -82,8 +84,8 @@ enum Look {
 impl Ahead {
     /// Nothing is to be loaded. Results come back through `results`.
     pub fn new(results: mpsc::Sender<Envelope>) -> Self {
-        let processors = Processors::Idle;
-        Self { results, form: Form::default(), waiting: VecDeque::new(), job: None, n_jobs: 0, processors }
+        let share = Share::Leftovers;
+        Self { results, form: Form::default(), waiting: VecDeque::new(), job: None, n_jobs: 0, share }
     }
 
     /// Loads what `prepare` wants instead of what was wanted before. Returns what is loaded already.
@@ -131,7 +133,7 @@ impl Ahead {
             }
             Ok(Cargo::Starved) => {
                 tracing::info!(rank, "no processor is idle: loading ahead begins again with the lowest priority");
-                self.processors = Processors::Any;
+                self.share = Share::Least;
                 if let Some(rank) = rank {
                     self.waiting.push_front(rank);
                 }
@@ -153,7 +155,7 @@ impl Ahead {
             if self.job.is_none() && !self.waiting.is_empty() {
                 let form = self.form.clone();
                 // Nobody asks meanwhile whether it has waited in vain.
-                self.spawn(None, Processors::Any, move |_| checkpoints::open(&form).map(Cargo::Opened));
+                self.spawn(None, Share::Least, move |_| checkpoints::open(&form).map(Cargo::Opened));
             }
             return Vec::new();
         };
@@ -208,9 +210,9 @@ impl Ahead {
         // Its threads serve later: they must not inherit the low priority.
         let ops = slice::open_device(&key, &config.device)?;
         let checkpoint = checkpoint.clone();
-        let processors = self.processors;
-        self.spawn(Some(rank), processors, move |abort| {
-            let mut patience = (processors == Processors::Idle).then(Patience::new);
+        let share = self.share;
+        self.spawn(Some(rank), share, move |abort| {
+            let mut patience = (share == Share::Leftovers).then(Patience::new);
             let mut is_starved = || patience.as_mut().is_some_and(Patience::is_over);
             let mut progress =
                 |_| if abort.is_aborted() || is_starved() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
@@ -233,14 +235,14 @@ impl Ahead {
     fn spawn(
         &mut self,
         rank: Option<u32>,
-        processors: Processors,
+        share: Share,
         work: impl FnOnce(&AbortFlag) -> Result<Cargo, EngineError> + Send + 'static,
     ) {
         self.n_jobs += 1;
         let (number, abort) = (self.n_jobs, AbortFlag::default());
         let (results, raised) = (self.results.clone(), abort.clone());
         let body = move || {
-            processors.bind();
+            share.bind();
             let panicked = |_| Err(EngineError::OutOfOrder("loading panicked".to_owned()));
             let result = catch_unwind(AssertUnwindSafe(|| work(&raised))).unwrap_or_else(panicked);
             let command = Command::LoadedAhead(LoadedAhead { job: number, result });

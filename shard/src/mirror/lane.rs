@@ -178,7 +178,7 @@ enum End {
 
 impl Sender {
     fn run(self) {
-        super::give_way();
+        crate::background::Share::Little.bind();
         let Source { epoch, rank, .. } = self.source;
         let shard = &self.target.shard_id;
         let mut pause = FIRST_PAUSE;

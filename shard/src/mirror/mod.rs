@@ -24,12 +24,3 @@ pub use lane::Target;
 pub use receiver::Receiver;
 pub use sender::Mirrors;
 pub use store::{Adopted, Progress, Store, Taking};
-
-/// Steps go first where there are too few cores.
-const NICENESS: i32 = 10;
-
-/// Gives this thread a lower priority than those that compute.
-fn give_way() {
-    // Where it is not allowed, it runs like the others.
-    let _refused = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
-}

@@ -134,7 +134,7 @@ fn listen(listener: &TcpListener, shared: &Arc<Shared>) {
         drop(links);
         let of_thread = shared.clone();
         let body = move || {
-            super::give_way();
+            crate::background::Share::Little.bind();
             serve(&of_thread, link);
             of_thread.links().retain(|(other, _)| *other != id);
         };

@@ -371,7 +371,7 @@ fn drop_aside<T: Send + 'static>(value: Option<T>) {
     let Some(value) = value else { return };
     // Without a thread it is dropped here: the closure is.
     let _aside = thread::Builder::new().name("mirror-drop".to_owned()).spawn(move || {
-        super::give_way();
+        crate::background::Share::Little.bind();
         drop(value);
     });
 }

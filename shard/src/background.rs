@@ -10,42 +10,42 @@ use thread_priority::{
     NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
 };
 
-/// Lowest priority of a thread among others.
-const NICENESS: i32 = 19;
 /// How long a thread may have waited for a processor until waiting for an idle one is no use.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How often it is worth a look.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Which processors a background thread takes.
+/// What a background thread takes of the processors. Where the system does not allow it, the thread is as quick as others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Processors {
-    /// Such as nobody else wants. The kernel treats a processor that runs nothing but such threads as idle: whoever computes
+pub(crate) enum Share {
+    /// What nobody else wants. The kernel treats a processor that runs nothing but such threads as idle: whoever computes
     /// is placed there at once. With niceness alone two ranks were seen to share one processor for 150 ms, because a
     /// loading thread had the other.
-    Idle,
-    /// Any, with the lowest priority: where all are always busy, it is about a hundredth of one.
-    Any,
+    Leftovers,
+    /// About a hundredth of a busy one.
+    Least,
+    /// About a tenth of a busy one: what must not fall behind for ever, but never comes first.
+    Little,
 }
 
-impl Processors {
-    /// Makes it so for the calling thread. Where it is not allowed, the thread is as quick as others.
+impl Share {
+    /// Makes it so for the calling thread, and for no other.
     pub fn bind(self) {
         #[cfg(target_os = "linux")]
-        if self == Self::Idle {
+        if self == Self::Leftovers {
             let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
             match set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy) {
                 Ok(()) => return,
                 Err(error) => tracing::debug!("no SCHED_IDLE: {error:?}"),
             }
         }
-        // Of this thread only.
-        let _as_before = rustix::process::nice(NICENESS);
+        let niceness = if self == Self::Little { 10 } else { 19 };
+        let _refused = rustix::process::setpriority_process(Some(rustix::thread::gettid()), niceness);
     }
 }
 
 /// How long a thread waits for idle processors.
-pub(super) struct Patience {
+pub(crate) struct Patience {
     looked_at: Instant,
     is_over: bool,
 }
@@ -101,15 +101,16 @@ mod tests {
             (fields[16].to_owned(), fields[38].to_owned())
         };
         let before = of_this_thread();
-        let scheduler = |processors: Processors| {
+        let scheduler = |share: Share| {
             let bound = move || {
-                processors.bind();
+                share.bind();
                 of_this_thread()
             };
             std::thread::spawn(bound).join().expect("no panic")
         };
-        assert_eq!(scheduler(Processors::Idle).1, "5", "SCHED_IDLE");
-        assert_eq!(scheduler(Processors::Any), ("19".to_owned(), "0".to_owned()));
+        assert_eq!(scheduler(Share::Leftovers).1, "5", "SCHED_IDLE");
+        assert_eq!(scheduler(Share::Least), ("19".to_owned(), "0".to_owned()));
+        assert_eq!(scheduler(Share::Little), ("10".to_owned(), "0".to_owned()));
         assert_eq!(of_this_thread(), before, "other threads are as before");
     }
 }
