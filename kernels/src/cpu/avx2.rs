@@ -139,9 +139,11 @@ impl Simd for Avx2 {
     type W8 = (I, I);
 
     #[inline(always)]
-    unsafe fn i4_zero() -> I {
-        let zero = unsafe { _mm256_setzero_si256() };
-        (zero, zero)
+    unsafe fn i4_start(w: I, x: *const i8) -> I {
+        unsafe {
+            let sum = both!(_mm256_maddubs_epi16, w, splat_4(x));
+            (keep(sum.0), keep(sum.1))
+        }
     }
     #[inline(always)]
     unsafe fn w4_load(p: *const u8) -> (I, I) {
@@ -171,7 +173,8 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn i8_start(_: i32) -> I {
-        unsafe { Self::i4_zero() }
+        let zero = unsafe { _mm256_setzero_si256() };
+        (zero, zero)
     }
     #[inline(always)]
     unsafe fn w8_load(p: *const u8) -> (I, I) {

@@ -115,8 +115,8 @@ impl Simd for Avx512Vnni {
     type W8 = __m512i;
 
     #[inline(always)]
-    unsafe fn i4_zero() -> __m512i {
-        unsafe { _mm512_setzero_si512() }
+    unsafe fn i4_start(w: __m512i, x: *const i8) -> __m512i {
+        unsafe { Self::i4_dot(_mm512_setzero_si512(), w, x) }
     }
     #[inline(always)]
     unsafe fn w4_load(p: *const u8) -> (__m512i, __m512i) {

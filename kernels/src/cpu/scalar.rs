@@ -117,8 +117,9 @@ impl Simd for Scalar {
     type W8 = [u8; 64];
 
     #[inline(always)]
-    unsafe fn i4_zero() -> [i32; LANES] {
-        [0; LANES]
+    unsafe fn i4_start(w: [u8; 64], x: *const i8) -> [i32; LANES] {
+        // SAFETY: as above.
+        unsafe { Self::i4_dot([0; LANES], w, x) }
     }
     #[inline(always)]
     unsafe fn w4_load(p: *const u8) -> ([u8; 64], [u8; 64]) {

@@ -72,12 +72,13 @@ pub(crate) trait Simd {
     /// 8-bit weights, 4 per lane, prepared for products.
     type W8: Copy;
 
-    unsafe fn i4_zero() -> Self::I4;
+    /// Each lane's products of its 4 weights and the 4 activations (-127..=127) at `x`: a sum to start with.
+    unsafe fn i4_start(w: Self::W4, x: *const i8) -> Self::I4;
     /// Splits 64 bytes into low and high nibbles.
     unsafe fn w4_load(p: *const u8) -> (Self::W4, Self::W4);
     /// Writes 64 bytes, which [`Simd::w2_load`] reads again.
     unsafe fn w4_store(p: *mut u8, w: Self::W4);
-    /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 8 times a sum.
+    /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 7 times after the start.
     unsafe fn i4_dot(sum: Self::I4, w: Self::W4, x: *const i8) -> Self::I4;
     unsafe fn i4_finish(sum: Self::I4) -> Self::F;
 

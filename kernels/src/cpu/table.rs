@@ -5,12 +5,12 @@ use super::{
     generic::{
         attention::{self, AttentionTask},
         elementwise,
-        linear::{self, LinearTask},
+        linear::{self, Apart, FixedSums, LinearTask},
         packed::{Factored, ScaleF16, ScaleF32},
         quantize::{self, QuantPlace},
         quantized::{Q4, Q6, Q6Half, Q8, Q8Half},
         store,
-        tile::{Bf16, Dense, F16, F32, Tile},
+        tile::{Bf16, Dense, F16, F32, Inputs, Sums, Tile, Weights},
     },
     isa::Isa,
     scalar::Scalar,
@@ -82,6 +82,36 @@ macro_rules! kernels {
             $(#[$features])?
             unsafe fn linear_of<K: Tile>(task: &LinearTask) {
                 unsafe { linear::linear::<$simd, K>(task) }
+            }
+            impl Apart for $simd {
+                #[inline(always)]
+                unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>) {
+                    unsafe { sums_of::<K, R, T>(w, x, out) }
+                }
+                #[inline(always)]
+                unsafe fn fixed<K: Tile, const R: usize, const T: usize>(
+                    w: Weights,
+                    x: Inputs,
+                    steps_per_slice: usize,
+                    out: &mut FixedSums<R, T>,
+                ) {
+                    unsafe { fixed_of::<K, R, T>(w, x, steps_per_slice, out) }
+                }
+            }
+            $(#[$features])?
+            #[inline(never)]
+            unsafe fn sums_of<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>) {
+                unsafe { linear::sums::<$simd, K, R, T>(w, x, out) }
+            }
+            $(#[$features])?
+            #[inline(never)]
+            unsafe fn fixed_of<K: Tile, const R: usize, const T: usize>(
+                w: Weights,
+                x: Inputs,
+                steps_per_slice: usize,
+                out: &mut FixedSums<R, T>,
+            ) {
+                unsafe { linear::fixed::<$simd, K, R, T>(w, x, steps_per_slice, out) }
             }
             fn linear(kind: Kind) -> LinearFn {
                 match kind {

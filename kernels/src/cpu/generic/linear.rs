@@ -1,7 +1,7 @@
 //! Products of activations and weights: blocks of rows times tiles, and what becomes of the sums.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
+use std::{hint::black_box, ops::Range};
 
 use super::{
     super::simd::{LANES, Line, Simd},
@@ -16,6 +16,70 @@ pub(crate) enum Out {
     Floats(*mut f32),
     /// As fixed-point numbers, slice by slice and the bias as one more, `[n_rows, n_out]`.
     Fixed(*mut i64),
+}
+
+/// [`sums`] and [`fixed`] as functions of their own: their loops need every register there is, and what is around them would
+/// take some.
+pub(crate) trait Apart: Simd {
+    /// # Safety
+    /// As [`sums`].
+    unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>);
+
+    /// # Safety
+    /// As [`fixed`].
+    unsafe fn fixed<K: Tile, const R: usize, const T: usize>(
+        w: Weights,
+        x: Inputs,
+        steps_per_slice: usize,
+        out: &mut FixedSums<R, T>,
+    );
+}
+
+/// Fixed-point sums of `T` tiles for `R` rows.
+pub(crate) type FixedSums<const R: usize, const T: usize> = Line<[[[i64; LANES]; R]; T]>;
+
+/// Sums of `T` tiles for a block of `R` rows.
+///
+/// # Safety
+/// The CPU has `S`; `w` and `x` hold all steps.
+#[inline(always)]
+pub(crate) unsafe fn sums<S: Simd, K: Tile, const R: usize, const T: usize>(
+    w: Weights,
+    x: Inputs,
+    out: &mut Sums<R, T>,
+) {
+    // SAFETY: the contract above.
+    unsafe { K::sums::<S, R, T>(w, x, 0..w.n_steps, out) }
+}
+
+/// Adds to `out` the sums of each slice of `T` tiles for a block of `R` rows.
+///
+/// # Safety
+/// As [`sums`]; a slice has at least one step.
+#[inline(always)]
+pub(crate) unsafe fn fixed<S: Simd, K: Tile, const R: usize, const T: usize>(
+    w: Weights,
+    x: Inputs,
+    steps_per_slice: usize,
+    out: &mut FixedSums<R, T>,
+) {
+    let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
+    let mut step = 0;
+    while step < w.n_steps {
+        let end = w.n_steps.min(step + steps_per_slice);
+        // Else the compiler carries the numbers from slice to slice in registers that it does not have.
+        let out = black_box(&mut *out);
+        // SAFETY: the contract above.
+        unsafe {
+            K::sums::<S, R, T>(w, x, step..end, &mut slice);
+            for t in 0..T {
+                for r in 0..R {
+                    S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
+                }
+            }
+        }
+        step = end;
+    }
 }
 
 /// Part of a product: some tiles of the weights times some blocks of rows.
@@ -54,6 +118,13 @@ impl LinearTask {
         Weights { tile: first, tile_bytes: self.tile_bytes, n_steps: self.n_steps }
     }
 
+    /// The first column of a tile's outputs, and how many there are.
+    #[inline(always)]
+    fn columns(&self, tile: usize) -> (usize, usize) {
+        let first = tile * LANES;
+        (first, LANES.min(self.n_out - first))
+    }
+
     /// The activations of the block that begins with row `first_row`.
     ///
     /// # Safety
@@ -74,7 +145,7 @@ const GROUP_BYTES: usize = 256 << 10;
 /// # Safety
 /// The CPU has `S`; pointers are valid for what the task's shapes say; nobody else touches the task's outputs.
 #[inline(always)]
-pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
+pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
     let mut blocks = task.row_blocks.clone();
     if K::UNPACKS && !task.unpacked.is_null() {
         let n_full = (task.n_rows / S::ROWS).min(blocks.end);
@@ -107,7 +178,7 @@ pub(crate) unsafe fn linear<S: Simd, K: Tile>(task: &LinearTask) {
 /// # Safety
 /// As [`linear`]; `task.unpacked` has room for a tile, and nobody else touches it.
 #[inline(always)]
-unsafe fn unpacked<S: Simd, K: Tile>(task: &LinearTask, blocks: Range<usize>) {
+unsafe fn unpacked<S: Apart, K: Tile>(task: &LinearTask, blocks: Range<usize>) {
     for tile in task.tiles.clone() {
         // SAFETY: the contract above. Arms but that of `ROWS` are never taken.
         unsafe {
@@ -130,7 +201,7 @@ unsafe fn unpacked<S: Simd, K: Tile>(task: &LinearTask, blocks: Range<usize>) {
 /// # Safety
 /// As [`linear`]; a block of `R` rows begins with `first_row`.
 #[inline(always)]
-unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
+unsafe fn row_block<S: Apart, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
     // SAFETY: the contract above.
     let x = unsafe { task.inputs::<K>(first_row) };
     let mut tile = task.tiles.start;
@@ -152,55 +223,49 @@ unsafe fn row_block<S: Simd, K: Tile, const R: usize>(task: &LinearTask, first_r
 /// # Safety
 /// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `w` are `T` tiles from `first_tile` on.
 #[inline(always)]
-unsafe fn tiles<S: Simd, K: Tile, const R: usize, const T: usize>(
+unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
     task: &LinearTask,
     w: Weights,
     x: Inputs,
     first_row: usize,
     first_tile: usize,
 ) {
-    let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
-    let n_numbers = task.n_steps.div_ceil(task.steps_per_slice.max(1)) + usize::from(!task.bias.is_null());
-    let start = S::FIXED_EXCESS.wrapping_mul(n_numbers as i64).wrapping_neg();
-    let mut fixed = Line([[[start; LANES]; R]; T]);
-    let mut step = 0;
     // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
     unsafe {
-        while step < task.n_steps {
-            let n_steps = task.steps_per_slice.min(task.n_steps - step);
-            K::sums::<S, R, T>(w, x, step..step + n_steps, &mut sums);
-            step += n_steps;
-            if let Out::Fixed(_) = task.out {
+        match task.out {
+            Out::Floats(out) => {
+                let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
+                S::sums::<K, R, T>(w, x, &mut sums);
                 for t in 0..T {
+                    let (column, n) = task.columns(first_tile + t);
                     for r in 0..R {
-                        S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(sums.0[t][r].as_ptr()));
-                    }
-                }
-            }
-        }
-        for t in 0..T {
-            let column = (first_tile + t) * LANES;
-            let n = LANES.min(task.n_out - column);
-            for r in 0..R {
-                let at = (first_row + r) * task.n_out + column;
-                match task.out {
-                    Out::Fixed(out) => {
-                        if !task.bias.is_null() {
-                            S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(task.bias.add(column)));
-                        }
-                        out.add(at).copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n);
-                    }
-                    Out::Floats(out) => {
+                        let at = out.add((first_row + r) * task.n_out + column);
                         let mut v = S::load(sums.0[t][r].as_ptr());
                         if !task.bias.is_null() {
                             v = S::add(v, S::load(task.bias.add(column)));
                         }
                         if n == LANES {
-                            S::store(out.add(at), v);
+                            S::store(at, v);
                         } else {
                             S::store(sums.0[t][r].as_mut_ptr(), v);
-                            out.add(at).copy_from_nonoverlapping(sums.0[t][r].as_ptr(), n);
+                            at.copy_from_nonoverlapping(sums.0[t][r].as_ptr(), n);
                         }
+                    }
+                }
+            }
+            Out::Fixed(out) => {
+                let n_numbers = task.n_steps.div_ceil(task.steps_per_slice.max(1)) + usize::from(!task.bias.is_null());
+                let start = S::FIXED_EXCESS.wrapping_mul(n_numbers as i64).wrapping_neg();
+                let mut fixed: FixedSums<R, T> = Line([[[start; LANES]; R]; T]);
+                S::fixed::<K, R, T>(w, x, task.steps_per_slice, &mut fixed);
+                for t in 0..T {
+                    let (column, n) = task.columns(first_tile + t);
+                    for r in 0..R {
+                        let at = out.add((first_row + r) * task.n_out + column);
+                        if !task.bias.is_null() {
+                            S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(task.bias.add(column)));
+                        }
+                        at.copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n);
                     }
                 }
             }

@@ -157,8 +157,7 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
         let x = Step::<R>(x);
         // SAFETY: the trait's contract.
         unsafe {
-            let mut sums = [S::i4_zero(); R];
-            q4_chunk::<S, N, R>(at, x, 0, &mut sums);
+            let mut sums = q4_start::<S, N, R>(at, x);
             q4_chunk::<S, N, R>(at, x, 1, &mut sums);
             q4_chunk::<S, N, R>(at, x, 2, &mut sums);
             q4_chunk::<S, N, R>(at, x, 3, &mut sums);
@@ -169,6 +168,26 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
                 acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
         }
+    }
+}
+
+/// The products of the first 8 inputs.
+///
+/// # Safety
+/// The CPU has `S`; weights and activations lie there.
+#[inline(always)]
+unsafe fn q4_start<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>) -> [S::I4; R] {
+    // SAFETY: the contract above.
+    unsafe {
+        let (low, high) = N::load::<S>(at.quants, 0);
+        let mut sums = [S::i4_start(low, x.quants(0)); R];
+        for r in 0..R {
+            if r > 0 {
+                sums[r] = S::i4_start(low, x.quants(r));
+            }
+            sums[r] = S::i4_dot(sums[r], high, x.quants(r).add(4));
+        }
+        sums
     }
 }
 
