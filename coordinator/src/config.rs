@@ -5,6 +5,7 @@
 
 mod flags;
 mod join_token;
+mod security;
 #[cfg(test)]
 mod tests;
 
@@ -29,7 +30,10 @@ pub use self::{
     flags::{CollectiveChoice, Dtype, Flags, KvMirror},
     join_token::JoinToken,
 };
-use crate::admin::http::AdminHttp;
+use crate::{
+    admin::http::AdminHttp,
+    security::{SecurityConfig, tls::SslFiles},
+};
 
 /// What the process runs with.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,6 +50,8 @@ pub struct Config {
     pub http_address: SocketAddr,
     /// Where gRPC listens.
     pub grpc_address: SocketAddr,
+    /// Whether the gRPC port may be reached from elsewhere without certificates.
+    pub insecure_cluster: bool,
     /// Most sequences at the same time.
     pub max_num_seqs: u32,
     /// Most rows in a step.
@@ -102,6 +108,10 @@ pub struct Config {
     pub kv_mirror: KvMirror,
     /// What shards must know to join; `None`: nothing.
     pub join_token: Option<JoinToken>,
+    /// Who may ask, and how much.
+    pub security: SecurityConfig,
+    /// What clients are shown; `None`: plain text.
+    pub ssl: Option<SslFiles>,
     /// What coordinators and shards show each other; `None`: plain text.
     pub cluster_tls: Option<ClusterTls>,
     /// Host under which others reach this coordinator; `None`: an address of this machine.
@@ -210,7 +220,8 @@ fn within(option: &'static str, value: u32, least: u32, most: u32) -> Result<u32
 
 impl Config {
     /// Fills in defaults and checks.
-    pub fn resolve(flags: Flags, machine: &Machine) -> Result<Self, ConfigError> {
+    pub fn resolve(mut flags: Flags, machine: &Machine) -> Result<Self, ConfigError> {
+        let (security, ssl) = (security::resolve(&mut flags)?, security::certificates(&mut flags)?);
         let model = flags.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if model.trim().is_empty() {
             return Err(wrong("model", "\"\"", "want a file, a folder, hf:ORG/REPO, pypi:PACKAGE or an alias"));
@@ -220,8 +231,12 @@ impl Config {
         let local_shards = flags.local_shards.unwrap_or(replicas * tensor_parallel_size);
         let local_shards = within("local-shards", local_shards, 0, 256)?;
         let host = flags.host.unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string());
-        let address: IpAddr = if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() }
-            .map_err(|_| wrong("host", &host, "want an IP address such as 127.0.0.1, 0.0.0.0 or ::"))?;
+        let parsed = |option, host: &str| -> Result<IpAddr, ConfigError> {
+            if host == "localhost" { Ok(Ipv4Addr::LOCALHOST.into()) } else { host.parse() }
+                .map_err(|_| wrong(option, host, "want an IP address such as 127.0.0.1, 0.0.0.0 or ::"))
+        };
+        let address = parsed("host", &host)?;
+        let grpc_ip = flags.grpc_host.as_deref().map_or(Ok(address), |host| parsed("grpc-host", host))?;
         let (port, grpc_port) = (flags.port.unwrap_or(8000), flags.grpc_port.unwrap_or(50051));
         if port == grpc_port && port != 0 {
             return Err(wrong("grpc-port", grpc_port, "is --port too: give two different ones"));
@@ -274,8 +289,26 @@ impl Config {
         let regroup_after = within("regroup-after", flags.regroup_after.unwrap_or(30), 0, 86_400)?;
         let join_token = JoinToken::from_flags(flags.join_token, flags.join_token_file)?;
         let cluster_tls = ClusterTls::read(flags.cluster_ca, flags.cluster_cert, flags.cluster_key)?;
-        if let Some(tls) = &cluster_tls {
-            Self::dialer_of(tls)?;
+        let insecure_cluster = flags.insecure_cluster.unwrap_or(false);
+        match &cluster_tls {
+            Some(tls) => drop(Self::dialer_of(tls)?),
+            None if grpc_ip.to_canonical().is_loopback() || insecure_cluster => {}
+            None => {
+                let option = if flags.grpc_host.is_some() { "grpc-host" } else { "host" };
+                let reason = "the gRPC port would let everybody who reaches it read and administrate the cluster: give it \
+                              certificates (--cluster-ca, --cluster-cert, --cluster-key; `coordinator certs init` makes \
+                              them), or let it listen on this machine only (--grpc-host 127.0.0.1), or say that the \
+                              network can be trusted (--insecure-cluster)";
+                return Err(wrong(option, grpc_ip, reason));
+            }
+        }
+        if let Some(SslFiles { client_ca: Some(file), .. }) = &ssl
+            && cluster_tls.is_none()
+            && !embedded
+        {
+            let reason = "coordinators that pass requests on to each other must show a certificate too: give them \
+                          --cluster-ca, --cluster-cert and --cluster-key";
+            return Err(wrong("ssl-ca-certs", file.display(), reason));
         }
         let leader_ttl_ms = within("leader-ttl-ms", flags.leader_ttl_ms.unwrap_or(3000), 500, 600_000)?;
         let advertise_host = match flags.advertise_host {
@@ -312,7 +345,8 @@ impl Config {
             replicas,
             local_shards,
             http_address: SocketAddr::new(address, port),
-            grpc_address: SocketAddr::new(address, grpc_port),
+            grpc_address: SocketAddr::new(grpc_ip, grpc_port),
+            insecure_cluster,
             max_num_seqs: max_num_seqs.min(max_num_batched_tokens),
             max_num_batched_tokens,
             max_model_len,
@@ -346,6 +380,8 @@ impl Config {
             regroup_after: (regroup_after > 0).then(|| Duration::from_secs(u64::from(regroup_after))),
             kv_mirror: flags.kv_mirror.unwrap_or_default(),
             join_token,
+            security,
+            ssl,
             cluster_tls,
             advertise_host,
             leader_ttl: Duration::from_millis(u64::from(leader_ttl_ms)),
@@ -375,6 +411,8 @@ impl Config {
             local_shards: Some(self.local_shards),
             host: Some(self.http_address.ip().to_string()),
             port: Some(self.http_address.port()),
+            grpc_host: Some(self.grpc_address.ip().to_string()),
+            insecure_cluster: Some(self.insecure_cluster),
             grpc_port: Some(self.grpc_address.port()),
             max_num_seqs: Some(self.max_num_seqs),
             max_num_batched_tokens: Some(self.max_num_batched_tokens),
@@ -414,7 +452,7 @@ impl Config {
             admin_http: Some(self.admin_http),
             shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),
             log_level: Some(self.log_level.clone()),
-            ..Flags::default()
+            ..security::to_flags(&self.security, self.ssl.as_ref())
         }
     }
 

@@ -18,6 +18,7 @@ pub mod routing;
 pub mod run;
 pub mod scheduler;
 pub mod scores;
+pub mod security;
 pub mod sequence;
 pub mod served_model;
 pub mod shard_link;

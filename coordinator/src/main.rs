@@ -5,7 +5,7 @@ use std::{ffi::OsString, path::Path, process::ExitCode};
 use phalanx_coordinator::{
     certs,
     cluster_cli::{self, CLUSTER},
-    run,
+    run, security,
     spawn::SHARD,
 };
 
@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         Some(CLUSTER) => cluster_cli::main_from(args.into_iter().skip(1)),
         // `coordinator rollout restart` and the like.
         Some(word) if cluster_cli::is_command(word.as_ref()) => cluster_cli::main_from(args),
+        Some("key") => security::cli::main_from(args.into_iter().skip(1)),
         Some("certs") => certs::main_from(args.into_iter().skip(1)),
         _ => run::main_from(args),
     }

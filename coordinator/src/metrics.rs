@@ -50,6 +50,18 @@ pub const STALL: &str = "phalanx_stall_seconds";
 pub const MIRROR_LAG: &str = "phalanx_mirror_lag_steps";
 /// Messages of an old epoch that were dropped.
 pub const FENCED: &str = "phalanx_fenced_messages_total";
+/// Requests without a key that is in force, by `reason`.
+pub const DENIED: &str = "phalanx_denied_requests_total";
+/// Requests refused by a key's limit, by `limit`.
+pub const RATE_LIMITED: &str = "phalanx_rate_limited_requests_total";
+/// Files (keys, certificates) that were read again because they changed, by what they are (`of`).
+pub const RELOADS: &str = "phalanx_reloads_total";
+/// Such files that could not be used: what was before stays in force.
+pub const RELOAD_FAILURES: &str = "phalanx_reload_failures_total";
+/// Whether the audit log can't be written.
+pub const AUDIT_FAILING: &str = "phalanx_audit_failing";
+/// Requests that have no line in it.
+pub const AUDIT_LOST: &str = "phalanx_audit_lost_lines_total";
 
 /// Tells the recorder all names, units and help texts.
 pub fn describe() {
@@ -81,4 +93,10 @@ pub fn describe() {
     );
     describe_gauge!(MIRROR_LAG, Unit::Count, "Steps whose KV rows the mirrors lack; NaN while nobody has a whole copy");
     describe_counter!(FENCED, Unit::Count, "Messages of an old epoch that were dropped");
+    describe_counter!(DENIED, Unit::Count, "Requests without a key that is in force, by reason");
+    describe_counter!(RATE_LIMITED, Unit::Count, "Requests refused by a key's limit, by limit");
+    describe_gauge!(AUDIT_FAILING, Unit::Count, "1 while the audit log can't be written");
+    describe_counter!(AUDIT_LOST, Unit::Count, "Requests that have no line in the audit log");
+    describe_counter!(RELOADS, Unit::Count, "Files read again because they changed, by what they are");
+    describe_counter!(RELOAD_FAILURES, Unit::Count, "Changed files that can't be used: the old ones stay in force");
 }

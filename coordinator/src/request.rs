@@ -153,6 +153,9 @@ pub enum RequestError {
         /// Losses without a token between them.
         losses: u32,
     },
+    /// The key under which it ran was revoked.
+    #[error("the API key of this request was revoked")]
+    Revoked,
     /// The client does not read its answer.
     #[error("more than {limit} bytes of the answer were left unread")]
     Unread {

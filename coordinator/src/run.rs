@@ -2,6 +2,7 @@
 
 mod announcement;
 mod gate;
+mod incoming;
 mod parts;
 mod servers;
 
@@ -42,6 +43,7 @@ use crate::{
     },
     metrics as names, model,
     scheduler::actor::SchedulerHandle,
+    security::{Security, tls::ServingTls},
     spawn::LocalShards,
 };
 
@@ -49,6 +51,8 @@ use crate::{
 const ACTOR_LOG: &str = "ractor=warn";
 /// Threads beside those of shards: heartbeats must go on while requests are parsed.
 const LEAST_THREADS: usize = 4;
+/// Longest wait for the last lines of the audit log.
+const AUDIT_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for a standby to say that it is there.
 const STANDBY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -123,10 +127,25 @@ impl Interrupts {
     }
 }
 
+/// Where there is an audit log, SIGHUP says that it was moved away.
+fn follow_hangups(security: &Arc<Security>) -> anyhow::Result<()> {
+    let Some(audit) = security.audit().cloned() else { return Ok(()) };
+    let mut hangups = signal(SignalKind::hangup()).context("SIGHUP can't be watched")?;
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            audit.reopen();
+        }
+    });
+    Ok(())
+}
+
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut interrupts = Interrupts::new()?;
     let files = connections::raise_file_limit();
     tracing::debug!(files, "limit of open files");
+    let security = Security::start(&config.security)?;
+    follow_hangups(&security)?;
+    let tls = ServingTls::start(config.ssl.as_ref(), config.cluster_tls.as_ref())?;
     // Before a model is fetched for minutes: is there room for us at all?
     let (http_listener, http) = bind("port", config.http_address)?;
     let (grpc_listener, grpc) = bind("grpc-port", config.grpc_address)?;
@@ -160,6 +179,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     metrics::gauge!(names::IS_LEADER).set(0.0);
     let leadership = LeadershipHandle::start(LeadershipConfig {
         me: CoordinatorRecord {
+            http_speaks_tls: config.ssl.is_some(),
             grpc_speaks_tls: config.cluster_tls.is_some(),
             ..address::record(config.advertise_host.as_deref(), http, grpc)
         },
@@ -175,7 +195,18 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let journal = Arc::new(ReplicatedJournal::new(Retention::of(&config)));
     tokio::spawn(Arc::clone(&journal).forget_in_time());
     let dialer = config.dialer()?;
-    let base = Foundation { config, store, model, dialer, metrics, leadership, journal, feed: FeedSlot::default() };
+    let base = Foundation {
+        config,
+        store,
+        model,
+        dialer,
+        metrics,
+        leadership,
+        journal,
+        security,
+        tls,
+        feed: FeedSlot::default(),
+    };
     tokio::spawn(follower::follow(base.dialer.clone(), base.leadership.clone(), base.journal.clone()));
     let servers = Servers::start(&base, http_listener, grpc_listener)?;
     println!("phalanx listening http://{http} grpc://{grpc}");
@@ -319,6 +350,9 @@ impl Process {
         }
         self.base.leadership.resign().await;
         self.servers.abort();
+        if let Some(audit) = self.base.security.audit() {
+            audit.flush(AUDIT_LIMIT).await;
+        }
     }
 }
 

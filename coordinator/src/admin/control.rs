@@ -161,10 +161,9 @@ impl Progress {
 fn not_leading(view: &View) -> AdminError {
     // One that leads no longer may not know of another yet.
     let other = view.leader.as_ref().filter(|leader| !leader.record.is_same_life(&view.me));
-    AdminError::NotLeader(other.map(|leader| LeaderAddress {
-        http: format!("http://{}", leader.record.http_address),
-        grpc: leader.record.grpc_url(),
-    }))
+    AdminError::NotLeader(
+        other.map(|leader| LeaderAddress { http: leader.record.http_url(), grpc: leader.record.grpc_url() }),
+    )
 }
 
 #[tonic::async_trait]

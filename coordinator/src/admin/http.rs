@@ -1,6 +1,6 @@
 //! `/admin/*` over HTTP.
 //!
-//! There is no login yet, so by default only this machine is served: the peer's address must be a loopback one, the
+//! Not everybody has API keys, so by default only this machine is served, keys or not: the peer's address must be a loopback one, the
 //! `Host` an address or `localhost` (a name could be anybody's, pointed here), and the request none that a web page
 //! makes (those carry `Origin`) or that a proxy passes on and says so.
 

@@ -7,7 +7,12 @@ use std::{error::Error, fmt, time::Duration};
 
 use phalanx_cluster::error_text::with_causes;
 use phalanx_proto::dial::Dialer;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{
+    Code, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::Channel,
+};
 
 use crate::leadership::standby::LEADER_METADATA;
 
@@ -100,23 +105,49 @@ fn advice(status: &Status) -> &'static str {
     }
 }
 
+/// A connection over which every call shows the API key, if there is one.
+pub(super) type Line = InterceptedService<Channel, Bearer>;
+
+/// An API key, as calls show it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Bearer {
+    /// `None` if the key can't stand in a header.
+    pub(super) fn new(key: &str) -> Option<Self> {
+        let mut value: MetadataValue<Ascii> = format!("Bearer {key}").parse().ok()?;
+        value.set_sensitive(true);
+        Some(Self(Some(value)))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(key) = &self.0 {
+            request.metadata_mut().insert("authorization", key.clone());
+        }
+        Ok(request)
+    }
+}
+
 /// The coordinators that were named.
 #[derive(Debug, Clone)]
 pub(super) struct Coordinators {
     urls: Vec<Url>,
     dialer: Dialer,
+    bearer: Bearer,
 }
 
 impl Coordinators {
     /// In the order in which they are to be tried. With certificates all are dialled over TLS, whatever their URLs say.
-    pub(super) fn new(urls: Vec<Url>, dialer: Dialer) -> Self {
-        Self { urls: urls.into_iter().map(|url| url.dialled(&dialer)).collect(), dialer }
+    pub(super) fn new(urls: Vec<Url>, dialer: Dialer, bearer: Bearer) -> Self {
+        Self { urls: urls.into_iter().map(|url| url.dialled(&dialer)).collect(), dialer, bearer }
     }
 
     /// Makes a call to the first coordinator that answers, or to the one that it names as leader.
     ///
     /// What `call` does must be harmless to do twice: a coordinator may die before its answer arrives.
-    pub(super) async fn ask<T>(&self, call: impl AsyncFn(Channel) -> Result<T, Status>) -> Result<T, CallError> {
+    pub(super) async fn ask<T>(&self, call: impl AsyncFn(Line) -> Result<T, Status>) -> Result<T, CallError> {
         let mut tried = Vec::new();
         for url in &self.urls {
             let status = match self.attempt(url, &call).await {
@@ -136,7 +167,7 @@ impl Coordinators {
         Err(CallError::Nobody(tried))
     }
 
-    async fn attempt<T>(&self, url: &Url, call: impl AsyncFn(Channel) -> Result<T, Status>) -> Result<T, Status> {
+    async fn attempt<T>(&self, url: &Url, call: impl AsyncFn(Line) -> Result<T, Status>) -> Result<T, Status> {
         let endpoint = self
             .dialer
             .endpoint(&url.0)
@@ -151,7 +182,7 @@ impl Coordinators {
             status.set_source(std::sync::Arc::new(e));
             status
         })?;
-        call(channel).await
+        call(InterceptedService::new(channel, self.bearer.clone())).await
     }
 
     fn reason(&self, status: &Status) -> String {

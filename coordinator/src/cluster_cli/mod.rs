@@ -31,6 +31,7 @@ use self::connect::{CallError, Coordinators, DEFAULT_COORDINATOR};
 pub const CLUSTER: &str = "cluster";
 
 const COORDINATOR: &str = "coordinator";
+const API_KEY: &str = "api-key";
 const CLUSTER_CA: &str = "cluster-ca";
 const CLUSTER_CERT: &str = "cluster-cert";
 const CLUSTER_KEY: &str = "cluster-key";
@@ -112,7 +113,14 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 async fn run(mut matches: ArgMatches) -> Result<(), CliError> {
     let urls: Vec<connect::Url> = matches.remove_many(COORDINATOR).map(Iterator::collect).unwrap_or_default();
-    let coordinators = Coordinators::new(urls.clone(), dialer(&mut matches, &urls)?);
+    let bearer = match matches.remove_one::<String>(API_KEY) {
+        Some(key) => connect::Bearer::new(&key).ok_or_else(|| {
+            let reason = format!("--{API_KEY}: want visible ASCII characters\n");
+            clap::Error::raw(ErrorKind::ValueValidation, reason)
+        })?,
+        None => connect::Bearer::default(),
+    };
+    let coordinators = Coordinators::new(urls.clone(), dialer(&mut matches, &urls)?, bearer);
     let (name, options) = matches.remove_subcommand().expect("clap asks for a command");
     let command = COMMANDS.iter().find(|c| (c.spec)().get_name() == name).expect("clap knows these commands only");
     (command.run)(options, coordinators).await
@@ -161,6 +169,15 @@ fn spec() -> clap::Command {
                 .default_value(DEFAULT_COORDINATOR)
                 .value_parser(connect::Url::parse)
                 .help("gRPC addresses of coordinators, as http://HOST:PORT; the first that answers is asked"),
+        )
+        .arg(
+            Arg::new(API_KEY)
+                .long(API_KEY)
+                .global(true)
+                .env("PHALANX_API_KEY")
+                .hide_env_values(true)
+                .value_name("KEY")
+                .help("Key of an admin, where coordinators need one and are shown no certificate"),
         )
         .arg(file_option(
             CLUSTER_CA,

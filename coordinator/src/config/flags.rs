@@ -14,7 +14,7 @@ use figment::{
 use serde::{Deserialize, Serialize};
 
 use super::{ByteSize, ConfigError, wrong};
-use crate::admin::http::AdminHttp;
+use crate::{admin::http::AdminHttp, security::audit::OnError};
 
 /// Variables that other parts of the program read.
 const OTHER_VARIABLES: &[&str] =
@@ -34,6 +34,7 @@ const OTHER_VARIABLES: &[&str] =
                   `coordinator shard --help` shows the options of a shard, which is the same program under another name.\n\
                   `coordinator cluster --help` shows and changes a running cluster: status, drain, undrain, rollout, plan.\n\
                   `coordinator certs --help` makes certificates for the cluster's own connections.\n\
+                  `coordinator key --help` makes, lists and revokes API keys.\n\
                   `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
@@ -84,6 +85,21 @@ pub struct Flags {
     #[arg(long, env = "PHALANX_GRPC_PORT", value_name = "PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc_port: Option<u16>,
+
+    /// IP address on which gRPC listens; any but this machine's own needs --cluster-ca, --cluster-cert and --cluster-key, or
+    /// --insecure-cluster [default: that of --host]
+    #[arg(long, env = "PHALANX_GRPC_HOST", value_name = "ADDRESS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grpc_host: Option<String>,
+
+    /// Let the gRPC port be reached from elsewhere without certificates: everybody who reaches it can read what the cluster
+    /// computes, administrate it and, without a join token, join it [default: false]
+    #[arg(
+        long, env = "PHALANX_INSECURE_CLUSTER", value_name = "BOOL",
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub insecure_cluster: Option<bool>,
 
     /// Most sequences that run at the same time [default: 256]
     #[arg(long, env = "PHALANX_MAX_NUM_SEQS", value_name = "N")]
@@ -275,6 +291,85 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_key: Option<PathBuf>,
 
+    /// Key that clients must send (Authorization: Bearer KEY); repeat it for several. They may do everything but
+    /// administrate; better in a file, which other users can't see [default: everybody may ask]
+    #[arg(long, env = "PHALANX_API_KEY", value_name = "KEY", hide_env_values = true, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key: Option<Vec<String>>,
+
+    /// File of keys, each with its limits and its role, one of which clients must send; `coordinator key --help` makes it.
+    /// Its changes count within a second
+    #[arg(long, env = "PHALANX_API_KEYS", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_keys: Option<PathBuf>,
+
+    /// Keys of an issuer of tokens (JWT with RS256, ES256 or EdDSA), a file or an https:// address of a JSON Web Key Set:
+    /// clients may send its tokens instead of keys. Read again when the file changes, or every five minutes
+    #[arg(long, env = "PHALANX_JWKS", value_name = "URL|FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwks: Option<String>,
+
+    /// Whom tokens must be issued for (claim aud) [default: anybody; not recommended]
+    #[arg(long, env = "PHALANX_JWT_AUDIENCE", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_audience: Option<String>,
+
+    /// Who must have issued tokens (claim iss) [default: whoever has the keys]
+    #[arg(long, env = "PHALANX_JWT_ISSUER", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_issuer: Option<String>,
+
+    /// Claim that is "admin", or has it in a list, in tokens of those who may administrate [default: role]
+    #[arg(long, env = "PHALANX_JWT_ROLE_CLAIM", value_name = "CLAIM")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jwt_role_claim: Option<String>,
+
+    /// File that gets a line of JSON for every request: time, key, address, endpoint, model, tokens, status, duration; no
+    /// prompts and answers [default: none]
+    #[arg(long, env = "PHALANX_AUDIT_LOG", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_log: Option<PathBuf>,
+
+    /// Size at which the audit log is renamed to FILE.1 and begun anew [default: 100MiB]
+    #[arg(long, env = "PHALANX_AUDIT_MAX_BYTES", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_max_bytes: Option<ByteSize>,
+
+    /// How many of those are kept [default: 10]
+    #[arg(long, env = "PHALANX_AUDIT_KEEP", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_keep: Option<u32>,
+
+    /// What happens to requests while the audit log can't be written: they are refused (503), or run unrecorded
+    /// [default: refuse]
+    #[arg(long, env = "PHALANX_AUDIT_ON_ERROR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_on_error: Option<OnError>,
+
+    /// Record prompts and answers too [default: false]
+    #[arg(
+        long, env = "PHALANX_AUDIT_CONTENT", value_name = "BOOL",
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit_content: Option<bool>,
+
+    /// PEM file with the certificate that clients are shown, and those between it and its authority: HTTP, and gRPC with
+    /// clients, speak TLS 1.2 or 1.3. Read again when it changes [default: plain text]
+    #[arg(long, env = "PHALANX_SSL_CERTFILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// PEM file with that certificate's key
+    #[arg(long, env = "PHALANX_SSL_KEYFILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssl_keyfile: Option<PathBuf>,
+
+    /// PEM file with authorities: clients, probes among them, must show a certificate of one of them [default: none needed]
+    #[arg(long, env = "PHALANX_SSL_CA_CERTS", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssl_ca_certs: Option<PathBuf>,
+
     /// Where shards, clients and other coordinators reach this one: a host name or an address [default: the --host
     /// address; where that means all, the first that is not for this machine alone]
     #[arg(long, env = "PHALANX_ADVERTISE_HOST", value_name = "HOST")]
@@ -286,8 +381,8 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub leader_ttl_ms: Option<u32>,
 
-    /// Whose requests to /admin/* are taken over HTTP, which knows no login yet: those of this machine (local), nobody's
-    /// (off: behind a proxy on this machine), or everybody's (all) [default: local]
+    /// Whose requests to /admin/* are taken over HTTP: those of this machine (local), nobody's (off: behind a proxy on this
+    /// machine), or everybody's (all); where there are API keys, of those whose key has the role admin [default: local]
     #[arg(long, env = "PHALANX_ADMIN_HTTP")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub admin_http: Option<AdminHttp>,

@@ -49,7 +49,17 @@ fn defaults_are_filled_in() {
 
 #[test]
 fn flags_are_taken() {
-    let args = ["m.gguf", "-tp", "3", "--kv-cache-memory", "512MiB", "--no-enable-prefix-caching", "--host", "::"];
+    let args = [
+        "m.gguf",
+        "-tp",
+        "3",
+        "--kv-cache-memory",
+        "512MiB",
+        "--no-enable-prefix-caching",
+        "--host",
+        "::",
+        "--insecure-cluster",
+    ];
     let config = resolve(&args).unwrap();
     assert_eq!((config.model.as_str(), config.tensor_parallel_size, config.local_shards), ("m.gguf", 3, 3));
     assert_eq!(config.kv_cache_memory, Some(512 << 20));
@@ -83,6 +93,39 @@ fn contradictions_are_refused() {
     assert!(refused(&["--log-level", "a=b=c"]).contains("log-level"));
     assert!(refused(&["--cluster-ca", "/does/not/exist"]).contains("--cluster-cert and --cluster-key too"));
     assert!(refused(&["--tensor-paralel-size", "1"]).contains("--tensor-parallel-size"));
+}
+
+#[test]
+fn the_grpc_port_is_not_open_by_mistake() {
+    for host in ["0.0.0.0", "::", "10.0.0.5"] {
+        let reason = refused(&["--host", host]);
+        assert!(reason.starts_with(&format!("--host {host}: ")) && reason.contains("--insecure-cluster"), "{reason}");
+        assert!(resolve(&["--host", host, "--insecure-cluster"]).is_ok());
+        let apart = resolve(&["--host", host, "--grpc-host", "127.0.0.1"]).unwrap();
+        assert_eq!(apart.grpc_address.to_string(), "127.0.0.1:50051");
+        assert_eq!(apart.http_address.ip().to_string(), host);
+    }
+    assert!(refused(&["--grpc-host", "0.0.0.0"]).starts_with("--grpc-host 0.0.0.0: "));
+    assert!(resolve(&["--host", "127.0.0.9"]).is_ok() && resolve(&["--host", "::1"]).is_ok());
+    assert!(refused(&["--host", "0.0.0.0", "--insecure-cluster=false"]).contains("certs init"));
+}
+
+#[test]
+fn keys_and_certificates_are_checked() {
+    let config = resolve(&["--api-key", "one", "--api-key", "two", "m.gguf"]).unwrap();
+    assert_eq!((config.security.api_keys.keys().len(), config.model.as_str()), (2, "m.gguf"));
+    assert!(config.security.is_closed() && !resolve(&[]).unwrap().security.is_closed());
+    assert!(!format!("{config:?}").contains("\"one\""), "keys are not logged");
+    assert!(refused(&["--api-key", ""]).contains("--api-key (secret)"));
+    assert!(refused(&["--api-key", "x", "--api-key", "x"]).contains("distinct"));
+    assert!(resolve(&["--api-keys", "keys.json"]).unwrap().security.is_closed());
+    assert!(refused(&["--ssl-certfile", "c.pem"]).contains("--ssl-keyfile"));
+    assert!(refused(&["--ssl-keyfile", "k.pem"]).contains("--ssl-certfile"));
+    assert!(refused(&["--ssl-ca-certs", "ca.pem"]).contains("--ssl-certfile"));
+    let both = ["--ssl-certfile", "c.pem", "--ssl-keyfile", "k.pem", "--ssl-ca-certs", "ca.pem"];
+    assert!(resolve(&both).is_ok());
+    let shared = [&both[..], &["--store", "etcd://h:1"]].concat();
+    assert!(refused(&shared).contains("--cluster-ca"));
 }
 
 #[test]

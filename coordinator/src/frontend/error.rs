@@ -6,10 +6,13 @@ use axum::{
     Json,
     response::{IntoResponse, Response},
 };
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
 
-use crate::request::RequestError;
+use crate::{
+    request::RequestError,
+    security::{admission::NotAdmitted, audit::NotRecorded, keys::Denied, limits::Refused},
+};
 
 /// How long clients should wait before they try again when there are no shards.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -157,6 +160,29 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, format!("internal error: {reason}"))
     }
 
+    /// The path is for those who administrate.
+    pub fn forbidden(path: &str) -> Self {
+        let message = format!("{} needs a key whose role is admin", shorten(path));
+        Self { code: Some("insufficient_permissions"), ..Self::new(StatusCode::FORBIDDEN, message) }
+    }
+
+    /// What it says.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// When it is worth to try again, and what else stands in the head of an answer.
+    pub fn set_headers(&self, headers: &mut HeaderMap) {
+        if let Some(after) = self.retry_after {
+            // Whole seconds, and never too early.
+            let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+    }
+
     /// HTTP status.
     pub fn status(&self) -> StatusCode {
         self.status
@@ -165,6 +191,8 @@ impl ApiError {
     /// The object that clients parse, in a body or in an event of a stream.
     pub fn object(&self) -> ErrorObject<'_> {
         let r#type = match self.status {
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
             StatusCode::GATEWAY_TIMEOUT => "timeout_error",
@@ -185,6 +213,42 @@ fn shorten(name: &str) -> String {
     }
 }
 
+impl From<Denied> for ApiError {
+    fn from(denied: Denied) -> Self {
+        Self { code: Some("invalid_api_key"), ..Self::new(StatusCode::UNAUTHORIZED, denied.to_string()) }
+    }
+}
+
+impl From<NotRecorded> for ApiError {
+    fn from(error: NotRecorded) -> Self {
+        Self { code: Some("not_recorded"), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()) }
+    }
+}
+
+impl From<Refused> for ApiError {
+    fn from(refused: Refused) -> Self {
+        let code = Some("rate_limit_exceeded");
+        match &refused {
+            Refused::Later { retry_after, .. } => {
+                let retry_after = Some(*retry_after);
+                Self { code, retry_after, ..Self::new(StatusCode::TOO_MANY_REQUESTS, refused.to_string()) }
+            }
+            // To send it again would be in vain: no status that clients try again after.
+            Refused::Never { .. } => Self { code, ..Self::new(StatusCode::BAD_REQUEST, refused.to_string()) },
+        }
+    }
+}
+
+impl From<NotAdmitted> for ApiError {
+    fn from(error: NotAdmitted) -> Self {
+        match error {
+            NotAdmitted::Limit(refused) => refused.into(),
+            NotAdmitted::Prompt { .. } => Self::about("prompt", "context_length_exceeded", error.to_string()),
+            NotAdmitted::Output { .. } => Self::about("max_tokens", "invalid_value", error.to_string()),
+        }
+    }
+}
+
 impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         if let RequestError::Internal(reason) = &error {
@@ -196,6 +260,7 @@ impl From<RequestError> for ApiError {
             RequestError::TooLarge { .. } => (StatusCode::BAD_REQUEST, Some("context_length_exceeded")),
             RequestError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Some("unavailable")),
             RequestError::Poison { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("request_poison")),
+            RequestError::Revoked => (StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
             RequestError::Unread { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("answer_unread")),
             RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
@@ -211,9 +276,7 @@ impl From<RequestError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.object())).into_response();
-        if let Some(after) = self.retry_after {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
-        }
+        self.set_headers(response.headers_mut());
         response
     }
 }
@@ -221,6 +284,8 @@ impl IntoResponse for ApiError {
 impl From<ApiError> for tonic::Status {
     fn from(error: ApiError) -> Self {
         let code = match error.status {
+            StatusCode::UNAUTHORIZED => tonic::Code::Unauthenticated,
+            StatusCode::FORBIDDEN => tonic::Code::PermissionDenied,
             StatusCode::NOT_FOUND => tonic::Code::NotFound,
             StatusCode::CONFLICT => tonic::Code::Aborted,
             StatusCode::TOO_MANY_REQUESTS => tonic::Code::ResourceExhausted,

@@ -3,22 +3,25 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
-use futures::{Stream, StreamExt, stream::SelectAll};
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::SelectAll};
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 
 use super::{
     FrontendState,
     error::ApiError,
+    observe::Record,
     streams::run::{Attachment, Read},
 };
 use crate::{
     request::{Finish, Output, Request, RequestError, RequestEvent, Usage},
     scheduler::handle::{RequestStream, Submit},
+    security::admission::Admission,
 };
 
 /// Several prompts being continued.
@@ -30,6 +33,8 @@ pub struct Generation {
     is_over: bool,
     /// What [`Generation::settle`] has read.
     first: Option<Progress>,
+    /// Whose answer it is.
+    record: Option<Arc<Record>>,
 }
 
 /// Events of all prompts as they come, with their prompt's index.
@@ -61,10 +66,20 @@ impl From<Broken> for ApiError {
 }
 
 /// Submits a request per prompt. If one is refused, none runs.
-pub fn submit_each(submit: &dyn Submit, requests: Vec<Request>) -> Result<PromptEvents, RequestError> {
+pub fn submit_each(
+    submit: &dyn Submit,
+    requests: Vec<Request>,
+    admission: Option<Arc<Admission>>,
+) -> Result<PromptEvents, RequestError> {
     let mut events = SelectAll::new();
     for (prompt_idx, request) in requests.into_iter().enumerate() {
-        events.push(Events { prompt_idx, stream: Some(submit.submit(request)?) });
+        let n_prompt = request.prompt.len();
+        let stream = Some(submit.submit(request)?);
+        if let Some(admission) = &admission {
+            admission.take(n_prompt);
+        }
+        let revoked = admission.as_ref().map(|admission| admission.revoked().boxed());
+        events.push(Events { prompt_idx, stream, admission: admission.clone(), revoked });
     }
     Ok(events)
 }
@@ -92,11 +107,15 @@ pub enum Progress {
 
 impl FrontendState {
     /// Submits requests that all ask for the same number of choices. If one is refused, none runs.
-    pub(super) fn submit_all(&self, requests: Vec<Request>) -> Result<Generation, ApiError> {
+    pub(super) fn submit_all(
+        &self,
+        requests: Vec<Request>,
+        admission: Option<Arc<Admission>>,
+    ) -> Result<Generation, ApiError> {
         let n = requests.first().map_or(1, |request| request.n);
         let n_prompts = requests.len();
-        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests)?);
-        Ok(Generation { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None })
+        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests, admission)?);
+        Ok(Generation { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None, record: None })
     }
 
     /// When a request that arrived then must be answered: the server's own deadline, or an earlier one.
@@ -110,7 +129,13 @@ impl Generation {
     /// Reads the run under a key from its beginning.
     pub fn attached(attachment: Attachment, n_prompts: usize, n: u32) -> Self {
         let source = Source::Attached(attachment);
-        Self { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None }
+        Self { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None, record: None }
+    }
+
+    /// Notes what it says in a request's record.
+    #[must_use]
+    pub fn recorded(self, record: Arc<Record>) -> Self {
+        Self { record: Some(record), ..self }
     }
 
     /// Waits a little for the first thing that happens: a failure is told here, everything else by [`Generation::next`].
@@ -165,7 +190,13 @@ impl Generation {
             };
             match event {
                 RequestEvent::PromptScored(scores) => return Some(Ok(Progress::PromptScored { prompt_idx, scores })),
-                RequestEvent::Output(output) => return Some(Ok(Progress::Output { prompt_idx, output })),
+                RequestEvent::Output(output) => {
+                    if let Some(account) = self.record.as_ref().and_then(|record| record.account()) {
+                        let choice = Self::choice_index(self.n, prompt_idx, &output);
+                        account.answered(choice, &output.text, output.token_ids.len());
+                    }
+                    return Some(Ok(Progress::Output { prompt_idx, output }));
+                }
                 RequestEvent::Finished(usage) => {
                     self.usage.prompt_tokens += usage.prompt_tokens;
                     self.usage.completion_tokens += usage.completion_tokens;
@@ -239,19 +270,31 @@ pub struct Collection {
 pub struct Events {
     prompt_idx: usize,
     stream: Option<RequestStream>,
+    /// What the request's key has given it, until its end.
+    admission: Option<Arc<Admission>>,
+    /// Ends if that is taken away.
+    revoked: Option<BoxFuture<'static, ()>>,
 }
 
 impl Stream for Events {
     type Item = (usize, RequestEvent);
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let Some(stream) = &mut self.stream else { return Poll::Ready(None) };
+        let this = &mut *self;
+        let Some(stream) = &mut this.stream else { return Poll::Ready(None) };
         let gone = || RequestEvent::Failed(RequestError::Internal("the scheduler is gone".to_owned()));
-        let event = ready!(stream.events.poll_recv(context)).unwrap_or_else(gone);
-        if matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_)) {
-            self.stream = None;
+        let is_revoked = this.revoked.as_mut().is_some_and(|revoked| revoked.as_mut().poll(context).is_ready());
+        let event = match is_revoked {
+            true => RequestEvent::Failed(RequestError::Revoked),
+            false => ready!(stream.events.poll_recv(context)).unwrap_or_else(gone),
+        };
+        if let (RequestEvent::Output(output), Some(admission)) = (&event, &this.admission) {
+            admission.take(output.token_ids.len());
         }
-        Poll::Ready(Some((self.prompt_idx, event)))
+        if matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_)) {
+            (this.stream, this.admission, this.revoked) = (None, None, None);
+        }
+        Poll::Ready(Some((this.prompt_idx, event)))
     }
 }
 

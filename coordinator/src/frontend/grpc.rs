@@ -35,7 +35,13 @@ use super::{
         position::{Place, Position},
     },
 };
-use crate::request::{Finish, Request};
+use crate::{
+    request::{Finish, Request},
+    security::{
+        audit::{Account, Origin},
+        keys::Principal,
+    },
+};
 
 pub mod health;
 
@@ -80,12 +86,22 @@ impl InferenceService {
         Self { state }
     }
 
+    /// Who calls, where keys are needed; the call counts.
+    fn principal(&self, metadata: &MetadataMap) -> Result<Option<Arc<Principal>>, ApiError> {
+        let principal = self.state.security.authenticate(metadata.as_ref())?;
+        if let Some(principal) = &principal {
+            self.state.security.count_request(principal)?;
+        }
+        Ok(principal)
+    }
+
     async fn submit(
         &self,
         call: GenerateRequest,
         keyed: Option<&Keyed>,
         id: String,
         deadline: Option<Instant>,
+        record: &Record,
     ) -> Result<Generation, ApiError> {
         if let Some((generation, _)) = self.state.known(keyed)? {
             return Ok(generation);
@@ -104,7 +120,8 @@ impl InferenceService {
             params.request(id, field, ids, &state.model, deadline)
         };
         let request = self.state.blocking(prepare).await?;
-        let (generation, _) = self.state.begin(keyed, Prepared { requests: vec![request], has_seed, reply: None })?;
+        let prepared = Prepared { requests: vec![request], has_seed, reply: None };
+        let (generation, _) = self.state.begin(keyed, prepared, record)?;
         Ok(generation)
     }
 }
@@ -193,20 +210,32 @@ impl Inference for InferenceService {
         });
         let request_id = request_id.cloned().unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
         let span = tracing::info_span!("request", endpoint = ENDPOINT, request_id);
-        let record = Record::begin(ENDPOINT.to_owned(), "cancelled", span.clone());
+        let record = Arc::new(Record::begin(ENDPOINT.to_owned(), "cancelled", span.clone()));
         let failed = |error: ApiError| {
             let status = Status::from(error);
             record.end(code_name(status.code()));
             status
         };
+        if let Some(audit) = self.state.security.audit() {
+            let origin = Origin::new(metadata.as_ref(), request_id.clone(), "gRPC", ENDPOINT);
+            let ticket = audit.ticket().await.map_err(|error| failed(error.into()))?;
+            record.audit(Account::new(audit, ticket, origin));
+        }
+        let principal = self.principal(&metadata).map_err(failed)?;
+        if let Some(principal) = &principal {
+            record.identify(Arc::clone(principal));
+        }
         let deadline = self.state.deadline(arrived_at, own.map_err(failed)?);
         // Hashing a long prompt takes a core for a while.
         let keying = self.state.blocking(move |_| Ok((keyed(&call, &metadata)?, call)));
         let (keyed, call) = keying.await.map_err(failed)?;
-        let submitted = self.submit(call, keyed.as_ref(), request_id.clone(), deadline).instrument(span).await;
+        let keyed = keyed.map(|keyed| keyed.owned_by(principal.as_deref()));
+        let submitted = self.submit(call, keyed.as_ref(), request_id.clone(), deadline, &record);
+        let submitted = submitted.instrument(span).await;
         let generation = submitted.map_err(failed)?;
         let walked = vec![Place::default(); generation.n_choices()];
         let has = keyed.map(|keyed| keyed.has).unwrap_or_default();
+        let generation = generation.recorded(Arc::clone(&record));
         let answer = Answer { generation, request_id, walked, has, record };
         let (sender, receiver) = mpsc::channel(UNREAD_MESSAGES);
         tokio::spawn(answer.send(sender, self.state.limits.write_timeout));
@@ -222,7 +251,7 @@ struct Answer {
     walked: Vec<Place>,
     /// What the client had when it called.
     has: Position,
-    record: Record,
+    record: Arc<Record>,
 }
 
 impl Answer {
@@ -329,7 +358,7 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 }
 
 /// A code as metrics show it: `deadline_exceeded`.
-fn code_name(code: Code) -> String {
+pub fn code_name(code: Code) -> String {
     let mut name = String::new();
     for letter in format!("{code:?}").chars() {
         if letter.is_ascii_uppercase() && !name.is_empty() {

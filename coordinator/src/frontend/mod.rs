@@ -7,7 +7,9 @@
 pub mod chat;
 pub mod completions;
 pub mod connections;
+pub mod door;
 pub mod error;
+pub mod family;
 pub mod fields;
 pub mod forward;
 pub mod generation;
@@ -40,7 +42,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use crate::{
-    config::Config, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, served_model::ServedModel,
+    config::Config, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, security::Security,
+    served_model::ServedModel,
 };
 use error::ApiError;
 use streams::{Streams, registry::Retention};
@@ -101,6 +104,7 @@ pub struct FrontendState {
     limits: Arc<Limits>,
     metrics: PrometheusHandle,
     streams: Arc<Streams>,
+    security: Arc<Security>,
     /// Parsing, rendering and tokenizing take a core: no more of it at once than there are cores.
     encoders: Arc<Semaphore>,
     /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
@@ -119,6 +123,7 @@ impl FrontendState {
             streams: Arc::new(Streams::new(limits.retention, Arc::default())),
             limits: Arc::new(limits),
             metrics,
+            security: Arc::default(),
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
         }
@@ -128,6 +133,12 @@ impl FrontendState {
     #[must_use]
     pub fn with_journal(self, journal: Arc<ReplicatedJournal>) -> Self {
         Self { streams: Arc::new(Streams::new(self.limits.retention, journal)), ..self }
+    }
+
+    /// Lets those in who have a key, as far as it goes.
+    #[must_use]
+    pub fn with_security(self, security: Arc<Security>) -> Self {
+        Self { security, ..self }
     }
 
     /// Requests that can be resumed.
@@ -181,6 +192,7 @@ pub fn http_router(state: FrontendState) -> Router {
             |method: Method, uri: Uri| async move { ApiError::wrong_method(&method, uri.path()) },
         )
         .layer(DefaultBodyLimit::max(state.limits.max_body_bytes))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state.security), door::count))
         .layer(middleware::from_fn(observe::observe))
         .with_state(state)
 }

@@ -13,7 +13,10 @@ use axum::{
 use http::{HeaderName, HeaderValue, Method};
 use tracing::{Instrument, Span};
 
-use crate::metrics as names;
+use crate::{
+    metrics as names,
+    security::{audit::Account, keys::Principal},
+};
 
 /// Clients name their requests with this header; the answer repeats the name.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -31,13 +34,16 @@ pub struct Record {
     outcome: OnceLock<String>,
     is_stream: OnceLock<()>,
     span: Span,
+    principal: OnceLock<Arc<Principal>>,
+    account: OnceLock<Account>,
 }
 
 impl Record {
     /// A request has arrived. `abandoned` is its status if nobody sets another.
     pub fn begin(endpoint: String, abandoned: &'static str, span: Span) -> Self {
         let arrived_at = Instant::now();
-        Self { endpoint, abandoned, arrived_at, outcome: OnceLock::new(), is_stream: OnceLock::new(), span }
+        let (outcome, is_stream, principal, account) = Default::default();
+        Self { endpoint, abandoned, arrived_at, outcome, is_stream, span, principal, account }
     }
 
     /// When it arrived.
@@ -55,6 +61,31 @@ impl Record {
         let _ = self.outcome.set(status.into());
     }
 
+    /// Somebody with a key has sent it; the first word counts.
+    pub fn identify(&self, principal: Arc<Principal>) {
+        let _ = self.principal.set(principal);
+    }
+
+    /// The endpoint that it is for, as metrics name it.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// It will have a line in the audit log; the first word counts.
+    pub fn audit(&self, account: Account) {
+        let _ = self.account.set(account);
+    }
+
+    /// What is noted of it for the audit log, if there is one.
+    pub fn account(&self) -> Option<&Account> {
+        self.account.get()
+    }
+
+    /// Who has sent it, where keys are needed.
+    pub fn principal(&self) -> Option<&Arc<Principal>> {
+        self.principal.get()
+    }
+
     /// The answer is a stream: its end is told by [`Record::end`], not by the answer's status.
     pub fn begin_stream(&self) {
         let _ = self.is_stream.set(());
@@ -64,6 +95,10 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         let status = self.outcome.take().unwrap_or_else(|| self.abandoned.to_owned());
+        if let Some(account) = self.account.take() {
+            let key = self.principal.get().map(|principal| principal.name.clone());
+            account.close(key, &status, self.arrived_at.elapsed());
+        }
         let elapsed = self.arrived_at.elapsed().as_secs_f64();
         self.span.in_scope(|| tracing::debug!(status, seconds = elapsed, "request ended"));
         let endpoint = std::mem::take(&mut self.endpoint);
@@ -86,6 +121,7 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     } else {
         tracing::info_span!("request", endpoint, request_id = name)
     };
+    request.headers_mut().insert(REQUEST_ID, request_id.clone());
     let record = Arc::new(Record::begin(endpoint, CLIENT_GONE, span.clone()));
     request.extensions_mut().insert(Arc::clone(&record));
     let mut response = next.run(request).instrument(span).await;

@@ -60,6 +60,7 @@ impl FrontendState {
         prepare: impl FnOnce(&Self, &JsonBody, Call) -> Result<Prepared, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
         let keyed = self.keyed(endpoint, headers, &body).await?;
+        let keyed = keyed.map(|keyed| keyed.owned_by(record.principal().map(Arc::as_ref)));
         let deadline = self.deadline(record.arrived_at(), None);
         let (generation, reply) = match self.known(keyed.as_ref())? {
             Some(joined) => joined,
@@ -67,7 +68,7 @@ impl FrontendState {
                 let made = || uuid::Uuid::new_v4().simple().to_string();
                 let call = Call { name: keyed.as_ref().map_or_else(made, Keyed::name), deadline };
                 let prepared = self.blocking(move |state| prepare(state, &body, call)).await?;
-                self.begin(keyed.as_ref(), prepared)?
+                self.begin(keyed.as_ref(), prepared, &record)?
             }
         };
         let reply = reply.ok_or_else(|| ApiError::internal("the answer has no form"))?;
@@ -96,6 +97,7 @@ impl FrontendState {
         has: Option<Position>,
         record: Arc<Record>,
     ) -> Result<Response, ApiError> {
+        generation = generation.recorded(Arc::clone(&record));
         if reply.delivery() == Delivery::Whole {
             return Ok(reply.whole(generation.collect().await?));
         }

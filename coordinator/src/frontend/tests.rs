@@ -5,3 +5,4 @@ mod completions;
 mod endpoints;
 mod errors;
 pub(super) mod fake;
+mod security;

@@ -22,6 +22,7 @@ pub fn record(host: Option<&str>, http: SocketAddr, grpc: SocketAddr) -> Coordin
         coordinator_id: grpc_address.clone(),
         http_address: at(http.port()),
         grpc_address,
+        http_speaks_tls: false,
         grpc_speaks_tls: false,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         incarnation: uuid::Uuid::new_v4().as_u64_pair().0,

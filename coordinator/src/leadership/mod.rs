@@ -31,6 +31,9 @@ pub struct CoordinatorRecord {
     /// HOST:PORT where clients and other coordinators reach its HTTP API.
     #[serde(default)]
     pub http_address: String,
+    /// Whether that wants TLS.
+    #[serde(default)]
+    pub http_speaks_tls: bool,
     /// HOST:PORT where clients, shards and other coordinators reach its gRPC services.
     #[serde(default)]
     pub grpc_address: String,
@@ -52,6 +55,11 @@ impl CoordinatorRecord {
     /// Whether this is the very same process.
     pub fn is_same_life(&self, other: &Self) -> bool {
         self.coordinator_id == other.coordinator_id && self.incarnation == other.incarnation
+    }
+
+    /// URL of its HTTP API.
+    pub fn http_url(&self) -> String {
+        format!("{}://{}", if self.http_speaks_tls { "https" } else { "http" }, self.http_address)
     }
 
     /// URL of its gRPC services.

@@ -39,6 +39,7 @@ use crate::{
         event::{Limits, Recovery},
         handle::{GroupEvent, Submit},
     },
+    security::{Security, tls::ServingTls},
     shard_link,
 };
 
@@ -67,6 +68,10 @@ pub struct Foundation {
     pub metrics: PrometheusHandle,
     /// Says who leads.
     pub leadership: LeadershipHandle,
+    /// Who may ask, and how much.
+    pub security: Arc<Security>,
+    /// What clients and the cluster are shown.
+    pub tls: Arc<ServingTls>,
     /// What former leaders said of their requests.
     pub journal: Arc<ReplicatedJournal>,
     /// What this leader says of its own.
@@ -145,6 +150,7 @@ impl Parts {
         };
         let (config, served) = (&base.config, base.model.served.clone());
         let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
+            .with_security(Arc::clone(&base.security))
             .with_journal(Arc::clone(&base.journal));
         base.feed.set(Some(state.streams()));
         Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, notices })

@@ -7,16 +7,13 @@ use std::{
 };
 
 use anyhow::Context;
-use axum::Router;
-use phalanx_cluster::tls::ClusterTls;
+use axum::{Router, middleware};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
-use tonic::{
-    service::Routes,
-    transport::{Certificate, Identity, ServerTlsConfig, server::TcpIncoming},
-};
+use tonic::service::Routes;
 
 use super::{
     gate,
+    incoming::{incoming, introduce},
     parts::{Foundation, Parts},
 };
 use crate::{
@@ -28,8 +25,8 @@ use crate::{
         status::StatusSource,
     },
     frontend::{
-        self, FrontendState, connections,
-        forward::{Gateway, Local, grpc::InferenceGateway},
+        self, FrontendState, connections, door,
+        forward::{Gateway, Local, dial::Connector, grpc::InferenceGateway},
         grpc::InferenceService,
     },
     leadership::{
@@ -42,8 +39,6 @@ use crate::{
 
 /// HTTP/2 window: a large message comes in without waiting for window updates.
 const WINDOW_BYTES: u32 = 8 << 20;
-/// Longest wait for a TLS handshake.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for answers to leave the process after their requests are finished.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
@@ -91,6 +86,7 @@ impl Servers {
         let served = base.model.served.clone();
         let limits = frontend::Limits::of(&base.config);
         let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone());
+        let state = state.with_security(base.security.clone());
         let is_shared = !base.store.is_exclusive();
         let inference = InferenceGateway::new(base.dialer.clone(), base.view(), is_shared);
         let control = ControlSlot::new(Arc::new(StandingBy::new(base.view())));
@@ -100,22 +96,32 @@ impl Servers {
             .into_axum_router();
         let grpc_switch = Switch::new(standby_grpc.clone());
         let mut doors = Router::new().fallback_service(grpc_switch.clone());
-        let mut server = tonic::transport::Server::builder();
-        if let Some(tls) = &base.config.cluster_tls {
-            server = server.tls_config(demanded(tls)).context("--cluster-cert")?;
-            doors = doors.layer(axum::middleware::from_fn(gate::admit));
+        if base.security.is_closed() {
+            doors = doors.layer(middleware::from_fn_with_state(base.security.clone(), gate::recognize));
         }
-        let grpc = server
+        if base.security.audit().is_some() {
+            doors = doors.layer(middleware::from_fn_with_state(base.security.clone(), gate::record));
+        }
+        if base.tls.is_for_cluster() {
+            doors = doors.layer(middleware::from_fn(gate::admit));
+        } else if base.tls.is_for_clients() {
+            doors = doors.layer(middleware::from_fn(gate::demand_tls));
+        }
+        doors = doors.layer(middleware::from_fn(introduce));
+        let grpc = tonic::transport::Server::builder()
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
             .add_routes(Routes::from(doors))
-            .serve_with_incoming_shutdown(TcpIncoming::from(grpc).with_nodelay(Some(true)), stopped());
+            .serve_with_incoming_shutdown(incoming(grpc, base.tls.clone()), stopped());
 
-        let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits);
+        let connector = Connector::new(base.config.cluster_tls.as_ref()).context("--cluster-cert")?;
+        let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits, connector);
         let admin = admin::http::router(Arc::new(control.clone()), base.config.admin_http);
         let router = admin.fallback_service(gateway.clone());
+        let router = door::before(router, base.security.clone());
         let patience = connections::progress::Patience::new(base.config.client_write_timeout);
-        let http = tokio::spawn(connections::serve(http, router, patience, stopped()));
+        let https = base.tls.is_for_clients().then(|| base.tls.clone());
+        let http = tokio::spawn(connections::serve(http, router, patience, https, stopped()));
         Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc, control })
     }
 
@@ -180,15 +186,6 @@ impl Servers {
         self.http.abort();
         self.grpc.abort();
     }
-}
-
-/// TLS for everybody. A certificate is looked at if one is shown; who needs one is [`gate::admit`]'s to say.
-fn demanded(tls: &ClusterTls) -> ServerTlsConfig {
-    ServerTlsConfig::new()
-        .identity(Identity::from_pem(&tls.certificate, &tls.key))
-        .client_ca_root(Certificate::from_pem(&tls.ca))
-        .client_auth_optional(true)
-        .timeout(HANDSHAKE_LIMIT)
 }
 
 /// What leaders and standbys have in common.

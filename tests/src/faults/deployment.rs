@@ -137,7 +137,9 @@ impl Deployment {
         if let Some(hosts) = &self.hosts {
             option("--host", "0.0.0.0".to_owned());
             option("--advertise-host", hosts.address(0));
+            args.push("--insecure-cluster".to_owned());
         }
+        let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
         match &self.etcd {
             Some(etcd) => option("--store", etcd.url()),
             None => option("--state-dir", state.path().display().to_string()),

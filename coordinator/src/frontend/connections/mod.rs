@@ -26,14 +26,17 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
-    time::{sleep, sleep_until},
+    time::{sleep, sleep_until, timeout},
 };
 use tower::ServiceExt;
 
 use self::progress::{Patience, Progress, Verdict};
+use crate::security::tls::ServingTls;
 
 /// Longest head of a request, and most bytes of an answer that wait in a connection.
 const MOST_BUFFERED: usize = 64 << 10;
+/// Longest wait for a TLS handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Time for others to close their files when this process has too many.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -63,6 +66,7 @@ pub async fn serve(
     listener: TcpListener,
     router: Router,
     patience: Patience,
+    tls: Option<Arc<ServingTls>>,
     stopped: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let (stop, stopping) = watch::channel(false);
@@ -74,8 +78,9 @@ pub async fn serve(
             () = &mut stopped => break,
         };
         let (router, stopping, alive) = (router.clone(), stopping.clone(), alive.clone());
+        let tls = tls.clone();
         tokio::spawn(async move {
-            connection(stream, peer, router, patience, stopping).await;
+            welcome(stream, peer, router, patience, tls, stopping).await;
             drop(alive);
         });
     }
@@ -86,7 +91,8 @@ pub async fn serve(
     Ok(())
 }
 
-async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+/// Waits for the next connection, whatever goes wrong with those before.
+pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok(accepted) => return accepted,
@@ -104,11 +110,13 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
-async fn connection(
+/// Shakes hands, if the server speaks TLS, and serves.
+async fn welcome(
     stream: TcpStream,
     peer: SocketAddr,
     router: Router,
     patience: Patience,
+    tls: Option<Arc<ServingTls>>,
     mut stopping: watch::Receiver<bool>,
 ) {
     // A token is a small packet: it must not wait for the next one.
@@ -116,7 +124,32 @@ async fn connection(
         tracing::debug!(%error, "TCP_NODELAY");
     }
     let progress = Arc::new(Progress::new(Instant::now()));
-    let socket = TokioIo::new(Watched { stream, progress: Arc::clone(&progress) });
+    let stream = Watched { stream, progress: Arc::clone(&progress) };
+    let Some(tls) = tls else { return connection(stream, peer, router, patience, progress, stopping).await };
+    let shaken = tokio::select! {
+        shaken = timeout(HANDSHAKE_LIMIT, tls.accept_http(stream)) => shaken,
+        _ = stopping.changed() => return,
+    };
+    match shaken {
+        Ok(Ok(stream)) => {
+            // No request has begun with that.
+            progress.answered(Instant::now());
+            connection(stream, peer, router, patience, progress, stopping).await;
+        }
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS connection"),
+        Err(_) => tracing::debug!(%peer, "a TLS handshake takes too long"),
+    }
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: SocketAddr,
+    router: Router,
+    patience: Patience,
+    progress: Arc<Progress>,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let socket = TokioIo::new(stream);
     let answering = Arc::clone(&progress);
     let service = service_fn(move |request: Request<Incoming>| {
         answering.begun();

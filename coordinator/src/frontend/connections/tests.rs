@@ -33,7 +33,7 @@ async fn start(router: Router, patience: Patience) -> Running {
     let stopped = async move {
         let _gone = stopping.wait_for(|s| *s).await;
     };
-    Running { address, stop, task: tokio::spawn(serve(listener, router, patience, stopped)) }
+    Running { address, stop, task: tokio::spawn(serve(listener, router, patience, None, stopped)) }
 }
 
 async fn read_until(stream: &mut TcpStream, what: &str) -> String {

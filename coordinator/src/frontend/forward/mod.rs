@@ -4,6 +4,7 @@
 //! When the answer breaks off - its server is dead, or leads no more - the same request goes to the next leader with the id
 //! of the last event that the client has. The client notices a pause.
 
+pub mod dial;
 mod events;
 mod finder;
 pub mod grpc;
@@ -86,10 +87,16 @@ pub struct Gateway {
 
 impl Gateway {
     /// As a standby's, whose own endpoints are `standby`. `is_shared` says that others may lead.
-    pub fn new(view: LeadershipView, standby: Router, is_shared: bool, limits: &Limits) -> Self {
+    pub fn new(
+        view: LeadershipView,
+        standby: Router,
+        is_shared: bool,
+        limits: &Limits,
+        connector: dial::Connector,
+    ) -> Self {
         let (local, receiver) = watch::channel(None);
         Self {
-            upstreams: Upstreams::new(Finder::new(view, receiver)),
+            upstreams: Upstreams::new(Finder::new(view, receiver), connector),
             local,
             standby,
             is_shared,

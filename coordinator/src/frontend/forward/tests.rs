@@ -100,7 +100,16 @@ fn standby(view: View) -> Standby {
     let (view, receiver) = watch::channel(view);
     let own = Router::new().fallback(|| async { (StatusCode::OK, "own") });
     let limits = Limits { max_body_bytes: 1000, ..Limits::default() };
-    Standby { gateway: Gateway::new(LeadershipView::new(receiver), own, true, &limits), view }
+    Standby {
+        gateway: Gateway::new(
+            LeadershipView::new(receiver),
+            own,
+            true,
+            &limits,
+            super::dial::Connector::new(None).unwrap(),
+        ),
+        view,
+    }
 }
 
 impl Standby {

@@ -1,28 +1,24 @@
 //! Where a request is answered: by this process while it leads, else by the leader.
 
-use std::time::Duration;
-
 use axum::{
     Router,
     body::{Body, Bytes},
     response::Response,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use phalanx_cluster::error_text::with_causes;
 use tower::ServiceExt;
 
-use super::finder::{Finder, Over, Target};
+use super::{
+    dial::Connector,
+    finder::{Finder, Over, Target},
+};
 
 /// Set on requests that a coordinator passes on: they are not passed on again.
 pub const FORWARDED: &str = "x-phalanx-forwarded";
 /// Set on a refusal of such a request: look for the leader elsewhere.
 pub const NO_LEADER: &str = "x-phalanx-no-leader";
-/// Longest wait for a connection to the leader.
-const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// Headers that are about one connection (RFC 9110, 7.6.1), and those that each request gets anew.
 static NOT_PASSED_ON: [HeaderName; 10] = [
     header::CONNECTION,
@@ -61,7 +57,7 @@ impl Ask {
     /// Fails on nothing that an HTTP request had before.
     fn request(&self, at: Option<&str>) -> Result<Request<Body>, String> {
         let uri = match at {
-            Some(authority) => format!("http://{authority}{}", self.path),
+            Some(url) => format!("{url}{}", self.path),
             None => self.path.clone(),
         };
         let mut request = Request::new(Body::from(self.body.clone()));
@@ -86,15 +82,12 @@ pub struct Upstream {
 pub struct Upstreams {
     /// Who that is.
     pub finder: Finder<Router>,
-    client: Client<HttpConnector, Body>,
+    client: Client<Connector, Body>,
 }
 
 impl Upstreams {
     /// With connections that are kept.
-    pub fn new(finder: Finder<Router>) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT_LIMIT));
+    pub fn new(finder: Finder<Router>, connector: Connector) -> Self {
         Self { finder, client: Client::builder(TokioExecutor::new()).build(connector) }
     }
 
@@ -119,7 +112,7 @@ impl Upstreams {
                 Err(never) => match never {},
             },
             Target::There(leader) => {
-                let request = ask.request(Some(&leader.record.http_address))?;
+                let request = ask.request(Some(&leader.record.http_url()))?;
                 let response = self.client.request(request).await.map_err(|e| with_causes(&e))?;
                 let mut response = response.map(Body::new);
                 for name in NOT_PASSED_ON.iter().filter(|n| **n != header::CONTENT_LENGTH) {

@@ -11,6 +11,10 @@ use crate::{
     frontend::{Limits, tests::fake::Server},
     request::{Output, Queued, RequestError, RequestEvent},
     scheduler::handle::Readiness,
+    security::{
+        keys::{KeyHash, KeyRecord, Role},
+        limits::KeyLimits,
+    },
 };
 
 /// The services on a real socket.
@@ -286,4 +290,30 @@ async fn reflection_lists_all_services_in_both_versions() {
         let response = stream.message().await.unwrap().unwrap();
         assert!(matches!(response.message_response, Some(MessageResponse::FileDescriptorResponse(_))), "{response:?}");
     }
+}
+
+#[tokio::test]
+async fn calls_need_a_key_where_there_are_some() {
+    let record = |name: &str, requests_per_minute| KeyRecord {
+        name: name.to_owned(),
+        hash: KeyHash::of(name),
+        role: Role::User,
+        limits: KeyLimits { requests_per_minute, ..KeyLimits::default() },
+        expires: None,
+    };
+    let (server, _) = Server::saying("x").with_keys(vec![record("one", Some(1)), record("two", None)]);
+    let channel = serve(&server).await;
+    let call = |key: Option<&str>| {
+        let mut request = tonic::Request::new(text("a"));
+        if let Some(key) = key {
+            request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+        }
+        let mut client = InferenceClient::new(channel.clone());
+        async move { client.generate(request).await.map(|_| ()).map_err(|status| status.code()) }
+    };
+    assert_eq!(call(None).await, Err(Code::Unauthenticated));
+    assert_eq!(call(Some("three")).await, Err(Code::Unauthenticated));
+    assert_eq!(call(Some("one")).await, Ok(()));
+    assert_eq!(call(Some("one")).await, Err(Code::ResourceExhausted));
+    assert_eq!(call(Some("two")).await, Ok(()));
 }

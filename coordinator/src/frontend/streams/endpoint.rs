@@ -40,7 +40,8 @@ pub async fn read(
             None => Position::default(),
         },
     };
-    let Some((generation, Some(reply))) = state.streams.join(&key) else {
+    let owned = key::owned(&key, record.principal().map(Arc::as_ref));
+    let Some((generation, Some(reply))) = state.streams.join(&owned) else {
         return Err(ApiError::unknown_stream(&key));
     };
     if has.tail() == Tail::Done {

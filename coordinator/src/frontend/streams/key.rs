@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName};
 use sha2::{Digest, Sha256};
 
 use super::position::Position;
-use crate::frontend::error::ApiError;
+use crate::{frontend::error::ApiError, security::keys::Principal};
 
 /// Header by which clients name a request that they may have to ask again.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
@@ -66,6 +66,12 @@ impl Keyed {
         Ok(Some(Self { key, hash: hash(endpoint, message), patience, has }))
     }
 
+    /// The same key of another client is another one.
+    #[must_use]
+    pub fn owned_by(self, principal: Option<&Principal>) -> Self {
+        Self { key: owned(&self.key, principal), ..self }
+    }
+
     /// A part of answers' names: every coordinator gives the same to the same request.
     pub fn name(&self) -> String {
         let digest = self.digest("name");
@@ -87,6 +93,12 @@ impl Keyed {
         sha.update(self.hash);
         sha.finalize().into()
     }
+}
+
+/// A key as it is known here: where clients have keys of their own, nobody reads what another one asked.
+pub fn owned(key: &str, principal: Option<&Principal>) -> String {
+    // A name has no slash: where it ends is certain.
+    principal.map_or_else(|| key.to_owned(), |principal| format!("{}/{key}", principal.name))
 }
 
 /// Seed of a prompt of several, from the first one's.

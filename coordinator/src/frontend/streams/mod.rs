@@ -31,12 +31,14 @@ use super::{
     FrontendState,
     error::ApiError,
     generation::{Generation, PromptEvents, submit_each},
+    observe::Record,
     reply::Reply,
 };
 use crate::{
     leadership::journal_feed::{JournalFeed, Replica, ReplicatedJournal},
     request::{Request, ResumedChoice},
     scheduler::handle::Submit,
+    security::admission::Admission,
 };
 
 /// How long an answer is kept at most for a coordinator that forwards it: as long as that looks for a leader.
@@ -76,10 +78,24 @@ impl FrontendState {
     }
 
     /// Submits a request; if it has a key, its answer can be asked for again.
-    pub(super) fn begin(&self, keyed: Option<&Keyed>, prepared: Prepared) -> Result<Joined, ApiError> {
+    /// Whoever sent it is asked for tokens of its minute, if it has a key.
+    pub(super) fn begin(
+        &self,
+        keyed: Option<&Keyed>,
+        mut prepared: Prepared,
+        record: &Record,
+    ) -> Result<Joined, ApiError> {
+        let admit = |principal| self.security.admit(principal, &mut prepared.requests).map(Arc::new);
+        let admission = record.principal().map(admit).transpose()?;
+        if let Some(account) = record.account() {
+            for request in &prepared.requests {
+                account.asked(self.model.name(), request.prompt.len());
+                account.prompt(|| self.model.tokenizer.decode(&request.prompt, false));
+            }
+        }
         match keyed {
-            Some(keyed) => self.streams.begin(keyed, self.submit.as_ref(), prepared),
-            None => Ok((self.submit_all(prepared.requests)?, prepared.reply)),
+            Some(keyed) => self.streams.begin(keyed, self.submit.as_ref(), prepared, admission),
+            None => Ok((self.submit_all(prepared.requests, admission)?, prepared.reply)),
         }
     }
 }
@@ -118,6 +134,7 @@ impl Streams {
         keyed: &Keyed,
         submit: &dyn Submit,
         mut prepared: Prepared,
+        admission: Option<Arc<Admission>>,
     ) -> Result<Joined, ApiError> {
         let mut shared = self.lock();
         if let Some(joined) = shared.join_same(keyed)? {
@@ -134,7 +151,7 @@ impl Streams {
         }
         let seed = prepared.requests.first().map_or(seed, |request| request.sampling.seed);
         let asked = Asked { hash: keyed.hash, seed, n_prompts: prepared.requests.len(), n };
-        let events = submit_each(submit, prepared.requests)?;
+        let events = submit_each(submit, prepared.requests, admission)?;
         let (run, entry) = shared.registry.begin(&keyed.key, asked, prepared.reply);
         shared.tell(Some(entry));
         let joined = joined(&run);

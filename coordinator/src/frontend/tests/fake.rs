@@ -20,12 +20,14 @@ use tokio::sync::Notify;
 use tower::ServiceExt;
 
 use crate::{
-    frontend::{FrontendState, Limits, http_router, prometheus},
+    admin::{self, http::AdminHttp, testing::FakeControl},
+    frontend::{FrontendState, Limits, door, http_router, prometheus},
     request::{Finish, Output, Request, RequestError, RequestEvent, Usage},
     scheduler::{
         handle::{CancelOnDrop, Readiness, RequestStream, Submit},
         outbox::{self, Outbox},
     },
+    security::{Security, keys::KeyRecord},
     served_model::ServedModel,
 };
 
@@ -140,6 +142,20 @@ impl Server {
     pub fn saying(text: &'static str) -> Self {
         let tokenizer = Tokenizer::from_folder(folder()).unwrap();
         Self::with(move |request| Ok(reply(&tokenizer, request, text, &Finish::EndOfSequence)))
+    }
+
+    /// The same behind a door that these keys open.
+    pub fn with_keys(self, records: Vec<KeyRecord>) -> (Self, Arc<Security>) {
+        let security = Security::with_keys(records);
+        (self.behind(Arc::clone(&security)), security)
+    }
+
+    /// The same behind a door, and with endpoints for operators.
+    pub fn behind(self, security: Arc<Security>) -> Self {
+        let state = self.state.with_security(Arc::clone(&security));
+        let router = admin::http::router(Arc::new(FakeControl), AdminHttp::All);
+        let router = door::before(router.fallback_service(http_router(state.clone())), security);
+        Self { router, state, ..self }
     }
 
     pub async fn send(&self, request: HttpRequest<Body>) -> Answer {

@@ -1,0 +1,91 @@
+//! Where the issuer's keys are, and reading them again.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc, PoisonError, RwLock,
+        mpsc::{self, SyncSender},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+
+use super::jwks::KeySet;
+use crate::{metrics as names, security::watched::Watched};
+
+/// As metrics name it.
+const WHAT: &str = "token keys";
+/// Between looks at an address.
+const REFRESH: Duration = Duration::from_secs(300);
+/// Between looks that tokens of unknown signers ask for, and after failures.
+const LEAST_PAUSE: Duration = Duration::from_secs(10);
+/// Longest wait for an answer.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Longest document.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// Lets keys be looked at before it is time.
+pub(super) struct Refresher(Option<SyncSender<()>>);
+
+impl Refresher {
+    /// As soon as that is due.
+    pub(super) fn ask(&self) {
+        if let Some(wake) = &self.0 {
+            // One that waits already is enough.
+            let _ = wake.try_send(());
+        }
+    }
+}
+
+/// Keeps the keys as they are at their source.
+pub(super) fn follow(source: &str, keys: Arc<RwLock<KeySet>>) -> anyhow::Result<Refresher> {
+    let put = move |text: &[u8]| -> Result<(), String> {
+        let set = KeySet::parse(text)?;
+        // Replaced as a whole.
+        *keys.write().unwrap_or_else(PoisonError::into_inner) = set;
+        Ok(())
+    };
+    if !is_address(source) {
+        let watched = Watched::open(WHAT, vec![PathBuf::from(source)]).context("--jwks")?;
+        put(&watched.contents()[0]).map_err(|e| anyhow::anyhow!("--jwks {source}: {e}"))?;
+        watched.watch(move |contents| put(contents.first().map_or(&[][..], Vec::as_slice)))?;
+        return Ok(Refresher(None));
+    }
+    let (wake, woken) = mpsc::sync_channel(1);
+    let url = source.to_owned();
+    std::thread::Builder::new().name(WHAT.to_owned()).spawn(move || {
+        loop {
+            let read_at = Instant::now();
+            let pause = match fetch(&url).and_then(|text| put(&text)) {
+                Ok(()) => {
+                    metrics::counter!(names::RELOADS, "of" => WHAT).increment(1);
+                    REFRESH
+                }
+                Err(reason) => {
+                    tracing::error!(url, reason, "the issuer's keys can't be read: those before stay in force");
+                    metrics::counter!(names::RELOAD_FAILURES, "of" => WHAT).increment(1);
+                    LEAST_PAUSE
+                }
+            };
+            match woken.recv_timeout(pause) {
+                Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                // Whoever makes up tokens must not make us ask all the time.
+                Ok(()) => std::thread::sleep(LEAST_PAUSE.saturating_sub(read_at.elapsed())),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+        }
+    })?;
+    Ok(Refresher(Some(wake)))
+}
+
+fn is_address(source: &str) -> bool {
+    ["https://", "http://"].iter().any(|scheme| source.starts_with(scheme))
+}
+
+fn fetch(url: &str) -> Result<Vec<u8>, String> {
+    let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
+    let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(LIMIT)).tls_config(tls).build().into();
+    let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
+    answer.body_mut().with_config().limit(MOST_BYTES).read_to_vec().map_err(|e| e.to_string())
+}
