@@ -27,12 +27,13 @@ use phalanx_cluster::{
 use phalanx_proto::dial::Dialer;
 
 pub use self::{
-    flags::{CollectiveChoice, Dtype, Flags, KvMirror},
+    flags::{CollectiveChoice, Dtype, Flags, KvMirror, LogFormat},
     join_token::JoinToken,
 };
 use crate::{
     admin::http::AdminHttp,
     security::{SecurityConfig, tls::SslFiles},
+    trace::Destination,
 };
 
 /// What the process runs with.
@@ -124,6 +125,12 @@ pub struct Config {
     pub shutdown_timeout: Duration,
     /// Filter of the log.
     pub log_level: String,
+    /// How its lines look.
+    pub log_format: LogFormat,
+    /// Where traces are sent; `None`: there are none.
+    pub otlp_traces_endpoint: Option<Destination>,
+    /// Share of requests that are traced where their clients don't say.
+    pub otlp_sample_ratio: f64,
 }
 
 /// Why the process does not start.
@@ -332,6 +339,16 @@ impl Config {
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
             .map_err(|e| wrong("log-level", &log_level, e.to_string()))?;
+        let otlp_traces_endpoint = match flags.otlp_traces_endpoint {
+            Some(url) => {
+                Some(url.parse::<Destination>().map_err(|e| wrong("otlp-traces-endpoint", &url, e.to_string()))?)
+            }
+            None => None,
+        };
+        let otlp_sample_ratio = flags.otlp_sample_ratio.unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&otlp_sample_ratio) {
+            return Err(wrong("otlp-sample-ratio", otlp_sample_ratio, "want 0 to 1"));
+        }
         let exists = |option, path: Option<PathBuf>| match path {
             Some(path) => match std::fs::metadata(&path) {
                 Ok(_) => Ok(Some(path)),
@@ -388,6 +405,9 @@ impl Config {
             admin_http: flags.admin_http.unwrap_or_default(),
             shutdown_timeout: Duration::from_secs(u64::from(shutdown)),
             log_level,
+            log_format: flags.log_format.unwrap_or_default(),
+            otlp_traces_endpoint,
+            otlp_sample_ratio,
         })
     }
 
@@ -452,6 +472,9 @@ impl Config {
             admin_http: Some(self.admin_http),
             shutdown_timeout: Some(clamp(self.shutdown_timeout.as_secs().into())),
             log_level: Some(self.log_level.clone()),
+            log_format: Some(self.log_format),
+            otlp_traces_endpoint: self.otlp_traces_endpoint.as_ref().map(ToString::to_string),
+            otlp_sample_ratio: Some(self.otlp_sample_ratio),
             ..security::to_flags(&self.security, self.ssl.as_ref())
         }
     }

@@ -24,3 +24,4 @@ pub mod served_model;
 pub mod shard_link;
 pub mod spawn;
 pub mod text;
+pub mod trace;

@@ -31,8 +31,8 @@ use self::{
     servers::{Servers, bind},
 };
 use crate::{
-    config::{Config, Flags, Machine},
-    frontend::{connections, prometheus},
+    config::{Config, Flags, LogFormat, Machine},
+    frontend::{connections, opening::Opening, prometheus},
     group::actor::Notice,
     leadership::{
         CoordinatorRecord, View,
@@ -45,6 +45,7 @@ use crate::{
     scheduler::actor::SchedulerHandle,
     security::{Security, tls::ServingTls},
     spawn::LocalShards,
+    trace,
 };
 
 /// Filter of the actor framework's own log, unless configured.
@@ -53,6 +54,8 @@ const ACTOR_LOG: &str = "ractor=warn";
 const LEAST_THREADS: usize = 4;
 /// Longest wait for the last lines of the audit log.
 const AUDIT_LIMIT: Duration = Duration::from_secs(2);
+/// Longest wait for a collector of traces at the end.
+const TRACE_FLUSH_LIMIT: Duration = Duration::from_secs(2);
 /// Longest wait for a standby to say that it is there.
 const STANDBY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -98,11 +101,12 @@ fn init_log(config: &Config) {
         // Its spans would number actors in front of each of their lines.
         filter = filter.add_directive(ACTOR_LOG.parse().expect("a fixed directive is well formed"));
     }
-    let _has_log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .try_init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _has_log = match config.log_format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
+        // The innermost span alone: of a request it has its id.
+        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).try_init(),
+    };
 }
 
 /// Ctrl-C and SIGTERM mean the same.
@@ -149,6 +153,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Before a model is fetched for minutes: is there room for us at all?
     let (http_listener, http) = bind("port", config.http_address)?;
     let (grpc_listener, grpc) = bind("grpc-port", config.grpc_address)?;
+    // Without TLS: what is said then is no secret, but who expects TLS can't read it.
+    let opening_probes = if config.ssl.is_none() { Some(Opening::start(&http_listener)?) } else { None };
     let options = OpenOptions {
         state_dir: config.state_dir.clone(),
         credentials: config.store_credentials.clone(),
@@ -177,6 +183,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let metrics = prometheus::install_metrics().context("metrics")?;
     metrics::gauge!(names::IS_LEADER).set(0.0);
+    metrics::gauge!(names::TERM).set(0.0);
     let leadership = LeadershipHandle::start(LeadershipConfig {
         me: CoordinatorRecord {
             http_speaks_tls: config.ssl.is_some(),
@@ -195,20 +202,17 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let journal = Arc::new(ReplicatedJournal::new(Retention::of(&config)));
     tokio::spawn(Arc::clone(&journal).forget_in_time());
     let dialer = config.dialer()?;
-    let base = Foundation {
-        config,
-        store,
-        model,
-        dialer,
-        metrics,
-        leadership,
-        journal,
-        security,
-        tls,
-        feed: FeedSlot::default(),
-    };
+    let (feed, loading) = (FeedSlot::default(), Arc::default());
+    let base = Foundation { config, store, model, dialer, metrics, leadership, journal, security, tls, feed, loading };
+    parts::begin_to_count(&base);
+    if let Some(destination) = base.config.otlp_traces_endpoint.clone() {
+        let (ratio, instance, model) = (base.config.otlp_sample_ratio, http.to_string(), base.model.served.name());
+        tracing::info!(to = %destination, ratio, "tracing requests");
+        trace::install(trace::Settings { destination, ratio, instance, model }).context("no thread for traces")?;
+    }
     tokio::spawn(follower::follow(base.dialer.clone(), base.leadership.clone(), base.journal.clone()));
     let servers = Servers::start(&base, http_listener, grpc_listener)?;
+    drop(opening_probes);
     println!("phalanx listening http://{http} grpc://{grpc}");
     tracing::info!(%http, %grpc, "listening");
 
@@ -285,6 +289,7 @@ impl Process {
             self.servers.lead(&self.base, &parts)?;
             self.parts = Some(parts);
             metrics::gauge!(names::IS_LEADER).set(1.0);
+            metrics::gauge!(names::TERM).set(session.term as f64);
             if self.local.is_none() {
                 self.local = Some(LocalShards::start(&self.base.config, self.grpc, &self.fatal));
             }
@@ -295,6 +300,7 @@ impl Process {
     async fn stand_by(&mut self) {
         if let Some(parts) = self.parts.take() {
             metrics::gauge!(names::IS_LEADER).set(0.0);
+            metrics::gauge!(names::TERM).set(0.0);
             self.base.feed.set(None);
             self.servers.stand_by(&self.base);
             parts.stop().await;
@@ -353,6 +359,8 @@ impl Process {
         if let Some(audit) = self.base.security.audit() {
             audit.flush(AUDIT_LIMIT).await;
         }
+        // A collector that is away must not hold the process up for long.
+        let _flushed = tokio::task::spawn_blocking(|| trace::flush(TRACE_FLUSH_LIMIT)).await;
     }
 }
 

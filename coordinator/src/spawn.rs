@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::config::{Config, KvMirror};
+use crate::config::{Config, KvMirror, LogFormat};
 
 /// Name under which this program is a shard: as the process's own name, or as its first argument.
 pub const SHARD: &str = "shard";
@@ -117,6 +117,9 @@ fn arguments(config: &Config, grpc: SocketAddr, index: u32) -> Vec<OsString> {
         ("--collective", config.collective.as_str().to_owned()),
     ] {
         args.extend([flag.into(), value.into()]);
+    }
+    if config.log_format == LogFormat::Json {
+        args.extend(["--log-format".into(), "json".into()]);
     }
     if config.kv_mirror == KvMirror::Off {
         args.extend(["--mirror-memory".into(), "0".into()]);

@@ -18,6 +18,7 @@ use phalanx_coordinator::{
         shards::{ShardKeeper, ShardRecord, recorded},
     },
     membership::actor::{Membership, MembershipMsg},
+    metrics::GroupLabels,
     scheduler::handle::GroupEvent,
     shard_link::ClusterService,
 };
@@ -50,7 +51,7 @@ impl Coordinator {
         let store: Arc<dyn MembershipStore> = Arc::new(EmbeddedStore::open(None, 64).await.unwrap());
         let config = GroupConfig {
             index: 0,
-            labels: Vec::new(),
+            labels: GroupLabels::default(),
             settings: Settings {
                 world_size,
                 give_up_after: Some(1),
@@ -64,6 +65,7 @@ impl Coordinator {
             store: Arc::clone(&store),
             scheduler: Box::new(move |event| drop(sender.send(event))),
             notices: notice_sender,
+            loading: Arc::default(),
             serving: Mutex::new(None),
         };
         let (membership, _) = Actor::spawn(None, Membership, vec![config]).await.unwrap();

@@ -26,8 +26,8 @@ use phalanx_kernels::{collective, ops::Precision};
 use phalanx_proto::dial::Dialer;
 use tonic::transport::Uri;
 
-pub use self::flags::Flags;
 use self::flags::{Addresses, DEFAULTS, Merged, MirrorMemory};
+pub use self::flags::{Flags, LogFormat};
 use crate::device::{self, DeviceConfig};
 #[cfg(any(debug_assertions, feature = "failpoints"))]
 use crate::failpoint::Failpoint;
@@ -57,6 +57,8 @@ pub struct Config {
     pub shard_id: String,
     /// Collective; `None` for the fastest that fits.
     pub collective: Option<String>,
+    /// How the log looks.
+    pub log_format: LogFormat,
     /// Whether to end with the parent process.
     pub exit_with_parent: bool,
     /// Faults, for tests.
@@ -189,6 +191,7 @@ impl Merged {
             mirror_listen,
             shard_id,
             collective,
+            log_format: self.log_format,
             exit_with_parent: flags.exit_with_parent,
             #[cfg(any(debug_assertions, feature = "failpoints"))]
             failpoints: flags.failpoint.clone(),

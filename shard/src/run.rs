@@ -23,7 +23,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    config::{Advertised, Config},
+    config::{Advertised, Config, LogFormat},
     engine::{
         RankConfig,
         actor::{self, EngineHandle},
@@ -49,7 +49,7 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(config) => config,
         Err(error) => return if error.print() { ExitCode::SUCCESS } else { ExitCode::from(2) },
     };
-    init_log();
+    init_log(config.log_format);
     // One thread is enough for a stream; the cores are the engine's.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -67,14 +67,14 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn init_log() {
+fn init_log(format: LogFormat) {
     let filter = EnvFilter::try_from_env("PHALANX_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     // A program that embeds the shard may have a log already.
-    let _has_log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
-        .try_init();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let _has_log = match format {
+        LogFormat::Text => log.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).try_init(),
+        LogFormat::Json => log.json().flatten_event(true).with_span_list(false).try_init(),
+    };
 }
 
 async fn run(config: Config) -> anyhow::Result<ExitCode> {

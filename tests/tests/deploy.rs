@@ -44,11 +44,10 @@ fn behind(text: &str, end: char) -> &str {
 
 /// Every metric's name, and whether it is a histogram.
 fn known_metrics() -> BTreeMap<String, bool> {
-    let text = read("coordinator/src/metrics.rs");
-    let histograms: BTreeSet<&str> =
-        text.split("describe_histogram!(").skip(1).filter_map(|rest| rest.split(',').next()).map(str::trim).collect();
-    let constants = text.lines().filter_map(|l| l.strip_prefix("pub const ")?.split_once(": &str = \""));
-    constants.map(|(name, value)| (value.trim_end_matches("\";").to_owned(), histograms.contains(name))).collect()
+    // A test of the coordinator compares it with what the program has, another one with what it is scraped.
+    let text = read("docs/metrics.md");
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` | "));
+    rows.map(|(name, rest)| (name.to_owned(), rest.starts_with("histogram |"))).collect()
 }
 
 fn indent(line: &str) -> usize {
@@ -172,6 +171,12 @@ fn queries_read_metrics_that_there_are() {
             assert!(is_known, "{name}: no such metric, in {query}");
         }
     }
+}
+
+#[test]
+fn the_chart_brings_the_same_rules() {
+    let chart = read("deploy/helm/phalanx/files/phalanx.rules.yml");
+    assert!(chart == read("deploy/prometheus/phalanx.rules.yml"), "copy deploy/prometheus/phalanx.rules.yml there");
 }
 
 #[test]

@@ -75,8 +75,9 @@ async fn two_groups_answer_like_one_and_share_a_spare() {
     assert_ne!(status.groups[0].epoch, status.groups[1].epoch, "epochs are unique");
     let answers = essence(generate_all(&cluster.grpc, requests()).await.expect("the requests are answered"));
     assert_eq!(expected, answers);
-    for group in ["batch_size{group=\"0\"}", "batch_size{group=\"1\"}"] {
-        assert!(metric(&cluster.http, group) > 0.0, "{group}: this group has computed steps");
+    for group in ["0", "1"] {
+        let steps = format!("phalanx_schedule_seconds_count{{group=\"{group}\"}}");
+        assert!(metric(&cluster.http, &steps) > 0.0, "{steps}: this group has computed steps");
     }
 
     // One rank of the group that has no spare.

@@ -17,7 +17,7 @@ fn start() -> Cluster {
 #[tokio::test(flavor = "multi_thread")]
 async fn cancelled_requests_free_their_blocks() {
     let cluster = start();
-    let total = metric(&cluster.http, "kv_blocks_total");
+    let total = metric(&cluster.http, "kv_blocks");
     assert!(total > 0.0);
     // HTTP streams and gRPC calls that would run for thousands of tokens.
     let body = json!({"model": "default", "prompt": "Once upon a time", "max_tokens": 1900, "stream": true, "ignore_eos": true});
@@ -159,7 +159,7 @@ async fn malformed_requests_get_clear_errors_and_the_server_goes_on() {
     assert!(too_long.body.contains("2048"), "the error names the context: {too_long:?}");
     let after = ask();
     assert_eq!(before["choices"], after["choices"], "the same answer as before");
-    for path in ["/health", "/ready", "/version", "/metrics", "/v1/models"] {
+    for path in ["/health", "/livez", "/ready", "/readyz", "/startupz", "/version", "/metrics", "/v1/models"] {
         assert_eq!(get(&format!("{}{path}", cluster.http)).unwrap().status, 200, "{path}");
     }
     let metrics = get(&format!("{}/metrics", cluster.http)).unwrap().body;
@@ -172,7 +172,7 @@ async fn malformed_requests_get_clear_errors_and_the_server_goes_on() {
         "time_to_first_token_seconds",
         "inter_token_latency_seconds",
         "kv_blocks_used",
-        "kv_blocks_total",
+        "kv_blocks",
         "prefix_cache_hit_tokens_total",
         "shard_memory_bytes",
     ] {

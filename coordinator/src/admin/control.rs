@@ -7,8 +7,11 @@ use phalanx_proto::v1::{DrainResponse, PlanResponse, RolloutEvent, StatusRespons
 use ractor::{RpcReplyPort, rpc::CallResult};
 use tokio::{sync::mpsc, time::timeout};
 
-use super::{AdminError, Control, LeaderAddress, RollingRestart, RolloutEvents, RolloutPhase, status::StatusSource};
+use super::{
+    AdminError, Control, LeaderAddress, RollingRestart, RolloutEvents, RolloutPhase, debug::Loads, status::StatusSource,
+};
 use crate::{
+    frontend::streams::Streams,
     group::{actor::GroupMsg, change::ChangeError, report},
     leadership::{LeadershipView, View, actor::LeadershipHandle},
     membership::groups::{GroupAddress, Groups},
@@ -26,12 +29,19 @@ pub struct Leading {
     status: StatusSource,
     leadership: LeadershipHandle,
     shape: Arc<ModelConfig>,
+    streams: Option<Arc<Streams>>,
 }
 
 impl Leading {
     /// Over the parts of a leadership. `shape` is the model's.
     pub fn new(groups: Groups, status: StatusSource, leadership: LeadershipHandle, shape: Arc<ModelConfig>) -> Self {
-        Self { groups, status, leadership, shape }
+        Self { groups, status, leadership, shape, streams: None }
+    }
+
+    /// Tells of the answers that can be asked for again, too.
+    #[must_use]
+    pub fn with_streams(self, streams: Arc<Streams>) -> Self {
+        Self { streams: Some(streams), ..self }
     }
 
     async fn ask<T: Send + 'static>(
@@ -215,6 +225,11 @@ impl Control for Leading {
         Ok(report::plans_together(plans))
     }
 
+    async fn loads(&self) -> Result<Loads, AdminError> {
+        let n_streams = self.streams.as_ref().map_or(0, |streams| streams.len());
+        Ok(Loads { groups: self.status.loads().await, n_streams })
+    }
+
     async fn step_down(&self) -> Result<String, AdminError> {
         let mut view = self.leadership.view();
         let me = view.get().me;
@@ -285,6 +300,10 @@ impl Control for StandingBy {
     }
 
     async fn plan(&self) -> Result<PlanResponse, AdminError> {
+        self.refuse()
+    }
+
+    async fn loads(&self) -> Result<Loads, AdminError> {
         self.refuse()
     }
 

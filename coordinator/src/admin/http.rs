@@ -1,4 +1,4 @@
-//! `/admin/*` over HTTP.
+//! `/admin/*` and `/debug/*` over HTTP.
 //!
 //! Not everybody has API keys, so by default only this machine is served, keys or not: the peer's address must be a loopback one, the
 //! `Host` an address or `localhost` (a name could be anybody's, pointed here), and the request none that a web page
@@ -22,7 +22,7 @@ use phalanx_cluster::id::ShardId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{AdminError, Control, RollingRestart, RolloutPhase, json::StatusJson};
+use super::{AdminError, Control, RollingRestart, RolloutPhase, debug, json::StatusJson};
 
 /// Longest body, in bytes: the name of a shard.
 const LONGEST_BODY: usize = 4096;
@@ -49,6 +49,7 @@ pub fn router(control: Arc<dyn Control>, access: AdminHttp) -> Router {
         .route("/admin/drain", post(drain))
         .route("/admin/undrain", post(undrain))
         .route("/admin/rollout", post(rollout))
+        .route("/debug/cluster", get(debug::cluster))
         .with_state(control)
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
         .layer(middleware::from_fn_with_state(access, guard))
@@ -259,6 +260,11 @@ mod tests {
         assert_eq!((status, answer), (200, json!({"restarted": ["local-0", "local-1", "local-2"], "stall_ms": 130})));
         let (status, answer) = call("GET", "/admin/status", "").await;
         assert_eq!((status, &answer["epoch"]), (200, &json!(7)));
+        let (status, answer) = call("GET", "/debug/cluster", "").await;
+        assert_eq!(
+            (status, &answer["streams"]["kept"], &answer["shards"][2]["role"]),
+            (200, &json!(4), &json!("spare"))
+        );
     }
 
     #[tokio::test]

@@ -4,6 +4,7 @@
 //! program; [`http`] over HTTP, for `curl`.
 
 pub mod control;
+pub mod debug;
 pub mod http;
 pub mod json;
 pub mod service;
@@ -15,6 +16,8 @@ pub mod testing;
 use phalanx_cluster::id::ShardId;
 use phalanx_proto::v1::{DrainResponse, PlanResponse, RolloutEvent, StatusResponse};
 use tokio::sync::mpsc;
+
+use debug::Loads;
 
 pub use crate::group::change::RollingRestart;
 
@@ -79,6 +82,8 @@ pub trait Control: Send + Sync + 'static {
     async fn rollout_restart(&self, rollout: RollingRestart) -> Result<RolloutEvents, AdminError>;
     /// What each rank holds, and who takes over.
     async fn plan(&self) -> Result<PlanResponse, AdminError>;
+    /// What there is to do at the moment.
+    async fn loads(&self) -> Result<Loads, AdminError>;
     /// Gives leadership away; ends when another coordinator leads, and names it.
     async fn step_down(&self) -> Result<String, AdminError>;
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use phalanx_cluster::id::ShardId;
 use phalanx_proto::v1::{DrainResponse, PlanResponse, StatusResponse};
 
-use super::{AdminError, Control, RollingRestart, RolloutEvents};
+use super::{AdminError, Control, RollingRestart, RolloutEvents, debug::Loads};
 
 /// Passes each wish to what is set when it comes. Clones are the same slot.
 #[derive(Clone)]
@@ -47,6 +47,10 @@ impl Control for ControlSlot {
 
     async fn plan(&self) -> Result<PlanResponse, AdminError> {
         self.get().plan().await
+    }
+
+    async fn loads(&self) -> Result<Loads, AdminError> {
+        self.get().loads().await
     }
 
     async fn step_down(&self) -> Result<String, AdminError> {

@@ -60,12 +60,16 @@ impl StatusSource {
         if let Some(leases) = &self.leases {
             leases.show(&mut status.members);
         }
-        let loads = join_all(self.schedulers.iter().map(|scheduler| scheduler.status(LOAD_LIMIT))).await;
-        let loads: Option<Vec<Status>> = loads.into_iter().collect();
+        let loads: Option<Vec<Status>> = self.loads().await.into_iter().collect();
         let load = loads.filter(|loads| !loads.is_empty()).map(|loads| load_of(&loads));
         let view = self.leadership.get();
         let term = view.session.map_or(0, |s| s.term);
         Ok(StatusResponse { term, coordinators: view.listed(), load, ..status })
+    }
+
+    /// What each group's scheduler has to do; `None` if it does not answer.
+    pub async fn loads(&self) -> Vec<Option<Status>> {
+        join_all(self.schedulers.iter().map(|scheduler| scheduler.status(LOAD_LIMIT))).await
     }
 }
 

@@ -6,7 +6,7 @@ use phalanx_proto::v1::{
 };
 use tokio::sync::mpsc;
 
-use super::{AdminError, Control, RollingRestart, RolloutEvents, RolloutPhase};
+use super::{AdminError, Control, RollingRestart, RolloutEvents, RolloutPhase, debug::Loads};
 
 const SHARDS: &[&str] = &["local-0", "local-1", "local-2"];
 
@@ -123,6 +123,10 @@ impl Control for FakeControl {
             group: 0,
         };
         Ok(PlanResponse { ranks: vec![rank(0), rank(1)], on_loss: "local-2 takes it".to_owned() })
+    }
+
+    async fn loads(&self) -> Result<Loads, AdminError> {
+        Ok(Loads { groups: vec![Some(Default::default())], n_streams: 4 })
     }
 
     async fn step_down(&self) -> Result<String, AdminError> {

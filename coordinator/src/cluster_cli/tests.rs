@@ -10,6 +10,7 @@ use tonic::transport::server::TcpIncoming;
 use super::*;
 use crate::admin::{
     AdminError, Control, LeaderAddress, RollingRestart, RolloutEvents, RolloutPhase,
+    debug::Loads,
     service::AdminService,
     testing::{self, FakeControl},
 };
@@ -106,6 +107,9 @@ impl Control for Standby {
     async fn plan(&self) -> Result<PlanResponse, AdminError> {
         self.refuse()
     }
+    async fn loads(&self) -> Result<Loads, AdminError> {
+        self.refuse()
+    }
     async fn step_down(&self) -> Result<String, AdminError> {
         self.refuse()
     }
@@ -153,6 +157,9 @@ impl Control for Interrupted {
     }
     async fn plan(&self) -> Result<PlanResponse, AdminError> {
         FakeControl.plan().await
+    }
+    async fn loads(&self) -> Result<Loads, AdminError> {
+        FakeControl.loads().await
     }
     async fn step_down(&self) -> Result<String, AdminError> {
         FakeControl.step_down().await

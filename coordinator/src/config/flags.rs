@@ -399,6 +399,22 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_level: Option<String>,
 
+    /// How each line of the log looks, that of shards on this machine too: for people, or a JSON object [default: text]
+    #[arg(long, env = "PHALANX_LOG_FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
+
+    /// Collector that is sent traces of requests, by OTLP over HTTP, as http://HOST:4318; /v1/traces is added where there is
+    /// no path [default: none]
+    #[arg(long, env = "PHALANX_OTLP_TRACES_ENDPOINT", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_traces_endpoint: Option<String>,
+
+    /// Share of the requests that are traced, 0 to 1, where the client does not say with `traceparent` [default: 1]
+    #[arg(long, env = "PHALANX_OTLP_SAMPLE_RATIO", value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_sample_ratio: Option<f64>,
+
     /// TOML file with any of these options
     #[arg(long, env = "PHALANX_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -442,6 +458,17 @@ pub enum KvMirror {
     Buddy,
     /// Nowhere.
     Off,
+}
+
+/// How each line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// A JSON object.
+    Json,
 }
 
 /// How ranks exchange sums.

@@ -26,7 +26,7 @@ use super::{
     fields::Integer,
     generation::{Generation, Progress},
     messages,
-    observe::Record,
+    observe::{Record, TRACEPARENT},
     params::{Params, RawParams},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
     streams::{
@@ -46,7 +46,7 @@ use crate::{
 pub mod health;
 
 /// Label of the call in metrics.
-const ENDPOINT: &str = "phalanx.v1.Inference/Generate";
+pub const ENDPOINT: &str = "phalanx.v1.Inference/Generate";
 /// Messages that wait for a client that reads slowly, beside those in its connection.
 const UNREAD_MESSAGES: usize = 64;
 /// Longest `request_id` that is kept.
@@ -209,8 +209,11 @@ impl Inference for InferenceService {
             !id.is_empty() && id.len() <= LONGEST_REQUEST_ID && id.bytes().all(|byte| byte.is_ascii_graphic())
         });
         let request_id = request_id.cloned().unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
-        let span = tracing::info_span!("request", endpoint = ENDPOINT, request_id);
-        let record = Arc::new(Record::begin(ENDPOINT.to_owned(), "cancelled", span.clone()));
+        let span = tracing::info_span!("request", endpoint = ENDPOINT, request_id, trace_id = tracing::field::Empty);
+        let traceparent = metadata.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        let record = Record::begin(ENDPOINT.to_owned(), "cancelled", span.clone()).traced(&request_id, traceparent);
+        let record = Arc::new(record);
+        record.submits([request_id.as_str()]);
         let failed = |error: ApiError| {
             let status = Status::from(error);
             record.end(code_name(status.code()));

@@ -21,7 +21,9 @@ pub mod messages;
 pub mod models;
 pub mod neutral;
 pub mod observe;
+pub mod opening;
 pub mod params;
+pub mod prober;
 pub mod prometheus;
 pub mod prompt;
 pub mod reply;
@@ -42,10 +44,11 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use crate::{
-    config::Config, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, security::Security,
-    served_model::ServedModel,
+    config::Config, group::loading::Loading, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit,
+    security::Security, served_model::ServedModel,
 };
 use error::ApiError;
+use prober::Prober;
 use streams::{Streams, registry::Retention};
 
 /// Bounds of what clients may send, how long they may take, and what is kept for them.
@@ -105,6 +108,8 @@ pub struct FrontendState {
     metrics: PrometheusHandle,
     streams: Arc<Streams>,
     security: Arc<Security>,
+    loading: Arc<Loading>,
+    prober: Arc<Prober>,
     /// Parsing, rendering and tokenizing take a core: no more of it at once than there are cores.
     encoders: Arc<Semaphore>,
     /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
@@ -124,6 +129,8 @@ impl FrontendState {
             limits: Arc::new(limits),
             metrics,
             security: Arc::default(),
+            loading: Arc::default(),
+            prober: Arc::default(),
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
         }
@@ -139,6 +146,18 @@ impl FrontendState {
     #[must_use]
     pub fn with_security(self, security: Arc<Security>) -> Self {
         Self { security, ..self }
+    }
+
+    /// Shows how this process starts.
+    #[must_use]
+    pub fn with_loading(self, loading: Arc<Loading>) -> Self {
+        Self { loading, ..self }
+    }
+
+    /// Finds out in its own way whether requests would be answered.
+    #[must_use]
+    pub fn with_prober(self, prober: Prober) -> Self {
+        Self { prober: Arc::new(prober), ..self }
     }
 
     /// Requests that can be resumed.
@@ -184,7 +203,10 @@ pub fn http_router(state: FrontendState) -> Router {
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::health))
         .route("/ping", get(health::health).post(health::health))
+        .route("/livez", get(health::health))
         .route("/ready", get(health::ready))
+        .route("/readyz", get(health::readyz))
+        .route("/startupz", get(health::startupz))
         .route("/version", get(health::version))
         .route("/metrics", get(prometheus::render))
         .fallback(|uri: Uri| async move { ApiError::unknown_path(uri.path()) })

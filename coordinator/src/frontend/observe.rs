@@ -10,16 +10,20 @@ use axum::{
     middleware::Next,
     response::Response,
 };
-use http::{HeaderName, HeaderValue, Method};
-use tracing::{Instrument, Span};
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+use tracing::{Instrument, Span, field::Empty};
 
+use super::{chat, completions, grpc};
 use crate::{
     metrics as names,
     security::{audit::Account, keys::Principal},
+    trace::{self, Answered, SpanContext},
 };
 
 /// Clients name their requests with this header; the answer repeats the name.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Header by which a client says of which trace its request is a part.
+pub const TRACEPARENT: &str = "traceparent";
 /// A longer name is replaced.
 const LONGEST_REQUEST_ID: usize = 128;
 /// Status of a request whose client went away, as nginx counts it.
@@ -36,6 +40,15 @@ pub struct Record {
     span: Span,
     principal: OnceLock<Arc<Principal>>,
     account: OnceLock<Account>,
+    trace: Option<Traced>,
+}
+
+/// A request that is traced.
+struct Traced {
+    context: SpanContext,
+    /// The client's span.
+    parent: Option<[u8; 8]>,
+    request_id: String,
 }
 
 impl Record {
@@ -43,7 +56,26 @@ impl Record {
     pub fn begin(endpoint: String, abandoned: &'static str, span: Span) -> Self {
         let arrived_at = Instant::now();
         let (outcome, is_stream, principal, account) = Default::default();
-        Self { endpoint, abandoned, arrived_at, outcome, is_stream, span, principal, account }
+        Self { endpoint, abandoned, arrived_at, outcome, is_stream, span, principal, account, trace: None }
+    }
+
+    /// Has it traced, if it is to be: as its client decided, or by chance.
+    #[must_use]
+    pub fn traced(mut self, request_id: &str, traceparent: Option<&str>) -> Self {
+        let begun = trace::active().and_then(|tracer| tracer.begin(traceparent));
+        if let Some((context, _)) = begun {
+            self.span.record("trace_id", context.trace_id());
+        }
+        let request_id = request_id.to_owned();
+        self.trace = begun.map(|(context, parent)| Traced { context, parent, request_id });
+        self
+    }
+
+    /// The scheduler is about to get it under these names.
+    pub fn submits<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        if let (Some(tracer), Some(traced)) = (trace::active(), &self.trace) {
+            names.into_iter().for_each(|name| tracer.began(name, traced.context));
+        }
     }
 
     /// When it arrived.
@@ -102,9 +134,57 @@ impl Drop for Record {
         let elapsed = self.arrived_at.elapsed().as_secs_f64();
         self.span.in_scope(|| tracing::debug!(status, seconds = elapsed, "request ended"));
         let endpoint = std::mem::take(&mut self.endpoint);
+        if let (Some(tracer), Some(traced)) = (trace::active(), self.trace.take()) {
+            let Traced { context, parent, request_id } = traced;
+            let (endpoint, status, arrived) = (endpoint.clone(), status.clone(), self.arrived_at);
+            let ended = Instant::now();
+            tracer.answered(Answered { context, parent, endpoint, status, request_id, arrived, ended });
+        }
         metrics::histogram!(names::LATENCY, "endpoint" => endpoint.clone()).record(elapsed);
         metrics::counter!(names::REQUESTS, "endpoint" => endpoint, "status" => status).increment(1);
     }
+}
+
+/// Makes the series of generations, with nothing counted: a rate is right from the first request on, and a query finds
+/// something before it.
+pub fn begin_to_count() {
+    let http = |path: &'static str| (path, ["200", "400", "429", "499", "500", "503", "504"].as_slice());
+    let grpc =
+        ["ok", "cancelled", "deadline_exceeded", "invalid_argument", "internal", "resource_exhausted", "unavailable"];
+    let endpoints = [http(chat::PATH), http(completions::PATH), (grpc::ENDPOINT, grpc.as_slice())];
+    for (endpoint, statuses) in endpoints {
+        drop(metrics::histogram!(names::LATENCY, "endpoint" => endpoint));
+        for status in statuses {
+            drop(metrics::counter!(names::REQUESTS, "endpoint" => endpoint, "status" => *status));
+        }
+    }
+    for handler in [chat::PATH, completions::PATH] {
+        for status in ["2xx", "4xx", "5xx"] {
+            drop(metrics::counter!(names::HTTP_REQUESTS, "handler" => handler, "method" => "POST", "status" => status));
+        }
+    }
+}
+
+fn count_answer(endpoint: &str, method: &Method, status: StatusCode) {
+    let class = match status.as_u16() / 100 {
+        1 => "1xx",
+        2 => "2xx",
+        3 => "3xx",
+        4 => "4xx",
+        _ => "5xx",
+    };
+    // Clients may invent methods.
+    let method = match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::DELETE => "DELETE",
+        Method::PUT => "PUT",
+        Method::HEAD => "HEAD",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    };
+    let handler = endpoint.to_owned();
+    metrics::counter!(names::HTTP_REQUESTS, "handler" => handler, "method" => method, "status" => class).increment(1);
 }
 
 /// Middleware around every endpoint. Unknown paths count as one endpoint, so that clients can't invent labels.
@@ -117,14 +197,21 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     };
     let name = request_id.to_str().unwrap_or_default();
     let span = if request.method() == Method::GET {
-        tracing::debug_span!("request", endpoint, request_id = name)
+        tracing::debug_span!("request", endpoint, request_id = name, trace_id = Empty)
     } else {
-        tracing::info_span!("request", endpoint, request_id = name)
+        tracing::info_span!("request", endpoint, request_id = name, trace_id = Empty)
     };
     request.headers_mut().insert(REQUEST_ID, request_id.clone());
-    let record = Arc::new(Record::begin(endpoint, CLIENT_GONE, span.clone()));
+    let method = request.method().clone();
+    let mut record = Record::begin(endpoint.clone(), CLIENT_GONE, span.clone());
+    // What is only read is not worth a trace.
+    if method == Method::POST {
+        record = record.traced(name, request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok()));
+    }
+    let record = Arc::new(record);
     request.extensions_mut().insert(Arc::clone(&record));
     let mut response = next.run(request).instrument(span).await;
+    count_answer(&endpoint, &method, response.status());
     if record.is_stream.get().is_none() {
         record.end(response.status().as_str());
     }

@@ -68,6 +68,7 @@ impl FrontendState {
                 let made = || uuid::Uuid::new_v4().simple().to_string();
                 let call = Call { name: keyed.as_ref().map_or_else(made, Keyed::name), deadline };
                 let prepared = self.blocking(move |state| prepare(state, &body, call)).await?;
+                record.submits(prepared.requests.iter().map(|request| request.id.as_str()));
                 self.begin(keyed.as_ref(), prepared, &record)?
             }
         };

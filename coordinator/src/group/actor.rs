@@ -6,7 +6,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use metrics::Label;
 use phalanx_cluster::{
     id::{Epoch, ShardId},
     store::MembershipStore,
@@ -22,11 +21,12 @@ use super::{
     change::{ChangeError, RollingRestart},
     drained::{self, DrainedRecord},
     epochs,
+    loading::Loading,
     machine::{Candidate, Cause, Event, Given, GroupMachine, Origin, Settings, Standing},
     report,
     state::State,
 };
-use crate::{metrics as names, scheduler::handle::GroupEvent, shard_link::LinkHandle};
+use crate::{metrics::GroupLabels, scheduler::handle::GroupEvent, shard_link::LinkHandle};
 
 /// What the actor is told.
 pub enum GroupMsg {
@@ -160,8 +160,8 @@ pub struct GroupStart {
 pub struct GroupConfig {
     /// Which of the cluster's groups, from 0 on.
     pub index: usize,
-    /// Labels of its metrics: its index, if there are others.
-    pub labels: Vec<Label>,
+    /// Labels of its metrics.
+    pub labels: GroupLabels,
     /// Ranks, and when to form how.
     pub settings: Settings,
     /// Name for operators.
@@ -177,6 +177,8 @@ pub struct GroupConfig {
     pub scheduler: Box<dyn Fn(GroupEvent) + Send + Sync>,
     /// Takes what the process must know.
     pub notices: mpsc::UnboundedSender<Notice>,
+    /// Takes how far its ranks have loaded.
+    pub loading: Arc<Loading>,
     /// The epoch that the scheduler knows to serve.
     pub serving: Mutex<Option<Epoch>>,
 }
@@ -210,8 +212,9 @@ impl Actor for Group {
         machine.remember_drained(drained.clone());
         machine.expect(config.expected.0.clone(), config.expected.1);
         let drained = DrainedRecord::start(Arc::clone(&config.store), config.index, drained);
-        metrics::gauge!(names::EPOCH, config.labels.clone()).set(known.epoch.raw() as f64);
-        Ok(State::new(start, machine, drained, Alarm::start(myself)))
+        let mut state = State::new(start, machine, drained, Alarm::start(myself));
+        state.show_standing();
+        Ok(state)
     }
 
     async fn handle(
@@ -273,6 +276,7 @@ impl Actor for Group {
         state.say_what_is_missing();
         if !is_routine {
             state.say_where_it_stands();
+            state.show_standing();
         }
         state.alarm.set(state.machine.wakes_at(), is_tick);
         Ok(())

@@ -24,15 +24,13 @@ use super::{
     machine::{
         Action, Beat, Cause, Changed, Event, Given, GroupMachine, Mirrors, Origin, Slice, Standing, Ticket, Turned,
     },
+    meters::Meters,
     mirror_lag::MirrorLag,
     plans::GroupPlans,
     progress::LoadProgress,
     seats::Seats,
 };
-use crate::{
-    metrics as names,
-    scheduler::handle::{GroupEvent, Kept},
-};
+use crate::scheduler::handle::{GroupEvent, Kept};
 
 /// Bytes that name a formation's shared memory and authenticate its connections.
 const SECRET_BYTES: usize = 32;
@@ -55,9 +53,10 @@ pub struct State {
     pub(super) alarm: Alarm,
     pub(super) is_ending: bool,
     drained: DrainedRecord,
-    plans: Option<Arc<GroupPlans>>,
+    pub(super) plans: Option<Arc<GroupPlans>>,
     progress: Option<LoadProgress>,
     mirror_lag: MirrorLag,
+    pub(super) meters: Meters,
     told_to_wait: Option<String>,
     membership: Box<dyn Fn(ToMembership) + Send + Sync>,
     told_standing: Option<Standing>,
@@ -71,18 +70,22 @@ pub struct State {
 impl State {
     pub(super) fn new(start: GroupStart, machine: GroupMachine, drained: DrainedRecord, alarm: Alarm) -> Self {
         let latest = machine.epoch();
+        let config = start.config;
+        let meters = Meters::new(&config.labels, config.settings.world_size);
+        let seats = Seats::new(config.labels.clone());
         Self {
-            config: start.config,
+            config,
             membership: start.membership,
             told_standing: None,
             machine,
-            seats: Seats::default(),
+            seats,
             alarm,
             is_ending: false,
             drained,
             plans: None,
             progress: None,
             mirror_lag: MirrorLag::default(),
+            meters,
             told_to_wait: None,
             askers: BTreeMap::new(),
             next_ticket: 1,
@@ -98,18 +101,25 @@ impl State {
         message: FromShard,
     ) -> Result<(), ActorProcessingErr> {
         let epoch = Epoch::from_raw;
+        let shard = &from.shard;
         let from = || from.clone();
         let event = match message {
             FromShard::StepResult(result) => {
                 self.mirror_lag.stepped(result.epoch, result.step);
+                if result.epoch == self.machine.epoch().raw()
+                    && let Some(rank) = self.machine.rank_of(shard)
+                {
+                    self.meters.stepped(rank, &result, Instant::now());
+                }
                 let event = Event::Stepped { from: from(), epoch: epoch(result.epoch), step: result.step };
                 return self.step(myself, event, Some(result));
             }
             FromShard::Heartbeat(beat) => {
                 self.note(&from(), |memory| memory.resident = beat.resident_bytes);
-                self.mirror_lag.beat(&from().shard, &beat);
+                self.mirror_lag.beat(shard, &beat);
                 let lag = self.mirror_lag.steps(self.machine.epoch(), self.machine.mirrors());
-                metrics::gauge!(names::MIRROR_LAG).set(lag.map_or(f64::NAN, |steps| steps as f64));
+                self.meters.mirror_lag(lag);
+                self.show_device(shard);
                 Event::Beat { from: from(), beat: what_it_does(&beat) }
             }
             FromShard::LoadProgress(progress) => {
@@ -118,6 +128,7 @@ impl State {
                     && let Some(shown) = &mut self.progress
                 {
                     shown.update(rank, progress.done_bytes, progress.total_bytes);
+                    self.config.loading.update(self.config.index, rank, progress.done_bytes, progress.total_bytes);
                 }
                 Event::Progress { from: from(), epoch: epoch(progress.epoch) }
             }
@@ -311,7 +322,7 @@ impl State {
                         (self.config.scheduler)(GroupEvent::Stepped(result));
                     }
                 }
-                Action::CountFenced => metrics::counter!(names::FENCED).increment(1),
+                Action::CountFenced => self.meters.fenced(),
                 Action::WarnSlow(shard) => {
                     tracing::warn!(%shard, "a rank keeps the others waiting: its machine is slow or busy");
                 }
@@ -343,7 +354,6 @@ impl State {
         let shards: Vec<&str> = ranks.iter().map(|s| s.0.as_str()).collect();
         let keep_kv_of_epoch = keep_kv_of.map_or(0, Epoch::raw);
         tracing::info!(%epoch, ?shards, keep_kv_of_epoch, "forming");
-        metrics::gauge!(names::EPOCH, self.config.labels.clone()).set(epoch.raw() as f64);
         let mut collective_secret = vec![0; SECRET_BYTES];
         let filled = getrandom(&mut collective_secret, GetRandomFlags::empty())?;
         if filled != SECRET_BYTES {
@@ -371,6 +381,7 @@ impl State {
             self.seats.tell(shard, Message::Form(form));
         }
         self.progress = Some(LoadProgress::new(ranks.len()));
+        self.config.loading.begin(self.config.index, ranks.len());
         let (store, group) = (Arc::clone(&self.config.store), self.config.index);
         tokio::spawn(async move {
             if let Err(error) = epochs::remember_ranks(&*store, group, epoch, ranks).await {
@@ -391,8 +402,12 @@ impl State {
 
     fn serving(&mut self, myself: &ActorRef<GroupMsg>, epoch: Epoch, kv_blocks: u32, kept: Option<(Epoch, u64)>) {
         self.progress = None;
+        self.config.loading.serves();
         let shards = self.machine.ranks().to_vec();
         let links = shards.iter().filter_map(|s| self.seats.get(s)).map(|seat| seat.link.clone()).collect();
+        for (rank, shard) in shards.iter().enumerate() {
+            self.meters.take(rank, &shard.0);
+        }
         let plans = GroupPlans::new(epoch, links, myself.clone());
         let kept_through_step = kept.map(|(_, step)| step);
         tracing::info!(%epoch, kv_blocks, kept_through_step, "serving");
@@ -415,7 +430,9 @@ impl State {
         if let Some(plans) = self.plans.take() {
             plans.end();
         }
-        metrics::counter!(names::FAILOVERS, "cause" => cause.name()).increment(u64::from(!self.is_ending));
+        if !self.is_ending {
+            self.meters.ended(cause);
+        }
         self.config.lost(reason, is_planned);
     }
 

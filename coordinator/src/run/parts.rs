@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use metrics::Label;
 use metrics_exporter_prometheus::PrometheusHandle;
 use phalanx_cluster::{id::ShardId, store::MembershipStore};
 use phalanx_proto::{dial::Dialer, v1::Form};
@@ -22,7 +21,9 @@ use crate::{
     config::{Config, KvMirror},
     frontend::{self, FrontendState},
     group::{
+        self,
         actor::{GroupConfig, GroupMsg, Notice},
+        loading::Loading,
         machine::{MirrorTo, OWNERS_LIMIT, Settings},
     },
     leadership::{
@@ -32,14 +33,16 @@ use crate::{
         actor::{Membership, MembershipMsg},
         groups::Groups,
     },
+    metrics::{self as names, GroupLabels},
     model::OpenedModel,
     routing::{machine::Settings as Routing, router::Router},
     scheduler::{
+        self,
         actor::{SchedulerConfig, SchedulerHandle},
         event::{Limits, Recovery},
         handle::{GroupEvent, Submit},
     },
-    security::{Security, tls::ServingTls},
+    security::{self, Security, tls::ServingTls},
     shard_link,
 };
 
@@ -76,6 +79,8 @@ pub struct Foundation {
     pub journal: Arc<ReplicatedJournal>,
     /// What this leader says of its own.
     pub feed: FeedSlot,
+    /// How far this process is with starting.
+    pub loading: Arc<Loading>,
 }
 
 impl Foundation {
@@ -151,7 +156,8 @@ impl Parts {
         let (config, served) = (&base.config, base.model.served.clone());
         let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
             .with_security(Arc::clone(&base.security))
-            .with_journal(Arc::clone(&base.journal));
+            .with_journal(Arc::clone(&base.journal))
+            .with_loading(Arc::clone(&base.loading));
         base.feed.set(Some(state.streams()));
         Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, notices })
     }
@@ -236,22 +242,42 @@ async fn expected(store: &dyn MembershipStore) -> BTreeMap<ShardId, String> {
     records.into_iter().map(|record| (ShardId(record.shard_id), record.host)).collect()
 }
 
-/// Labels of what is shown of a group; none where there is only one.
-fn labels(base: &Foundation, index: usize) -> Vec<Label> {
-    if base.config.replicas > 1 { vec![Label::new("group", index.to_string())] } else { Vec::new() }
+/// Labels of what is measured of a group.
+fn labels(base: &Foundation, index: usize) -> GroupLabels {
+    GroupLabels::new(&base.model.served.name(), index, base.config.replicas as usize)
+}
+
+/// Begins to count: every metric of leaders is there from now on, also on a coordinator that never leads.
+pub fn begin_to_count(base: &Foundation) {
+    for index in 0..base.config.replicas as usize {
+        let labels = labels(base, index);
+        drop(scheduler::meters::Meters::new(&labels, &limits(base)));
+        drop(group::meters::Meters::new(&labels, base.config.tensor_parallel_size as usize));
+    }
+    frontend::observe::begin_to_count();
+    security::begin_to_count();
+    drop(metrics::counter!(names::MOVED));
+    for outcome in ["exported", "dropped", "failed"] {
+        drop(metrics::counter!(names::TRACE_SPANS, "outcome" => outcome));
+    }
+}
+
+fn limits(base: &Foundation) -> Limits {
+    let (config, served) = (&base.config, &base.model.served);
+    Limits {
+        block_size: config.block_size as usize,
+        max_step_rows: config.max_num_batched_tokens as usize,
+        max_running: config.max_num_seqs as usize,
+        max_model_len: served.max_model_len,
+        vocab: served.vocab,
+        prefix_caching: config.enable_prefix_caching,
+    }
 }
 
 fn scheduler_config(base: &Foundation, index: usize) -> SchedulerConfig {
     let (config, served) = (&base.config, &base.model.served);
     SchedulerConfig {
-        limits: Limits {
-            block_size: config.block_size as usize,
-            max_step_rows: config.max_num_batched_tokens as usize,
-            max_running: config.max_num_seqs as usize,
-            max_model_len: served.max_model_len,
-            vocab: served.vocab,
-            prefix_caching: config.enable_prefix_caching,
-        },
+        limits: limits(base),
         recovery: Recovery { max_replays: config.max_replays, no_group_timeout: config.no_group_timeout },
         eos: served.eos.clone(),
         detokenizers: Box::new(served.tokenizer.as_ref().clone()),
@@ -304,6 +330,7 @@ fn group_config(
         store: Arc::clone(&base.store),
         scheduler,
         notices,
+        loading: Arc::clone(&base.loading),
         serving: Mutex::new(None),
     }
 }

@@ -28,6 +28,7 @@ use crate::{
         self, FrontendState, connections, door,
         forward::{Gateway, Local, dial::Connector, grpc::InferenceGateway},
         grpc::InferenceService,
+        prober::Prober,
     },
     leadership::{
         service::LeadershipService,
@@ -85,8 +86,10 @@ impl Servers {
         let submit = Arc::new(StandbySubmit::new(base.view()));
         let served = base.model.served.clone();
         let limits = frontend::Limits::of(&base.config);
-        let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone());
-        let state = state.with_security(base.security.clone());
+        let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone())
+            .with_security(Arc::clone(&base.security))
+            .with_loading(Arc::clone(&base.loading))
+            .with_prober(Prober::of_standby(base.view()));
         let is_shared = !base.store.is_exclusive();
         let inference = InferenceGateway::new(base.dialer.clone(), base.view(), is_shared);
         let control = ControlSlot::new(Arc::new(StandingBy::new(base.view())));
@@ -134,7 +137,8 @@ impl Servers {
         let status = StatusSource::new(groups.clone(), parts.schedulers.clone(), base.view());
         let status = status.with_leases(shards.clone());
         let shape = Arc::new(base.model.shape.clone());
-        let leading = Leading::new(groups.clone(), status.clone(), base.leadership.clone(), shape);
+        let leading = Leading::new(groups.clone(), status.clone(), base.leadership.clone(), shape)
+            .with_streams(parts.state.streams());
         self.control.set(Arc::new(leading));
         let cluster = ClusterService::server(membership, groups, status, timeout, base.view(), shards, join_token);
         let services = grpc_services(base, parts.state.clone(), &self.inference, &self.control)?.add_service(cluster);

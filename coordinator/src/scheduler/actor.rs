@@ -9,23 +9,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use metrics::{Gauge, Label};
 use phalanx_cluster::id::TokenId;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, concurrency::JoinHandle};
 use tokio::sync::watch;
 
 use super::{
+    ending::Ended,
     event::{Action, Event, Limits, Measure, Recovery, Status},
     handle::{CancelOnDrop, GroupEvent, PlanSink, Readiness, RequestStream, Submit},
     machine::Machine,
+    meters::Meters,
     outbox::{self, MOST_UNREAD_BYTES, Outbox},
     overload::{Gate, Place},
 };
 use crate::{
-    metrics as names,
+    metrics::GroupLabels,
     request::{Request, RequestError, RequestEvent},
     sequence::RequestKey,
     text::decode::Detokenizers,
+    trace::{self, ranks::Mark},
 };
 
 /// How late a deadline may be noticed.
@@ -47,30 +49,8 @@ pub struct SchedulerConfig {
     pub max_queued_requests: usize,
     /// Prompt tokens that those may have together.
     pub max_queued_tokens: usize,
-    /// Labels of its gauges: its group, if there are others.
-    pub labels: Vec<Label>,
-}
-
-/// Numbers of the present that are shown; what is counted is the same for all groups.
-struct Gauges {
-    waiting: Gauge,
-    running: Gauge,
-    blocks_used: Gauge,
-    blocks: Gauge,
-    step_sequences: Gauge,
-}
-
-impl Gauges {
-    fn new(labels: &[Label]) -> Self {
-        let gauge = |name: &'static str| metrics::gauge!(name, labels.to_vec());
-        Self {
-            waiting: gauge(names::QUEUE_LENGTH),
-            running: gauge(names::RUNNING),
-            blocks_used: gauge(names::KV_USED),
-            blocks: gauge(names::KV_TOTAL),
-            step_sequences: gauge(names::BATCH_SIZE),
-        }
-    }
+    /// Labels of its metrics.
+    pub labels: GroupLabels,
 }
 
 /// What the actor is told. [`SchedulerHandle`] says it.
@@ -178,6 +158,8 @@ struct Client {
     events: Outbox,
     /// Held while the request waits for its first step.
     place: Option<Place>,
+    /// What ranks had computed when it began to run, where there are traces.
+    since: Option<Mark>,
 }
 
 struct State {
@@ -186,7 +168,9 @@ struct State {
     plans: Option<Arc<dyn PlanSink>>,
     readiness: watch::Sender<Readiness>,
     gate: Arc<Gate>,
-    gauges: Gauges,
+    meters: Meters,
+    /// Which of the cluster's groups it is for.
+    index: usize,
     /// Requests whose clients leave too much unread.
     unread: Vec<RequestKey>,
     is_tick_armed: bool,
@@ -205,13 +189,14 @@ impl Actor for Scheduler {
         (config, readiness, gate): Self::Arguments,
     ) -> Result<State, ActorProcessingErr> {
         let machine = Machine::new(config.limits, config.recovery, config.eos, config.detokenizers);
-        let state = State {
+        let mut state = State {
             machine,
             clients: BTreeMap::new(),
             plans: None,
             readiness,
             gate,
-            gauges: Gauges::new(&config.labels),
+            meters: Meters::new(&config.labels, &config.limits),
+            index: config.labels.index,
             unread: Vec::new(),
             is_tick_armed: false,
         };
@@ -227,12 +212,12 @@ impl Actor for Scheduler {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             SchedulerMsg::Submit { key, request, events, place } => {
-                state.clients.insert(key, Client { events, place });
+                state.clients.insert(key, Client { events, place, since: None });
                 state.step(Event::Submit(key, *request));
             }
             SchedulerMsg::Cancel(key) => {
-                state.clients.remove(&key);
                 state.step(Event::Cancel(key));
+                state.clients.remove(&key);
             }
             SchedulerMsg::Group(event) => state.on_group(event),
             SchedulerMsg::Tick => {
@@ -294,7 +279,11 @@ impl State {
             }
             GroupEvent::Hold { epoch } => self.step(Event::Hold { epoch }),
             GroupEvent::Resume { epoch } => self.step(Event::Resume { epoch }),
-            GroupEvent::Stepped(result) => self.step(Event::Stepped(result)),
+            GroupEvent::Stepped(result) => {
+                let begun = Instant::now();
+                self.step(Event::Stepped(result));
+                self.meters.scheduled(begun.elapsed());
+            }
         }
     }
 
@@ -317,14 +306,29 @@ impl State {
                 }
                 Action::Emit(key, event) => self.emit(key, event),
                 Action::Admitted(key) => {
+                    if let (Some(tracer), Some(client)) = (trace::active(), self.clients.get_mut(&key)) {
+                        client.since = Some(tracer.ranks().mark(self.index));
+                    }
                     if self.clients.get_mut(&key).and_then(|client| client.place.take()).is_some() {
                         self.gate.admitted(Instant::now());
                     }
                 }
-                Action::Measure(measure) => self.record(&measure),
+                Action::Measure(measure) => {
+                    self.meters.record(&measure);
+                    if let Measure::Ended(ended) = measure {
+                        self.trace(ended);
+                    }
+                }
                 Action::Warn(reason) => tracing::warn!("{reason}"),
             }
         }
+    }
+
+    fn trace(&mut self, ended: Box<Ended>) {
+        let Some(tracer) = trace::active() else { return };
+        let since = self.clients.get_mut(&ended.key).and_then(|client| client.since.take());
+        let work = since.map(|since| tracer.ranks().since(self.index, &since)).unwrap_or_default();
+        tracer.ended(ended, work);
     }
 
     fn emit(&mut self, key: RequestKey, event: RequestEvent) {
@@ -337,35 +341,11 @@ impl State {
         }
     }
 
-    fn record_status(&self) {
+    fn record_status(&mut self) {
         let status = self.machine.status();
-        self.gauges.waiting.set(status.n_waiting as f64);
-        self.gauges.running.set(status.n_running as f64);
-        self.gauges.blocks_used.set(status.n_blocks_used as f64);
-        self.gauges.blocks.set(status.n_blocks as f64);
+        self.meters.show(&status);
         if status.n_requests == 0 && status.n_blocks_used > 0 {
             tracing::error!(n_blocks = status.n_blocks_used, "blocks are in use though no request lives");
-        }
-    }
-
-    fn record(&self, measure: &Measure) {
-        match measure {
-            Measure::PromptTokens(n) => metrics::counter!(names::PROMPT_TOKENS).increment(*n as u64),
-            Measure::PrefixLookup { n_queried, n_hit } => {
-                metrics::counter!(names::PREFIX_QUERIES).increment(*n_queried as u64);
-                metrics::counter!(names::PREFIX_HITS).increment(*n_hit as u64);
-            }
-            Measure::Preempted => metrics::counter!(names::PREEMPTIONS).increment(1),
-            Measure::FirstToken(after) => metrics::histogram!(names::TTFT).record(after.as_secs_f64()),
-            Measure::InterToken(after) => metrics::histogram!(names::ITL).record(after.as_secs_f64()),
-            Measure::Token => metrics::counter!(names::TOKENS).increment(1),
-            Measure::Replayed(n) => metrics::counter!(names::REPLAYED).increment(*n as u64),
-            Measure::Stalled(by) => metrics::histogram!(names::STALL).record(by.as_secs_f64()),
-            Measure::Step { n_sequences, took } => {
-                self.gauges.step_sequences.set(*n_sequences as f64);
-                metrics::histogram!(names::STEP_SECONDS).record(took.as_secs_f64());
-            }
-            Measure::Fenced => metrics::counter!(names::FENCED).increment(1),
         }
     }
 }

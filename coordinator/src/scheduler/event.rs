@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use phalanx_proto::v1::{StepPlan, StepResult};
 
+use super::ending::{Ended, Ending};
 use crate::{
     request::{Request, RequestEvent},
     sequence::RequestKey,
@@ -126,6 +127,13 @@ pub enum Measure {
         /// And had so many.
         n_hit: usize,
     },
+    /// A request runs for the first time.
+    Prefilling {
+        /// With so many prompt tokens.
+        n_prompt: usize,
+        /// Of which the prefix cache had these.
+        n_cached: usize,
+    },
     /// A sequence was put back because blocks ran out.
     Preempted,
     /// A request's first token, so long after its arrival.
@@ -142,11 +150,17 @@ pub enum Measure {
     Step {
         /// Sequences in it.
         n_sequences: usize,
+        /// Rows in it.
+        n_rows: usize,
         /// Wall time on rank 0.
         took: Duration,
     },
     /// A message of another epoch was dropped.
     Fenced,
+    /// A choice is complete.
+    Completed(Ending),
+    /// A request is over.
+    Ended(Box<Ended>),
 }
 
 /// Numbers of the present state.
@@ -154,6 +168,8 @@ pub enum Measure {
 pub struct Status {
     /// Sequences that wait for blocks or a place.
     pub n_waiting: usize,
+    /// Those of them that wait for the prompt of their request's first choice.
+    pub n_held: usize,
     /// Sequences that run.
     pub n_running: usize,
     /// Steps whose result is awaited.

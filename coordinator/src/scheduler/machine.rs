@@ -14,6 +14,7 @@ use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{SamplingParams, TokenScore};
 
 use super::{
+    ending::{Ending, Times},
     event::{Action, Event, Limits, Measure, Recovery, Status},
     policy::{self, MAX_IN_FLIGHT, RowTime},
     quarantine::Quarantine,
@@ -36,6 +37,8 @@ pub struct Machine {
     pub(super) group: Option<Group>,
     /// What the last group's pages hold, until the next one serves.
     pub(super) former: Option<Former>,
+    /// When the event came that is being handled, or else the last one.
+    pub(super) now: Option<Instant>,
     /// Epoch of the latest group, lost or not.
     pub(super) last_epoch: u64,
     /// When the last group was lost; `None` while one serves, and before the first.
@@ -56,15 +59,17 @@ pub struct Machine {
 /// A request that is not finished.
 pub(super) struct LiveRequest {
     pub(super) request: Arc<Request>,
-    arrived_at: Instant,
-    /// Whether it ever ran.
-    pub(super) is_admitted: bool,
+    pub(super) times: Times,
     pub(super) n_open: usize,
     /// Choices that wait until choice 0's prompt can be shared.
     pub(super) held: Vec<SequenceKey>,
     /// Scores of prompt positions 1, 2, ... so far; `None` if not asked for, or told already.
     pub(super) scores: Option<Vec<TokenScore>>,
     pub(super) usage: Usage,
+    /// Tokens of its longest choice that is complete.
+    pub(super) longest: usize,
+    /// How often its sequences were put back because blocks ran out.
+    pub(super) n_preempted: u32,
     /// Unplanned losses with rows of it in flight since it last made progress.
     pub(super) losses: u32,
 }
@@ -148,6 +153,7 @@ impl Machine {
             detokenizers,
             group: None,
             former: None,
+            now: None,
             last_epoch: 0,
             without_group_since: None,
             quarantine: Quarantine::default(),
@@ -164,9 +170,10 @@ impl Machine {
     /// Takes an event. `now` never goes back.
     pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
         let mut out = Vec::new();
+        self.now = Some(now);
         match event {
             Event::Submit(key, request) => self.on_submit(now, key, request, &mut out),
-            Event::Cancel(key) => self.forget(key),
+            Event::Cancel(key) => self.forget(key, Ending::Abort, &mut out),
             Event::GroupServing { epoch, n_blocks, kept } => self.on_serving(now, epoch, n_blocks, kept, &mut out),
             Event::GroupLost { epoch, is_planned } => self.on_lost(now, epoch, is_planned, &mut out),
             Event::Hold { epoch } => self.on_hold(epoch, Hold::Draining, &mut out),
@@ -214,6 +221,7 @@ impl Machine {
         let group = self.group.as_ref();
         Status {
             n_waiting: self.sequences.len() - self.running.len(),
+            n_held: self.sequences.len() - self.running.len() - self.waiting.len(),
             n_running: self.running.len(),
             n_in_flight: group.map_or(0, |g| g.in_flight.len()),
             n_blocks_used: group.map_or(0, |g| g.blocks.n_used()),
@@ -267,12 +275,13 @@ impl Machine {
             self.deadlines.insert((deadline, key));
         }
         let live = LiveRequest {
-            arrived_at: now,
-            is_admitted: false,
+            times: Times::new(now),
             n_open: n_sequences as usize,
             held: Vec::new(),
             scores: request.sampling.prompt_logprobs.map(|_| Vec::new()),
             usage: Usage { prompt_tokens: prompt_len as u32, ..Usage::default() },
+            longest: 0,
+            n_preempted: 0,
             losses: 0,
             request,
         };
@@ -360,7 +369,7 @@ impl Machine {
     /// arrival.
     fn oldest_without_group(&self) -> Option<(Instant, RequestKey)> {
         let (key, live) = self.requests.first_key_value().filter(|_| self.group.is_none())?;
-        let since = self.without_group_since.map_or(live.arrived_at, |lost_at| lost_at.max(live.arrived_at));
+        let since = self.without_group_since.map_or(live.times.arrived, |lost_at| lost_at.max(live.times.arrived));
         Some((since.checked_add(self.recovery.no_group_timeout)?, *key))
     }
 
@@ -383,22 +392,9 @@ impl Machine {
     /// Ends a request with an error.
     pub(super) fn fail(&mut self, key: RequestKey, error: RequestError, out: &mut Vec<Action>) {
         if self.requests.contains_key(&key) {
-            self.forget(key);
+            self.forget(key, Ending::of_error(&error), out);
             out.push(Action::Emit(key, RequestEvent::Failed(error)));
         }
-    }
-
-    /// Removes a request and all its choices; their blocks are free for the next plan.
-    pub(super) fn forget(&mut self, key: RequestKey) {
-        let Some(live) = self.requests.remove(&key) else { return };
-        if let Some(deadline) = live.request.deadline {
-            self.deadlines.remove(&(deadline, key));
-        }
-        for choice in 0..live.request.n {
-            self.remove_sequence(SequenceKey { request: key, choice });
-        }
-        self.quarantine.clear(key);
-        self.journal.append(Entry::Ended(key));
     }
 
     /// Removes a sequence, wherever it is.
@@ -434,6 +430,6 @@ impl Machine {
 
     /// How long ago a request came.
     pub(super) fn since_arrival(&self, key: RequestKey, now: Instant) -> Option<Duration> {
-        self.requests.get(&key).map(|live| now.saturating_duration_since(live.arrived_at))
+        self.requests.get(&key).map(|live| now.saturating_duration_since(live.times.arrived))
     }
 }

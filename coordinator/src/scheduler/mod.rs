@@ -4,9 +4,11 @@
 
 pub mod actor;
 mod check;
+pub mod ending;
 pub mod event;
 pub mod handle;
 pub mod machine;
+pub mod meters;
 pub mod outbox;
 mod outcome;
 mod overload;

@@ -6,6 +6,7 @@ use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::{PromptScores, Sample, StepResult, TokenScore};
 
 use super::{
+    ending::Ending,
     event::{Action, Measure},
     machine::{Machine, PlannedChunk},
 };
@@ -30,8 +31,9 @@ impl Machine {
         }
         let Some(step) = group.in_flight.pop_front() else { return };
         let took = Duration::from_micros(result.compute_us);
-        self.row_time.record(step.n_rows, took);
-        out.push(Action::Measure(Measure::Step { n_sequences: step.chunks.len(), took }));
+        let n_rows = step.n_rows;
+        self.row_time.record(n_rows, took);
+        out.push(Action::Measure(Measure::Step { n_sequences: step.chunks.len(), n_rows, took }));
 
         for scores in result.prompt_scores {
             let owner = step.chunks.iter().find(|c| c.slot == scores.sequence).map(|c| c.key.request);
@@ -90,9 +92,10 @@ impl Machine {
         for index in 0..live.request.n {
             let output = Output { index, finish: Some(Finish::Length), ..Output::default() };
             out.push(Action::Emit(key, RequestEvent::Output(output)));
+            out.push(Action::Measure(Measure::Completed(Ending::Length)));
         }
+        self.forget(key, Ending::Length, out);
         out.push(Action::Emit(key, RequestEvent::Finished(usage)));
-        self.forget(key);
     }
 
     fn fail_unscored(&mut self, key: RequestKey, out: &mut Vec<Action>) {
@@ -155,18 +158,19 @@ impl Machine {
         sequence.n_output += 1;
         self.journal.append(Entry::Emitted(key, token));
         let output = extend_output(sequence, &live.request, &self.eos, token, score);
-        let is_complete = output.finish.is_some();
+        let ending = output.finish.as_ref().map(Ending::from);
         out.push(Action::Emit(key.request, RequestEvent::Output(output)));
-        if is_complete {
-            self.complete(key, out);
+        if let Some(ending) = ending {
+            self.complete(key, ending, out);
         }
-        is_complete
+        ending.is_some()
     }
 
     fn measure_token(&mut self, now: Instant, key: RequestKey, since_last: Option<Duration>, out: &mut Vec<Action>) {
         out.push(Action::Measure(Measure::Token));
         let since_arrival = self.since_arrival(key, now);
-        let Some(live) = self.requests.get(&key) else { return };
+        let Some(live) = self.requests.get_mut(&key) else { return };
+        live.times.token(now);
         if live.usage.completion_tokens == 0 {
             out.extend(since_arrival.map(|d| Action::Measure(Measure::FirstToken(d))));
         }
@@ -174,7 +178,8 @@ impl Machine {
     }
 
     /// A choice is complete; the request is too with its last one.
-    fn complete(&mut self, key: SequenceKey, out: &mut Vec<Action>) {
+    fn complete(&mut self, key: SequenceKey, ending: Ending, out: &mut Vec<Action>) {
+        let n_output = self.sequences.get(&key).map_or(0, |s| s.n_output);
         self.remove_sequence(key);
         self.journal.append(Entry::Completed(key));
         if key.choice == 0 {
@@ -182,9 +187,12 @@ impl Machine {
         }
         let Some(live) = self.requests.get_mut(&key.request) else { return };
         live.n_open -= 1;
+        live.longest = live.longest.max(n_output);
+        out.push(Action::Measure(Measure::Completed(ending)));
         if live.n_open == 0 {
-            out.push(Action::Emit(key.request, RequestEvent::Finished(live.usage)));
-            self.forget(key.request);
+            let usage = live.usage;
+            self.forget(key.request, ending, out);
+            out.push(Action::Emit(key.request, RequestEvent::Finished(usage)));
         }
     }
 }

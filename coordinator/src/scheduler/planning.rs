@@ -182,6 +182,9 @@ impl Machine {
         if key.choice == 0 {
             self.release_held(key.request);
         }
+        if let Some(live) = self.requests.get_mut(&key.request) {
+            live.n_preempted += 1;
+        }
         out.push(Action::Measure(Measure::Preempted));
     }
 
@@ -332,9 +335,11 @@ impl Machine {
         if lookup {
             out.push(Action::Measure(Measure::PrefixLookup { n_queried: tokens.len(), n_hit: admitted.n_cached }));
         }
-        if !live.is_admitted {
-            live.is_admitted = true;
+        if live.times.admitted.is_none() {
+            live.times.admitted = self.now;
             live.usage.cached_tokens = admitted.n_cached as u32;
+            let n_prompt = sequence.prompt_len;
+            out.push(Action::Measure(Measure::Prefilling { n_prompt, n_cached: admitted.n_cached.min(n_prompt) }));
             out.push(Action::Admitted(key.request));
         }
         let computed = admitted.n_cached;

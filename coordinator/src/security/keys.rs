@@ -163,6 +163,10 @@ pub enum Denied {
 }
 
 impl Denied {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Missing, Self::Unknown, Self::Expired, Self::Early, Self::ForOthers, Self::UnknownSigner];
+
     /// As metrics spell it.
     pub fn reason(self) -> &'static str {
         match self {

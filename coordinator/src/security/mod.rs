@@ -28,11 +28,13 @@ use self::{
     jwt::{JwtConfig, Tokens},
     key_file::KeyFile,
     keys::{Denied, KeyHash, KeyRecord, KeyRing, Principal, Role},
-    limits::{KeyLimits, Limiter, Refused, Standing},
+    limits::{Counted, KeyLimits, Limiter, Refused, Standing},
     watched::Watched,
 };
 use crate::metrics as names;
 
+/// What a file of keys is called in logs and metrics.
+const KEYS: &str = "API keys";
 /// A shorter key can be guessed.
 const SHORTEST_SAFE_KEY: usize = 16;
 
@@ -125,7 +127,7 @@ impl Security {
             let keys = config.is_closed().then(|| KeyRing::new(fixed));
             return Ok(Arc::new(Self { keys, tokens, audit, ..Self::default() }));
         };
-        let watched = Watched::open("API keys", vec![path.clone()]).context("--api-keys")?;
+        let watched = Watched::open(KEYS, vec![path.clone()]).context("--api-keys")?;
         let records = in_force(&fixed, &watched.contents()[0]);
         let records = records.map_err(|e| anyhow::anyhow!("--api-keys {}: {e}", path.display()))?;
         tracing::info!(file = %path.display(), n_keys = records.len(), "API keys are needed");
@@ -213,6 +215,22 @@ impl Security {
     pub fn standing(&self, principal: &Principal) -> Standing {
         self.limiter().standing(Instant::now(), &principal.name, &principal.limits)
     }
+}
+
+/// Counters are there before anything is counted.
+pub fn begin_to_count() {
+    for denied in Denied::ALL {
+        drop(metrics::counter!(names::DENIED, "reason" => denied.reason()));
+    }
+    for limit in [Counted::Requests, Counted::Tokens, Counted::Concurrency] {
+        drop(metrics::counter!(names::RATE_LIMITED, "limit" => limit.name()));
+    }
+    for of in [KEYS, tls::CERTIFICATE, jwt::KEYS] {
+        drop(metrics::counter!(names::RELOADS, "of" => of));
+        drop(metrics::counter!(names::RELOAD_FAILURES, "of" => of));
+    }
+    metrics::gauge!(names::AUDIT_FAILING).increment(0.0);
+    drop(metrics::counter!(names::AUDIT_LOST));
 }
 
 fn note(refused: &Refused) {

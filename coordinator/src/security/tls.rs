@@ -29,6 +29,8 @@ use tokio_rustls::{LazyConfigAcceptor, TlsConnector, server::TlsStream};
 
 use super::watched::Watched;
 
+/// What its files are called in logs and metrics.
+pub(super) const CERTIFICATE: &str = "TLS certificate";
 /// The name that a coordinator asks for on another one's HTTP port.
 const COORDINATOR: &str = "coordinator.phalanx.internal";
 /// Protocols of the ports.
@@ -102,8 +104,7 @@ impl ServingTls {
         let cluster = cluster.map(|tls| Cluster::new(tls, files.client_ca.is_some())).transpose()?;
         let mut paths = vec![files.certificate.clone(), files.key.clone()];
         paths.extend(files.client_ca.clone());
-        let watched =
-            Watched::open("TLS certificate", paths).context("--ssl-certfile, --ssl-keyfile, --ssl-ca-certs")?;
+        let watched = Watched::open(CERTIFICATE, paths).context("--ssl-certfile, --ssl-keyfile, --ssl-ca-certs")?;
         let shown = for_clients(watched.contents()).with_context(|| {
             format!("--ssl-certfile {}, its --ssl-keyfile or --ssl-ca-certs", files.certificate.display())
         })?;

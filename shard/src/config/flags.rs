@@ -104,6 +104,11 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) collective: Option<String>,
 
+    /// How each line of the log looks: for people, or a JSON object [default: text]
+    #[arg(long, env = "PHALANX_LOG_FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) log_format: Option<LogFormat>,
+
     /// TOML file with any of these options
     #[arg(long, env = "PHALANX_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -142,6 +147,19 @@ pub(super) struct Merged {
     pub(super) shard_id: Option<String>,
     pub(super) isa: String,
     pub(super) collective: String,
+    #[serde(default)]
+    pub(super) log_format: LogFormat,
+}
+
+/// How each line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// A JSON object.
+    Json,
 }
 
 /// A number of bytes, or a size with its unit.

@@ -47,7 +47,7 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Header by which a coordinator that passes a request on names it.
 const RESUME_KEY: HeaderName = HeaderName::from_static("x-phalanx-resume-key");
 /// Paths that say something about this very process.
-const OWN_PATHS: &[&str] = &["/health", "/livez", "/ping", "/ready", "/metrics", "/version"];
+const OWN_PATHS: &[&str] = &["/health", "/livez", "/ping", "/ready", "/readyz", "/startupz", "/metrics", "/version"];
 /// Paths of generations.
 const RESUMABLE_PATHS: &[&str] = &["/v1/chat/completions", "/v1/completions"];
 

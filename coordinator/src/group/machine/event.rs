@@ -98,6 +98,19 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// All of them, in their order.
+    pub const ALL: [Self; 9] = [
+        Self::Lost,
+        Self::Failed,
+        Self::Silent,
+        Self::Deadline,
+        Self::Slow,
+        Self::Drain,
+        Self::Rollout,
+        Self::Regroup,
+        Self::Mirror,
+    ];
+
     /// As metrics spell it.
     pub fn name(self) -> &'static str {
         match self {

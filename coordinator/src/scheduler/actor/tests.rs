@@ -67,7 +67,7 @@ impl Fixture {
             detokenizers,
             max_queued_requests,
             max_queued_tokens: 1000,
-            labels: Vec::new(),
+            labels: GroupLabels::default(),
         };
         let (handle, _) = SchedulerHandle::spawn(config, None).await.expect("the actor starts");
         let (sender, plans) = mpsc::unbounded_channel();

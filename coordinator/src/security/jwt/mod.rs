@@ -19,6 +19,8 @@ use super::{
     limits::KeyLimits,
 };
 
+/// What a set of keys is called in logs and metrics.
+pub(super) const KEYS: &str = "token keys";
 /// Clocks may differ by this many seconds.
 const LEEWAY_S: f64 = 60.0;
 /// A longer token is none.

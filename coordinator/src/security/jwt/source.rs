@@ -15,7 +15,7 @@ use super::jwks::KeySet;
 use crate::{metrics as names, security::watched::Watched};
 
 /// As metrics name it.
-const WHAT: &str = "token keys";
+const WHAT: &str = super::KEYS;
 /// Between looks at an address.
 const REFRESH: Duration = Duration::from_secs(300);
 /// Between looks that tokens of unknown signers ask for, and after failures.
