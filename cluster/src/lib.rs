@@ -8,6 +8,7 @@ pub mod id;
 pub mod model_config;
 pub mod partition;
 pub mod rope;
+pub mod seal;
 pub mod source;
 pub mod store;
 pub mod tls;

@@ -6,7 +6,7 @@ mod incoming;
 mod parts;
 mod servers;
 
-use std::{ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures::future::select_all;
@@ -227,6 +227,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         fatal,
         fatals,
         announcement: Announcement::default(),
+        given_up: Some(BTreeSet::new()),
     };
     let outcome = process.run(&mut interrupts).await;
     process.end(outcome.is_ok(), &mut interrupts).await;
@@ -247,6 +248,8 @@ struct Process {
     fatal: mpsc::UnboundedSender<String>,
     fatals: mpsc::UnboundedReceiver<String>,
     announcement: Announcement,
+    /// Groups that can't be formed; nothing once one has served.
+    given_up: Option<BTreeSet<usize>>,
 }
 
 impl Process {
@@ -261,13 +264,16 @@ impl Process {
                 }
                 view = view.changed() => self.follow(&view).await?,
                 happened = next_of(&mut self.parts) => match happened? {
-                    Notice::Serving { epoch, shards } => self.prepare_announcement(epoch, &shards),
+                    Notice::Serving { epoch, shards } => {
+                        self.given_up = None;
+                        self.prepare_announcement(epoch, &shards);
+                    }
                     Notice::Stuck { shard, pid } => {
                         if let Some(local) = &self.local {
                             local.kill(&shard, pid);
                         }
                     }
-                    Notice::GiveUp(cause) => anyhow::bail!("the model can't be served: {cause}"),
+                    Notice::GiveUp { group, cause } => self.give_up(group, &cause)?,
                 },
                 line = self.announcement.due() => println!("{line}"),
                 Some(cause) = self.fatals.recv() => return Err(anyhow::anyhow!(cause)),
@@ -275,6 +281,18 @@ impl Process {
                 ended = &mut self.servers.grpc => anyhow::bail!("the gRPC server has ended: {ended:?}"),
             }
         }
+    }
+
+    /// A group can't be formed. That is the end if none can be.
+    fn give_up(&mut self, group: usize, cause: &str) -> anyhow::Result<()> {
+        let n_groups = self.base.config.replicas as usize;
+        let n_given_up = self.given_up.as_mut().map_or(0, |groups| {
+            groups.insert(group);
+            groups.len()
+        });
+        anyhow::ensure!(n_given_up < n_groups, "the model can't be served: {cause}");
+        tracing::error!(group, cause, "a group can't be formed; it tries again");
+        Ok(())
     }
 
     /// Becomes what leadership says.

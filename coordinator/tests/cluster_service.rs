@@ -62,6 +62,7 @@ impl Coordinator {
             name: "model".to_owned(),
             form: Form { model: "m.gguf".to_owned(), block_size: 16, ..Form::default() },
             expected: (BTreeMap::new(), Instant::now()),
+            leads: Box::new(|| true),
             store: Arc::clone(&store),
             scheduler: Box::new(move |event| drop(sender.send(event))),
             notices: notice_sender,
@@ -299,7 +300,10 @@ async fn a_model_that_no_shard_can_load_is_given_up() {
     let epoch = shard.hear_form().await.epoch;
     shard.say(ToCoordinator::Failed(Failed { epoch, step: 0, error: "unknown architecture \"x\"".to_owned() }));
     let notice = timeout(PATIENCE, coordinator.notices.recv()).await.unwrap().unwrap();
-    assert!(matches!(&notice, Notice::GiveUp(cause) if cause.contains("unknown architecture \"x\"")), "{notice:?}");
+    assert!(
+        matches!(&notice, Notice::GiveUp { cause, .. } if cause.contains("unknown architecture \"x\"")),
+        "{notice:?}"
+    );
 }
 
 #[tokio::test]

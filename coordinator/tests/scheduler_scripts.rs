@@ -92,7 +92,7 @@ impl Script {
                 self.slots.clear();
                 self.plans.clear();
                 let kept = value(&words, "kept")
-                    .map(|step| Kept { epoch: self.epoch - 1, through_step: step.parse().expect("step number") });
+                    .map(|step| Kept::Rows { epoch: self.epoch - 1, through_step: step.parse().expect("step number") });
                 Event::GroupServing { epoch: self.epoch, n_blocks: number(&words, "blocks", 100), kept }
             }
             "lose" => Event::GroupLost { epoch: self.epoch, is_planned: words.contains(&"planned") },

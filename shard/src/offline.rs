@@ -30,7 +30,7 @@ use crate::{
     layer::scratch::Scratch,
     mirror::{Mirrors, Source, Target},
     model::{self, LoadError},
-    step::{Executor, Limits},
+    step::{Executor, Limits, seals::Seals},
 };
 
 /// Longest wait of a rank for another.
@@ -367,5 +367,5 @@ fn start(
         max_model_len: model.shape.config.context_length,
         vocab: model.shape.config.vocab,
     };
-    Ok((Executor::new(ops, model, scratch, limits), joined, mirrors))
+    Ok((Executor::new(ops, model, scratch, Seals::new(0, config.block_size), limits), joined, mirrors))
 }

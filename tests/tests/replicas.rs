@@ -1,9 +1,13 @@
 //! Several groups beside each other answer like one, and one goes on with what another leaves.
 
-use phalanx_proto::v1::{GenerateRequest, StatusRequest, StatusResponse, cluster_client::ClusterClient};
+use phalanx_proto::v1::{
+    DrainRequest, GenerateRequest, StatusRequest, StatusResponse, admin_client::AdminClient,
+    cluster_client::ClusterClient,
+};
 use phalanx_tests::{
     client::{Answer, generate, generate_all, get, greedy, metric},
     golden,
+    model_cache::{SMOLLM2, model},
     process::{Cluster, Process, signal_pid, wait_until},
     workload,
 };
@@ -90,6 +94,16 @@ async fn two_groups_answer_like_one_and_share_a_spare() {
     let after = wait_for(&cluster, "both groups serve, and a spare is there again", whole);
     assert!(after.groups[lost].epoch > status.groups[lost].epoch.max(status.groups[other].epoch));
     assert_eq!(after.groups[other].epoch, status.groups[other].epoch, "the other group never stopped");
+
+    // A rank of the group that has no spare is drained: the other group's comes.
+    let spare = after.members.iter().find(|m| m.rank.is_none()).expect("one has no rank");
+    let rank = after.members.iter().find(|m| m.group != spare.group).expect("it serves");
+    let mut admin = AdminClient::connect(cluster.grpc.clone()).await.unwrap();
+    let request = DrainRequest { shard_id: rank.shard_id.clone() };
+    let drained = admin.drain(request).await.expect("there is a spare").into_inner();
+    assert_eq!(drained.successor, spare.shard_id);
+    let refused = admin.drain(DrainRequest { shard_id: spare.shard_id.clone() }).await.expect_err("nobody is left");
+    assert!(refused.message().contains("attach a spare first"), "{refused}");
     assert!(cluster.interrupt().success());
 }
 
@@ -121,4 +135,15 @@ async fn streams_of_a_group_that_does_not_come_back_go_on_at_another() {
     assert_eq!(expected, essence(generate_all(&cluster.grpc, long()).await.expect("the streams end")));
     assert!(cluster.interrupt().success());
     drop((again, second));
+}
+
+#[test]
+fn groups_that_can_never_be_formed_end_the_coordinator() {
+    // Not enough for one block.
+    let args = ["--replicas", "2", "--tensor-parallel-size", "1", "--kv-cache-memory", "64KiB"];
+    let mut cluster = Cluster::launch(&model(SMOLLM2), &args);
+    assert!(!cluster.process.wait().success());
+    let log = cluster.process.log();
+    assert!(log.contains("the model can't be served: rank 0"), "{log}");
+    assert!(log.contains("raise --kv-cache-memory"), "{log}");
 }

@@ -184,7 +184,8 @@ impl Control for Leading {
 
     async fn drain(&self, shard: ShardId) -> Result<DrainResponse, AdminError> {
         let group = self.group_of(&shard).await?;
-        match self.ask(group, |reply| GroupMsg::Drain { shard, reply }, None).await? {
+        let is_helped = self.groups.others_have_spares(&shard);
+        match self.ask(group, |reply| GroupMsg::Drain { shard, is_helped, reply }, None).await? {
             Ok(drained) => Ok(drained),
             Err(error) => Err(self.refused(error).await),
         }

@@ -92,6 +92,8 @@ pub enum GroupMsg {
     Drain {
         /// Which shard.
         shard: ShardId,
+        /// Whether another group has a spare, which comes if this one lacks a shard.
+        is_helped: bool,
         /// For the answer.
         reply: RpcReplyPort<Result<DrainResponse, ChangeError>>,
     },
@@ -131,7 +133,12 @@ pub enum Notice {
         pid: u32,
     },
     /// The group can't be formed as configured.
-    GiveUp(String),
+    GiveUp {
+        /// Which.
+        group: usize,
+        /// Why.
+        cause: String,
+    },
 }
 
 /// What a group tells membership.
@@ -171,6 +178,9 @@ pub struct GroupConfig {
     /// Shards that were attached to the last leader, where each was seen, and until when the first formation waits for those
     /// of them that had a rank.
     pub expected: (BTreeMap<ShardId, String>, Instant),
+    /// Whether the leadership that the group belongs to goes on. One that is over forms nothing: the shards are about to find
+    /// the next.
+    pub leads: Box<dyn Fn() -> bool + Send + Sync>,
     /// Where the epoch lives.
     pub store: Arc<dyn MembershipStore>,
     /// Takes what the scheduler must know. Must not block.
@@ -233,6 +243,7 @@ impl Actor for Group {
                     kind: kind_of(&hello),
                     memory_bytes: hello.memory_bytes,
                     takes_mirror: !hello.mirror_address.is_empty(),
+                    holds: hello.held_pages.map(|held| (held.world_size as usize, held.rank as usize)),
                 };
                 state.machine.saw(&candidate.shard, link.host());
                 state.step(&myself, Event::Outrun(knows), None)?;
@@ -269,7 +280,7 @@ impl Actor for Group {
             GroupMsg::Plan(reply) => {
                 drop(reply.send(Box::new(report::plan(&state.machine, &state.seats, Instant::now()))));
             }
-            GroupMsg::Drain { shard, reply } => state.drain(&myself, shard, reply)?,
+            GroupMsg::Drain { shard, is_helped, reply } => state.drain(&myself, shard, is_helped, reply)?,
             GroupMsg::Undrain { shard, reply } => state.undrain(&myself, shard, reply)?,
             GroupMsg::RolloutRestart { rollout, events } => state.roll_out(&myself, rollout, events)?,
         }

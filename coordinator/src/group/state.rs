@@ -6,10 +6,13 @@ use std::{
     time::Instant,
 };
 
-use phalanx_cluster::id::{Epoch, ShardId};
+use phalanx_cluster::{
+    id::{Epoch, ShardId},
+    seal::{SEAL_BYTES, Seal},
+};
 use phalanx_proto::v1::{
-    DrainResponse, Form, Heartbeat, Loaded, Prepare, Ready, Retire, RolloutEvent, Serve, Shutdown, StepResult,
-    coordinator_message::Message, shard_message::Message as FromShard,
+    DrainResponse, Form, Heartbeat, Loaded, Prepare, Ready, Retire, RolloutEvent, SealedBlocks, Serve, Shutdown,
+    StepResult, coordinator_message::Message, shard_message::Message as FromShard,
 };
 use ractor::{ActorProcessingErr, ActorRef, RpcReplyPort};
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -22,7 +25,8 @@ use super::{
     drained::DrainedRecord,
     epochs,
     machine::{
-        Action, Beat, Cause, Changed, Event, Given, GroupMachine, Mirrors, Origin, Slice, Standing, Ticket, Turned,
+        self, Action, Beat, Cause, Changed, Event, Given, GroupMachine, Mirrors, Origin, Slice, Standing, Ticket,
+        Turned,
     },
     meters::Meters,
     mirror_lag::MirrorLag,
@@ -134,10 +138,12 @@ impl State {
             }
             FromShard::Loaded(loaded) => {
                 self.on_loaded(&from(), &loaded);
+                let sealed = loaded.sealed.as_ref().and_then(|sealed| sealed_blocks(&from().shard, sealed));
                 let slice = Slice {
                     kv_blocks: loaded.kv_blocks,
                     weight_bytes: loaded.weight_bytes,
                     kept_through: loaded.kv_kept_through_step,
+                    sealed,
                 };
                 Event::Loaded { from: from(), epoch: epoch(loaded.epoch), slice }
             }
@@ -185,6 +191,7 @@ impl State {
                 kv_blocks = loaded.kv_blocks,
                 kv_bytes_per_block = loaded.kv_bytes_per_block,
                 kv_kept_through_step = loaded.kv_kept_through_step,
+                sealed_blocks = loaded.sealed.as_ref().map(|sealed| sealed.blocks.len()),
                 "loaded"
             );
         }
@@ -210,10 +217,11 @@ impl State {
         &mut self,
         myself: &ActorRef<GroupMsg>,
         shard: ShardId,
+        is_helped: bool,
         reply: DrainReply,
     ) -> Result<(), ActorProcessingErr> {
         let ticket = self.ticket(Asker::Drain(reply));
-        self.step(myself, Event::Drain { ticket, shard }, None)?;
+        self.step(myself, Event::Drain { ticket, shard, is_helped }, None)?;
         self.drained.set(self.machine.drained());
         Ok(())
     }
@@ -295,8 +303,8 @@ impl State {
         for action in self.machine.step(Instant::now(), event) {
             match action {
                 Action::TakeEpoch(after) => self.take_epoch(myself, after.max(self.latest)),
-                Action::Form { epoch, ranks, keep_kv_of, mirrors, copies } => {
-                    self.form(epoch, ranks, keep_kv_of, &mirrors, &copies)?;
+                Action::Form { epoch, ranks, keep_kv_of, keep_sealed, mirrors, copies } => {
+                    self.form(epoch, ranks, (keep_kv_of, keep_sealed), &mirrors, &copies)?;
                 }
                 Action::Serve { epoch, kv_blocks } => {
                     tracing::info!(%epoch, kv_blocks, "all ranks are loaded");
@@ -328,7 +336,7 @@ impl State {
                 }
                 Action::Answer(ticket, answer) => self.answer(ticket, answer),
                 Action::Turned(turned) => self.turned(turned),
-                Action::GiveUp(cause) => self.notice(Notice::GiveUp(cause)),
+                Action::GiveUp(cause) => self.notice(Notice::GiveUp { group: self.config.index, cause }),
             }
         }
         Ok(())
@@ -347,13 +355,17 @@ impl State {
         &mut self,
         epoch: Epoch,
         ranks: Vec<ShardId>,
-        keep_kv_of: Option<Epoch>,
+        (keep_kv_of, keep_sealed_kv): (Option<Epoch>, bool),
         mirrors: &Mirrors,
         copies: &[(usize, ShardId)],
     ) -> Result<(), ActorProcessingErr> {
+        if !(self.config.leads)() {
+            tracing::debug!(%epoch, "this leadership is over: nothing is formed");
+            return Ok(());
+        }
         let shards: Vec<&str> = ranks.iter().map(|s| s.0.as_str()).collect();
         let keep_kv_of_epoch = keep_kv_of.map_or(0, Epoch::raw);
-        tracing::info!(%epoch, ?shards, keep_kv_of_epoch, "forming");
+        tracing::info!(%epoch, ?shards, keep_kv_of_epoch, keep_sealed_kv, "forming");
         let mut collective_secret = vec![0; SECRET_BYTES];
         let filled = getrandom(&mut collective_secret, GetRandomFlags::empty())?;
         if filled != SECRET_BYTES {
@@ -365,6 +377,7 @@ impl State {
             peers: self.seats.peers(&ranks),
             collective_secret,
             keep_kv_of_epoch,
+            keep_sealed_kv,
             kv_blocks: self.machine.last_kv_blocks(),
             ..self.config.form.clone()
         };
@@ -400,7 +413,7 @@ impl State {
         self.seats.tell(shard, Message::Prepare(Prepare { form: Some(form), ranks }));
     }
 
-    fn serving(&mut self, myself: &ActorRef<GroupMsg>, epoch: Epoch, kv_blocks: u32, kept: Option<(Epoch, u64)>) {
+    fn serving(&mut self, myself: &ActorRef<GroupMsg>, epoch: Epoch, kv_blocks: u32, kept: Option<machine::Kept>) {
         self.progress = None;
         self.config.loading.serves();
         let shards = self.machine.ranks().to_vec();
@@ -409,12 +422,19 @@ impl State {
             self.meters.take(rank, &shard.0);
         }
         let plans = GroupPlans::new(epoch, links, myself.clone());
-        let kept_through_step = kept.map(|(_, step)| step);
-        tracing::info!(%epoch, kv_blocks, kept_through_step, "serving");
+        let (kept_through_step, kept_blocks) = match &kept {
+            Some(machine::Kept::Through(_, step)) => (Some(*step), None),
+            Some(machine::Kept::Sealed(blocks)) => (None, Some(blocks.len())),
+            None => (None, None),
+        };
+        tracing::info!(%epoch, kv_blocks, kept_through_step, kept_blocks, "serving");
         self.plans = Some(Arc::clone(&plans));
         *self.config.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(epoch);
         let n_blocks = kv_blocks as usize;
-        let kept = kept.map(|(epoch, through_step)| Kept { epoch: epoch.raw(), through_step });
+        let kept = kept.map(|kept| match kept {
+            machine::Kept::Through(epoch, through_step) => Kept::Rows { epoch: epoch.raw(), through_step },
+            machine::Kept::Sealed(blocks) => Kept::Sealed(blocks),
+        });
         (self.config.scheduler)(GroupEvent::Serving { epoch: epoch.raw(), n_blocks, plans, kept });
         self.notice(Notice::Serving { epoch, shards });
     }
@@ -500,6 +520,17 @@ impl State {
             self.told_to_wait = missing;
         }
     }
+}
+
+/// What a rank says that its blocks hold; nothing if it makes no sense.
+fn sealed_blocks(shard: &ShardId, sealed: &SealedBlocks) -> Option<BTreeMap<u32, Seal>> {
+    let (seals, rest) = sealed.seals.as_chunks::<SEAL_BYTES>();
+    if seals.len() != sealed.blocks.len() || !rest.is_empty() {
+        let (blocks, bytes) = (sealed.blocks.len(), sealed.seals.len());
+        tracing::warn!(%shard, "{bytes} bytes of seals for {blocks} blocks: want {SEAL_BYTES} for each; they are ignored");
+        return None;
+    }
+    Some(sealed.blocks.iter().zip(seals).map(|(block, seal)| (*block, Seal::from_bytes(*seal))).collect())
 }
 
 fn what_it_does(beat: &Heartbeat) -> Beat {

@@ -62,6 +62,25 @@ impl BlockPool {
         }
     }
 
+    /// Makes a free block cached, more recently released than all that are: the page behind it holds something that is worth
+    /// keeping. Panics if it is not free. O(blocks), for all that are given together.
+    pub fn cache(&mut self, blocks: impl IntoIterator<Item = BlockId>) {
+        let mut is_given = vec![false; self.blocks.len()];
+        for block in blocks {
+            let state = &mut self.blocks[block.idx()];
+            assert!(state.n_refs == 0 && !state.in_list, "block {} is not free", block.0);
+            state.keep = true;
+            is_given[block.idx()] = true;
+            self.link_newest(block);
+        }
+        self.free.retain(|block| !is_given[block.idx()]);
+    }
+
+    /// The block of this number, if there is one.
+    pub fn block(&self, raw: u32) -> Option<BlockId> {
+        ((raw as usize) < self.blocks.len()).then_some(BlockId(raw))
+    }
+
     /// A free block, else the cached one that was released longest ago, else `None`.
     pub fn allocate(&mut self) -> Option<Allocated> {
         let (block, evicted) = match self.free.pop() {
@@ -222,6 +241,18 @@ mod tests {
         assert_eq!(pool.allocate(), evicted(blocks[2]));
         assert_eq!(pool.allocate(), evicted(blocks[1]));
         assert_eq!(pool.allocate(), None);
+    }
+
+    #[test]
+    fn free_blocks_may_turn_out_to_hold_something() {
+        let mut pool = BlockPool::new(4);
+        let (two, three) = (pool.block(2).expect("it is there"), pool.block(3).expect("it is there"));
+        assert_eq!(pool.block(4), None);
+        pool.cache([three, two]);
+        pool.check();
+        assert_eq!((pool.n_available(), pool.n_cached()), (4, 2));
+        assert_eq!((take(&mut pool).raw(), take(&mut pool).raw()), (0, 1));
+        assert_eq!(pool.allocate(), Some(Allocated { block: three, evicted: true }));
     }
 
     #[test]

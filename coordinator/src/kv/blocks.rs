@@ -4,7 +4,7 @@
 //! may be read by any later chunk, of the same plan too: [`Blocks::publish`] takes effect at once. A block that is given
 //! back may be written by any later plan: so does [`Blocks::release`].
 
-use phalanx_cluster::id::TokenId;
+use phalanx_cluster::{id::TokenId, seal::Seal};
 
 use super::{
     block_pool::{BlockId, BlockPool},
@@ -35,6 +35,25 @@ impl Blocks {
         Self { pool: BlockPool::new(n_blocks), cache: PrefixCache::new(n_blocks), block_size: block_size.max(1) }
     }
 
+    /// The same; `sealed` blocks hold what their seals name: whoever has those tokens finds them. The last ones given are kept
+    /// longest.
+    pub fn with_sealed(n_blocks: usize, block_size: usize, sealed: &[(u32, Seal)]) -> Self {
+        let mut blocks = Self::new(n_blocks, block_size);
+        let Self { pool, cache, .. } = &mut blocks;
+        let known = sealed.iter().filter_map(|(raw, seal)| Some((pool.block(*raw)?, *seal)));
+        let cached: Vec<BlockId> = known.filter(|(block, seal)| cache.seal(*block, *seal)).map(|(b, _)| b).collect();
+        pool.cache(cached);
+        blocks
+    }
+
+    /// Keeps what is cached of a prefix of `tokens` longer than all else that nobody uses.
+    pub fn touch(&mut self, tokens: &[TokenId]) {
+        let mut table = BlockTable::default();
+        self.find_prefix(&mut table, tokens);
+        table.blocks.iter().for_each(|b| self.pool.share(*b));
+        self.release(table);
+    }
+
     /// Blocks that `n_positions` take.
     pub fn needed(&self, n_positions: usize) -> usize {
         n_positions.div_ceil(self.block_size)
@@ -62,10 +81,16 @@ impl Blocks {
         Some(Admitted { table, n_cached: n_shared * self.block_size })
     }
 
-    fn find_prefix(&self, table: &mut BlockTable, tokens: &[TokenId]) {
-        let mut prefix = PrefixId::EMPTY;
+    fn find_prefix(&mut self, table: &mut BlockTable, tokens: &[TokenId]) {
+        let (mut prefix, mut seal, has_sealed) = (PrefixId::EMPTY, Seal::EMPTY, self.cache.has_sealed());
         for block_tokens in tokens.chunks_exact(self.block_size) {
-            let Some((block, found)) = self.cache.find(prefix, block_tokens) else { break };
+            if has_sealed {
+                seal = seal.then(block_tokens);
+            }
+            let known = self.cache.find(prefix, block_tokens);
+            let Some((block, found)) = known.or_else(|| self.cache.recognize(seal, prefix, block_tokens)) else {
+                break;
+            };
             prefix = found;
             table.blocks.push(block);
             table.n_published += 1;
@@ -311,5 +336,44 @@ mod tests {
         let c = admit(&mut blocks, &[1, 2, 3]);
         assert_eq!(c.table.raw()[..2], [a.table.raw()[0], b.table.raw()[1]]);
         blocks.check([&a, &b, &c].into_iter().map(|s| &s.table));
+    }
+    fn sealed(tokens: &[TokenId], blocks: &[u32]) -> Vec<(u32, Seal)> {
+        (1..).zip(blocks).map(|(n, block)| (*block, Seal::of(&tokens[..2 * n], 2))).collect()
+    }
+
+    #[test]
+    fn sealed_blocks_are_shared_by_who_has_their_tokens() {
+        let mut blocks = Blocks::with_sealed(6, 2, &sealed(&[1, 2, 3, 4, 5, 6], &[4, 1, 3]));
+        assert_eq!((blocks.n_cached(), blocks.n_used()), (3, 0));
+        let a = admit(&mut blocks, &[1, 2, 3, 4, 9, 9]);
+        assert_eq!((a.n_cached, a.table.raw()), (4, vec![4, 1, 0]));
+        let b = admit(&mut blocks, &[1, 2, 3, 4, 5, 6]);
+        assert_eq!((b.n_cached, b.table.raw()[..2].to_vec()), (4, vec![4, 1]), "the last token has to be computed");
+        assert!(blocks.admit(&[7, 8, 9, 9, 9], true, 0).is_none());
+        // It takes the last sealed block, which nobody finds any more.
+        let c = admit(&mut blocks, &[7, 8, 9]);
+        assert_eq!(c.table.raw(), [5, 3]);
+        blocks.check([&a, &b, &c].into_iter().map(|s| &s.table));
+        [a, b, c].into_iter().for_each(|s| blocks.release(s.table));
+        assert_eq!(admit(&mut blocks, &[1, 2, 3, 4, 5, 6, 7]).n_cached, 4);
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_kept_longest() {
+        let mut list = sealed(&[1, 2, 3, 4], &[0, 1]);
+        list.extend(sealed(&[5, 6], &[2]));
+        let mut blocks = Blocks::with_sealed(3, 2, &list);
+        blocks.touch(&[1, 2, 3, 4]);
+        blocks.check([].into_iter());
+        assert_eq!(admit(&mut blocks, &[9]).table.raw(), [2]);
+        assert_eq!(admit(&mut blocks, &[9]).table.raw(), [1], "the tail before the head");
+    }
+
+    #[test]
+    fn seals_that_make_no_sense_do_no_harm() {
+        let seal = Seal::of(&[1, 2], 2);
+        let mut blocks = Blocks::with_sealed(2, 2, &[(7, seal), (1, seal), (0, seal), (1, Seal::of(&[3, 4], 2))]);
+        blocks.check([].into_iter());
+        assert_eq!((blocks.n_cached(), admit(&mut blocks, &[1, 2, 3]).table.raw()), (1, vec![1, 0]));
     }
 }

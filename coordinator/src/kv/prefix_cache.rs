@@ -4,13 +4,16 @@
 //! own that is never given twice; a block is found by the hash of its parent's number and its own tokens, and a hit
 //! compares both. By induction a hit is the same prefix token by token: a collision of hashes can lose a hit but never
 //! give wrong keys and values.
+//!
+//! Of blocks that were computed under an earlier leader only the seal is known: the name of the tokens, not the tokens. Such a
+//! block is found by whoever knows the tokens, and is one of the others from then on.
 
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-use phalanx_cluster::id::TokenId;
+use phalanx_cluster::{id::TokenId, seal::Seal};
 
 use super::block_pool::BlockId;
 
@@ -59,6 +62,9 @@ pub enum Inserted {
 pub struct PrefixCache {
     by_hash: HashMap<u64, BlockId>,
     by_block: Vec<Option<Entry>>,
+    by_seal: HashMap<Seal, BlockId>,
+    /// The same the other way round.
+    sealed: HashMap<BlockId, Seal>,
     last: u64,
     hash: BlockHash,
 }
@@ -71,7 +77,38 @@ impl PrefixCache {
 
     /// With another hash function.
     pub fn with_hash(n_blocks: usize, hash: BlockHash) -> Self {
-        Self { by_hash: HashMap::new(), by_block: vec![None; n_blocks], last: 0, hash }
+        Self { by_block: vec![None; n_blocks], ..Self::nothing(hash) }
+    }
+
+    fn nothing(hash: BlockHash) -> Self {
+        let (by_hash, by_seal, sealed) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { by_hash, by_block: Vec::new(), by_seal, sealed, last: 0, hash }
+    }
+
+    /// A block that nothing is known of has this seal. Says whether it is the first one.
+    pub fn seal(&mut self, block: BlockId, seal: Seal) -> bool {
+        if self.by_seal.contains_key(&seal) || self.sealed.contains_key(&block) || self.by_block[block.idx()].is_some()
+        {
+            return false;
+        }
+        self.by_seal.insert(seal, block);
+        self.sealed.insert(block, seal);
+        true
+    }
+
+    /// Whether there are blocks of which only the seal is known.
+    pub fn has_sealed(&self) -> bool {
+        !self.by_seal.is_empty()
+    }
+
+    /// The block with the seal of the prefix that continues `parent` with these tokens, none of which [`PrefixCache::find`]
+    /// finds. Its tokens are known from now on.
+    pub fn recognize(&mut self, seal: Seal, parent: PrefixId, tokens: &[TokenId]) -> Option<(BlockId, PrefixId)> {
+        let block = *self.by_seal.get(&seal)?;
+        match self.insert(block, parent, tokens, 0) {
+            Inserted::New(prefix) => Some((block, prefix)),
+            Inserted::Known(_) | Inserted::Collision => None,
+        }
     }
 
     /// The block that continues `parent` with exactly these tokens. O(tokens).
@@ -112,6 +149,9 @@ impl PrefixCache {
 
     /// Forgets a block's content. O(1).
     pub fn remove(&mut self, block: BlockId) {
+        if let Some(seal) = self.sealed.remove(&block) {
+            self.by_seal.remove(&seal);
+        }
         if let Some(entry) = self.by_block[block.idx()].take() {
             self.by_hash.remove(&entry.hash);
         }
@@ -134,6 +174,15 @@ impl PrefixCache {
         for (hash, block) in &self.by_hash {
             let entry = self.by_block[block.idx()].as_ref();
             assert_eq!(entry.map(|e| e.hash), Some(*hash), "block {} is found under another hash", block.raw());
+        }
+        assert_eq!(self.sealed.len(), self.by_seal.len(), "sealed blocks and seals");
+        for (block, seal) in &self.sealed {
+            assert_eq!(self.by_seal.get(seal), Some(block), "block {} is found by another seal", block.raw());
+            assert!(
+                self.by_block[block.idx()].is_none(),
+                "block {} has a seal though its tokens are known",
+                block.raw()
+            );
         }
     }
 }
@@ -205,5 +254,24 @@ mod tests {
         cache.remove(b[1]);
         cache.check();
         assert_eq!(cache.len(), 1);
+    }
+    #[test]
+    fn a_sealed_block_is_found_by_who_knows_its_tokens() {
+        let b = blocks(4);
+        let mut cache = PrefixCache::new(4);
+        let seal = |tokens: &[TokenId]| Seal::of(tokens, 2);
+        assert!(cache.seal(b[0], seal(&[1, 2])) && cache.seal(b[1], seal(&[1, 2, 3, 4])));
+        assert!(!cache.seal(b[2], seal(&[1, 2])), "one is enough");
+        assert_eq!(cache.find(PrefixId::EMPTY, &[1, 2]), None);
+        assert_eq!(cache.recognize(seal(&[1, 9]), PrefixId::EMPTY, &[1, 9]), None);
+        let (block, first) = cache.recognize(seal(&[1, 2]), PrefixId::EMPTY, &[1, 2]).expect("it is sealed");
+        assert_eq!((block, cache.find(PrefixId::EMPTY, &[1, 2])), (b[0], Some((b[0], first))));
+        assert_eq!(cache.recognize(seal(&[1, 2]), PrefixId::EMPTY, &[1, 2]), None, "it has no seal any more");
+        cache.check();
+        // Its page is given to somebody else.
+        cache.remove(b[1]);
+        assert_eq!(cache.recognize(seal(&[1, 2, 3, 4]), first, &[3, 4]), None);
+        assert!(!cache.has_sealed());
+        cache.check();
     }
 }

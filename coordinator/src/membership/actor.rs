@@ -237,7 +237,7 @@ impl State {
         let now = Instant::now();
         let actions = self.machine.step(now, event);
         // Before shards say anything to their new group.
-        self.groups.place(self.machine.places());
+        self.groups.place(self.machine.places(), self.machine.spares());
         for action in actions {
             match action {
                 Action::Join { shard, group, knows } => self.join(&shard, group, knows),

@@ -33,12 +33,20 @@ impl GroupAddress {
 #[derive(Clone)]
 pub struct Groups {
     addresses: Arc<[GroupAddress]>,
-    places: Arc<RwLock<BTreeMap<ShardId, usize>>>,
+    known: Arc<RwLock<Known>>,
+}
+
+/// What membership says of them.
+#[derive(Default)]
+struct Known {
+    places: BTreeMap<ShardId, usize>,
+    /// Shards of each group beyond those that it needs.
+    n_spares: Vec<usize>,
 }
 
 impl Groups {
     pub(super) fn new(addresses: Vec<GroupAddress>) -> Self {
-        Self { addresses: addresses.into(), places: Arc::default() }
+        Self { addresses: addresses.into(), known: Arc::default() }
     }
 
     /// Each of them, by index.
@@ -48,12 +56,19 @@ impl Groups {
 
     /// The group that a shard belongs to: the one that it is in, or that waits for it.
     pub fn of(&self, shard: &ShardId) -> Option<&GroupAddress> {
-        let group = *self.places.read().unwrap_or_else(PoisonError::into_inner).get(shard)?;
+        let group = *self.known.read().unwrap_or_else(PoisonError::into_inner).places.get(shard)?;
         self.addresses.get(group)
     }
 
-    /// From now on shards belong to these.
-    pub(super) fn place(&self, places: BTreeMap<ShardId, usize>) {
-        *self.places.write().unwrap_or_else(PoisonError::into_inner) = places;
+    /// Whether a group that this shard does not belong to has a spare.
+    pub fn others_have_spares(&self, shard: &ShardId) -> bool {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        let own = known.places.get(shard);
+        known.n_spares.iter().enumerate().any(|(group, n)| *n > 0 && own != Some(&group))
+    }
+
+    /// From now on shards belong to these, and so many of each group are spares.
+    pub(super) fn place(&self, places: BTreeMap<ShardId, usize>, n_spares: Vec<usize>) {
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = Known { places, n_spares };
     }
 }

@@ -283,6 +283,12 @@ impl MembershipMachine {
         self.world_size.saturating_sub(self.n_usable(group))
     }
 
+    /// Spares that each group would give to another one now.
+    pub fn spares(&self) -> Vec<usize> {
+        let given = |group: usize| if self.groups[group].standing.is_rolling { 0 } else { self.n_spares(group) };
+        (0..self.groups.len()).map(given).collect()
+    }
+
     fn n_spares(&self, group: usize) -> usize {
         self.n_usable(group).saturating_sub(self.world_size)
     }

@@ -297,8 +297,9 @@ fn group_config(
 ) -> GroupConfig {
     let (config, model) = (&base.config, &base.model);
     let served = &model.served;
-    // Shards that join from elsewhere may be mended while we wait, and other groups may serve.
-    let gives_up = config.local_shards > 0 && config.replicas == 1;
+    // Shards that join from elsewhere may be mended while we wait.
+    let gives_up = config.local_shards > 0;
+    let view = base.view();
     GroupConfig {
         index,
         labels: labels(base, index),
@@ -327,6 +328,7 @@ fn group_config(
             ..Form::default()
         },
         expected,
+        leads: Box::new(move || view.session().is_some_and(|s| s.number == session.number)),
         store: Arc::clone(&base.store),
         scheduler,
         notices,

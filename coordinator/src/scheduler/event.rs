@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use phalanx_cluster::seal::Seal;
 use phalanx_proto::v1::{StepPlan, StepResult};
 
 use super::ending::{Ended, Ending};
@@ -42,14 +43,19 @@ impl Default for Recovery {
     }
 }
 
-/// What the KV pages of a new group hold of an earlier epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kept {
-    /// Epoch whose plans wrote the rows.
-    pub epoch: u64,
-    /// All rows that steps up to this one wrote are there, on every rank, and so are the rows that were there when the
-    /// epoch began; 0: only those.
-    pub through_step: u64,
+/// What the KV pages of a new group hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// What an epoch of this leadership left.
+    Rows {
+        /// Epoch whose plans wrote the rows.
+        epoch: u64,
+        /// All rows that steps up to this one wrote are there, on every rank, and so are the rows that were there when the
+        /// epoch began; 0: only those.
+        through_step: u64,
+    },
+    /// Blocks in which every rank has the rows of the tokens that the seals name, whoever had them computed.
+    Sealed(Vec<(u32, Seal)>),
 }
 
 /// Something that happened.

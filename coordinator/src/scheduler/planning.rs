@@ -325,7 +325,9 @@ impl Machine {
         let tokens = self.journal.tokens(key)?;
         // Cached positions are not computed, so they would not be scored.
         let is_scored = live.waits_for_scores() && sequence.sampling.prompt_logprobs.is_some();
-        let lookup = self.limits.prefix_caching && !is_scored;
+        // What was computed for it under an earlier leader is its own, whoever else may share it or not.
+        let is_replayed = sequence.replay_until > 0;
+        let lookup = (self.limits.prefix_caching || is_replayed) && !is_scored;
         let spare = policy::spare_blocks(group.blocks.n_blocks(), n_running) + reserved;
         let Some(admitted) = group.blocks.admit(&tokens, lookup, spare) else {
             group.refused = (reserved == 0).then_some((key, n_available));
@@ -337,9 +339,11 @@ impl Machine {
         }
         if live.times.admitted.is_none() {
             live.times.admitted = self.now;
-            live.usage.cached_tokens = admitted.n_cached as u32;
+            // What it found under an earlier leader is not known; what it computed there itself was not cached for it.
+            let n_cached = if is_replayed { 0 } else { admitted.n_cached };
+            live.usage.cached_tokens = n_cached as u32;
             let n_prompt = sequence.prompt_len;
-            out.push(Action::Measure(Measure::Prefilling { n_prompt, n_cached: admitted.n_cached.min(n_prompt) }));
+            out.push(Action::Measure(Measure::Prefilling { n_prompt, n_cached: n_cached.min(n_prompt) }));
             out.push(Action::Admitted(key.request));
         }
         let computed = admitted.n_cached;

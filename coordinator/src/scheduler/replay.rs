@@ -3,11 +3,16 @@
 //! When a group is lost, everything that runs waits again, and what was known of its pages is kept aside. If the next
 //! group says that it kept those pages up to some step, sequences get their seats back with what that step left: their
 //! tokens go again through the rows that are missing, and no others. If not, they are computed again from their tokens.
+//!
+//! A new leader knows no seats. The group tells it which blocks hold what, by seals; the prefix cache takes these in, so that
+//! a sequence begins behind the blocks that are there.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
+
+use phalanx_cluster::seal::Seal;
 
 use super::{
     event::{Action, Kept, Measure},
@@ -43,10 +48,14 @@ impl Machine {
         self.last_epoch = epoch;
         self.without_group_since = None;
         let former = self.former.take();
-        let same = former.zip(kept).filter(|(f, k)| f.epoch == k.epoch && f.blocks.n_blocks() == n_blocks);
-        let blocks = match same {
-            Some((former, kept)) => self.restore(former, kept.through_step),
-            None => Blocks::new(n_blocks, self.limits.block_size),
+        let blocks = match (kept, former) {
+            (Some(Kept::Rows { epoch, through_step }), Some(former))
+                if former.epoch == epoch && former.blocks.n_blocks() == n_blocks =>
+            {
+                self.restore(former, through_step)
+            }
+            (Some(Kept::Sealed(sealed)), _) => self.take_over(n_blocks, &sealed),
+            _ => Blocks::new(n_blocks, self.limits.block_size),
         };
         self.group = Some(Group {
             epoch,
@@ -127,6 +136,18 @@ impl Machine {
             let turn = sequence.turn();
             self.unwait(key);
             self.running.insert(turn);
+        }
+        blocks
+    }
+
+    /// Blocks that were computed under an earlier leader: who waits finds its own when it is admitted, and blocks that nobody
+    /// waits for go first where there are too few.
+    fn take_over(&self, n_blocks: usize, sealed: &[(u32, Seal)]) -> Blocks {
+        let mut blocks = Blocks::with_sealed(n_blocks, self.limits.block_size, sealed);
+        for place in self.waiting.iter().rev() {
+            if let Some(tokens) = self.journal.tokens(place.key) {
+                blocks.touch(&tokens);
+            }
         }
         blocks
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use phalanx_cluster::id::Epoch;
 use phalanx_coordinator::{
-    group::machine::{Action as GroupAction, Cause, Event as GroupEvent, Slice},
+    group::machine::{Action as GroupAction, Cause, Event as GroupEvent, Kept as InPages, Slice},
     request::RequestEvent,
     scheduler::event::{Action, Event, Kept},
     sequence::RequestKey,
@@ -14,7 +14,7 @@ use phalanx_proto::v1::StepResult;
 use super::{
     coordinator::{Coordinator, number},
     faults::Trouble,
-    shard::{Health, ToShard},
+    shard::{Form, Health, ToShard},
     world::{FromShard, Happening, World},
 };
 
@@ -26,9 +26,9 @@ impl World {
     }
 
     pub(super) fn at_coordinator(&mut self, at: usize, shard: usize, link: u64, incarnation: u64, message: FromShard) {
-        if let FromShard::Hello = message {
+        if let FromShard::Hello { holds } = message {
             self.coordinators[at].links.insert(shard, (link, incarnation));
-            let candidate = Coordinator::candidate(shard, incarnation);
+            let candidate = Coordinator::candidate(shard, incarnation, holds);
             return self.group_event(at, GroupEvent::Arrived(candidate), None);
         }
         if self.coordinators[at].links.get(&shard).is_none_or(|(l, _)| *l != link) {
@@ -36,9 +36,9 @@ impl World {
         }
         let Some(from) = self.coordinators[at].origin(shard) else { return };
         match message {
-            FromShard::Hello => {}
-            FromShard::Loaded { epoch, kept, n_blocks } => {
-                let slice = Slice { kv_blocks: n_blocks as u32, weight_bytes: 1, kept_through: kept };
+            FromShard::Hello { .. } => {}
+            FromShard::Loaded { epoch, kept, sealed, n_blocks } => {
+                let slice = Slice { kv_blocks: n_blocks as u32, weight_bytes: 1, kept_through: kept, sealed };
                 self.group_event(at, GroupEvent::Loaded { from, epoch: Epoch::from_raw(epoch), slice }, None);
             }
             FromShard::Prepared { world_size, rank } => {
@@ -79,7 +79,7 @@ impl World {
             }
             match action {
                 GroupAction::TakeEpoch(after) => self.take_epoch(at, after.raw()),
-                GroupAction::Form { epoch, ranks, keep_kv_of, mirrors, copies } => {
+                GroupAction::Form { epoch, ranks, keep_kv_of, keep_sealed, mirrors, copies } => {
                     for rank in 0..ranks.len() {
                         if let Some(holder) = mirrors.holder(rank, &ranks).map(number)
                             && let Some((_, incarnation)) = self.coordinators[at].links.get(&holder)
@@ -96,8 +96,8 @@ impl World {
                     let (epoch, keep_kv_of) = (epoch.raw(), keep_kv_of.map(Epoch::raw));
                     for (rank, shard) in ranks.iter().enumerate() {
                         let copy_at = copies.iter().find(|(of, _)| *of == rank).map(|(_, holder)| number(holder));
-                        let form = ToShard::Form { epoch, rank, ranks: ranks.clone(), keep_kv_of, copy_at };
-                        self.tell(at, *shard, form);
+                        let form = Form { epoch, rank, ranks: ranks.clone(), keep_kv_of, keep_sealed, copy_at };
+                        self.tell(at, *shard, ToShard::Form(form));
                     }
                 }
                 GroupAction::Serve { epoch, kv_blocks } => {
@@ -107,8 +107,12 @@ impl World {
                 }
                 GroupAction::Serving { epoch, kv_blocks, kept } => {
                     let (epoch, n_blocks) = (epoch.raw(), kv_blocks as usize);
-                    let kept = kept.map(|(of, through_step)| Kept { epoch: of.raw(), through_step });
-                    self.totals.n_kept += usize::from(kept.is_some());
+                    let kept = kept.map(|kept| match kept {
+                        InPages::Through(of, through_step) => Kept::Rows { epoch: of.raw(), through_step },
+                        InPages::Sealed(blocks) => Kept::Sealed(blocks),
+                    });
+                    self.totals.n_kept += usize::from(matches!(kept, Some(Kept::Rows { .. })));
+                    self.totals.n_inherited += usize::from(matches!(kept, Some(Kept::Sealed(_))));
                     assert!(self.planner_of.insert(epoch, (at, None)).is_none(), "epoch {epoch} is served twice");
                     self.scheduler_event(at, Event::GroupServing { epoch, n_blocks, kept });
                 }

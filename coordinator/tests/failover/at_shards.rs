@@ -1,8 +1,10 @@
 //! What shards do with what they are told, and how they compute a step: all ranks begin it together, each ends it at its
 //! own time.
 
+use phalanx_shard::step::seals::Seals;
+
 use super::{
-    shard::{Health, Kept, Shard, ToShard},
+    shard::{Form, Health, Kept, Shard, ToShard},
     world::{FromShard, Happening, POISON, SILENCE_MS, World},
 };
 
@@ -17,13 +19,10 @@ impl World {
         }
         self.n_links += 1;
         let (link, coordinator, incarnation) = (self.n_links, self.leader, state.incarnation);
+        let message = FromShard::Hello { holds: state.holds() };
         state.link = Some((link, coordinator));
         state.known_term = self.coordinators[coordinator].term;
-        self.post(
-            link,
-            false,
-            Happening::ToCoordinator { coordinator, shard, link, incarnation, message: FromShard::Hello },
-        );
+        self.post(link, false, Happening::ToCoordinator { coordinator, shard, link, incarnation, message });
     }
 
     pub(super) fn lose_link(&mut self, shard: usize, link: u64) {
@@ -48,12 +47,13 @@ impl World {
             return;
         }
         match message {
-            ToShard::Form { epoch, rank, ranks, keep_kv_of, copy_at } => {
+            ToShard::Form(form) => {
                 self.shards[shard].leave(&mut self.luck);
-                self.maybe_mirror(shard, rank, ranks.len(), keep_kv_of, copy_at);
-                let kept = self.shards[shard].form(epoch, rank, ranks, keep_kv_of);
+                self.maybe_mirror(shard, &form);
+                let epoch = form.epoch;
+                let (kept, sealed) = self.shards[shard].form(form);
                 let n_blocks = self.shards[shard].n_blocks;
-                self.reply(shard, FromShard::Loaded { epoch, kept, n_blocks });
+                self.reply(shard, FromShard::Loaded { epoch, kept, sealed, n_blocks });
             }
             ToShard::Serve { epoch, n_blocks } => {
                 let limits = self.limits;
@@ -89,20 +89,14 @@ impl World {
 
     /// A spare may have had the rows of the rank that it takes streamed to it, up to some step; or another shard may have,
     /// of which it fetches them.
-    pub(super) fn maybe_mirror(
-        &mut self,
-        shard: usize,
-        rank: usize,
-        world_size: usize,
-        keep_kv_of: Option<u64>,
-        copy_at: Option<usize>,
-    ) {
-        let Some(epoch) = keep_kv_of else { return };
+    pub(super) fn maybe_mirror(&mut self, shard: usize, form: &Form) {
+        let (rank, world_size) = (form.rank, form.ranks.len());
+        let Some(epoch) = form.keep_kv_of else { return };
         let Some((holder, incarnation)) = self.holders.get(&(epoch, rank)).copied() else { return };
         // The holder of that life, or nobody.
         let state = &self.shards[holder];
         let is_there = state.health != Health::Dead && state.incarnation == incarnation;
-        if !is_there || (shard != holder && copy_at != Some(holder)) {
+        if !is_there || (shard != holder && form.copy_at != Some(holder)) {
             return;
         }
         let has_own = self.shards[shard].kept.as_ref().is_some_and(|k| k.epoch == epoch && k.rank == rank);
@@ -111,7 +105,9 @@ impl World {
             return;
         }
         let (through_step, pages) = steps[self.luck.below(steps.len())].clone();
-        self.shards[shard].kept = Some(Kept { epoch, rank, world_size, through_step, pages });
+        // What the blocks of a copy hold is not known.
+        let seals = Seals::new(pages.len(), self.limits.block_size);
+        self.shards[shard].kept = Some(Kept { epoch, rank, world_size, through_step, pages, seals });
         self.totals.n_mirrored += 1;
         self.totals.n_fetched += usize::from(shard != holder);
     }

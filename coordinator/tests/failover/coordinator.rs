@@ -68,13 +68,14 @@ impl Coordinator {
     }
 
     /// A shard as the group sees it.
-    pub fn candidate(shard: usize, incarnation: u64) -> Candidate {
+    pub fn candidate(shard: usize, incarnation: u64, holds: Option<(usize, usize)>) -> Candidate {
         Candidate {
             shard: name(shard),
             incarnation,
             kind: "same".to_owned(),
             memory_bytes: 0,
             takes_mirror: !(shard as u64 + incarnation).is_multiple_of(4),
+            holds,
         }
     }
 }

@@ -83,7 +83,8 @@ impl World {
     fn change_on_purpose(&mut self, shard: usize) {
         match self.luck.below(3) {
             0 => {
-                self.group_event(self.leader, GroupEvent::Drain { ticket: 0, shard: name(shard) }, None);
+                let drain = GroupEvent::Drain { ticket: 0, shard: name(shard), is_helped: false };
+                self.group_event(self.leader, drain, None);
                 let ms = self.luck.within(1, 300) as u64;
                 self.after(ms, Happening::Undrain { shard });
             }

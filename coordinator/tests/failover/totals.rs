@@ -8,6 +8,8 @@ pub struct Totals {
     pub n_poisoned: usize,
     pub n_lost_groups: usize,
     pub n_kept: usize,
+    /// Formations of a new leader with what an earlier one had computed.
+    pub n_inherited: usize,
     pub n_mirrored: usize,
     pub n_fetched: usize,
     pub n_switched: usize,
@@ -28,6 +30,7 @@ impl Totals {
         self.n_poisoned += other.n_poisoned;
         self.n_lost_groups += other.n_lost_groups;
         self.n_kept += other.n_kept;
+        self.n_inherited += other.n_inherited;
         self.n_mirrored += other.n_mirrored;
         self.n_fetched += other.n_fetched;
         self.n_switched += other.n_switched;

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_cluster::id::Epoch;
+use phalanx_cluster::{id::Epoch, seal::Seal};
 use phalanx_coordinator::{
     group::machine::{Event as GroupEvent, MirrorTo, Settings},
     request::RequestError,
@@ -44,8 +44,8 @@ pub(super) const SILENCE_MS: u64 = 30;
 /// What a shard tells a coordinator.
 #[derive(Debug, Clone)]
 pub(super) enum FromShard {
-    Hello,
-    Loaded { epoch: u64, kept: Option<u64>, n_blocks: usize },
+    Hello { holds: Option<(usize, usize)> },
+    Loaded { epoch: u64, kept: Option<u64>, sealed: Option<BTreeMap<u32, Seal>>, n_blocks: usize },
     Prepared { world_size: usize, rank: usize },
     Leaving,
     Ready { epoch: u64 },

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use phalanx_coordinator::text::decode::{Detokenize, Detokenizers};
 use phalanx_proto::v1::{PromptScores, Sample, SamplingParams, StepPlan, StepResult, TokenScore};
+use phalanx_shard::step::seals::{SealedPrefix, Seals};
 
 /// Mixes a number into a hash: one round of SplitMix64 (Steele et al., 2014).
 pub fn mix(hash: u64, value: u64) -> u64 {
@@ -50,6 +51,7 @@ struct Live {
     sampling: SamplingParams,
     blocks: Vec<u32>,
     computed: Option<usize>,
+    sealed: SealedPrefix,
 }
 
 /// Position and prefix hash that each slot of each page holds.
@@ -67,6 +69,8 @@ pub struct FakeShard {
     last_step: u64,
     live: BTreeMap<u32, Live>,
     pages: Pages,
+    /// A shard's own: what it says of its pages.
+    seals: Seals,
 }
 
 impl FakeShard {
@@ -82,13 +86,14 @@ impl FakeShard {
             last_step: 0,
             live: BTreeMap::new(),
             pages: vec![vec![None; limits.block_size]; n_blocks],
+            seals: Seals::new(n_blocks, limits.block_size),
         }
     }
 
-    /// With the pages of an earlier epoch.
-    pub fn with_pages(self, pages: Pages) -> Self {
+    /// With the pages of an earlier epoch, and what is known of them.
+    pub fn with_pages(self, pages: Pages, seals: Seals) -> Self {
         assert_eq!(pages.len(), self.pages.len(), "blocks of kept pages");
-        Self { pages, ..self }
+        Self { pages, seals, ..self }
     }
 
     /// What the pages hold.
@@ -115,10 +120,11 @@ impl FakeShard {
     }
 
     /// Ends in the middle of the step that was to come next: some of its rows are written, and worth nothing. Gives the
-    /// pages back.
-    pub fn abort(mut self, mut is_written: impl FnMut() -> bool) -> Pages {
+    /// pages back, and what is known of them.
+    pub fn abort(mut self, mut is_written: impl FnMut() -> bool) -> (Pages, Seals) {
         if let Some(plan) = self.queue.pop_front() {
             self.apply_deltas(&plan);
+            self.unseal(&plan);
             for chunk in &plan.chunks {
                 let live = &self.live[&chunk.sequence];
                 for position in chunk.start as usize..(chunk.start + chunk.len) as usize {
@@ -129,7 +135,14 @@ impl FakeShard {
                 }
             }
         }
-        self.pages
+        (self.pages, self.seals)
+    }
+
+    fn unseal(&mut self, plan: &StepPlan) {
+        for chunk in &plan.chunks {
+            let written = chunk.start as usize..(chunk.start + chunk.len) as usize;
+            self.seals.unseal(&self.live[&chunk.sequence].blocks, written);
+        }
     }
 
     /// Executes the oldest plan that was sent.
@@ -145,6 +158,7 @@ impl FakeShard {
         assert!(!plan.chunks.is_empty(), "step {} has nothing to do", plan.step);
         self.apply_deltas(&plan);
         self.check_rows(&plan);
+        self.unseal(&plan);
 
         let (mut samples, mut prompt_scores) = (Vec::new(), Vec::new());
         for chunk in &plan.chunks {
@@ -183,6 +197,11 @@ impl FakeShard {
                 assert_eq!(held, Some((position, hash)), "step {}: slot {slot}, position {position}", plan.step);
             }
         }
+        for chunk in &plan.chunks {
+            let Some(live) = self.live.get_mut(&chunk.sequence) else { continue };
+            let n_computed = (chunk.start + chunk.len) as usize;
+            self.seals.seal(&mut live.sealed, &live.tokens, &live.blocks, n_computed);
+        }
         StepResult { epoch: plan.epoch, step: plan.step, samples, prompt_scores, compute_us: 100, collective_us: 0 }
     }
 
@@ -197,7 +216,8 @@ impl FakeShard {
             let sampling = start.sampling.clone().expect("a start has parameters");
             assert!(sampling.suppressed_token_ids.iter().all(|t| (*t as usize) < self.vocab), "suppressed ids");
             let prompt_len = start.prompt_len as usize;
-            let live = Live { tokens, prompt_len, sampling, blocks: start.blocks.clone(), computed: None };
+            let (blocks, sealed) = (start.blocks.clone(), SealedPrefix::default());
+            let live = Live { tokens, prompt_len, sampling, blocks, computed: None, sealed };
             let slot = start.sequence;
             assert!(!plan.dropped.contains(&slot), "slot {slot} is reused by the plan that drops it");
             assert!(self.live.insert(slot, live).is_none(), "slot {slot} is started twice");

@@ -7,6 +7,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
+    held::Held,
     interrupt::Interrupt,
     rank::RankConfig,
     vitals::Vitals,
@@ -43,6 +44,8 @@ pub struct EngineHandle {
     pub interrupt: Interrupt,
     /// What it does.
     pub vitals: Vitals,
+    /// Which pages it has.
+    pub held: Held,
     /// What it keeps of other ranks.
     pub mirror: Option<Store>,
     /// Its thread.
@@ -54,11 +57,11 @@ pub struct EngineHandle {
 /// # Errors
 /// If the system has no thread left.
 pub async fn start(config: RankConfig) -> anyhow::Result<EngineHandle> {
-    let (interrupt, vitals) = (Interrupt::default(), Vitals::default());
+    let (interrupt, vitals, held) = (Interrupt::default(), Vitals::default(), Held::default());
     let mirror = config.mirror.clone();
-    let (sender, thread) = worker::spawn(config, interrupt.clone(), vitals.clone())?;
+    let (sender, thread) = worker::spawn(config, interrupt.clone(), vitals.clone(), held.clone())?;
     let (actor, _ends_with_the_process) = Actor::spawn(None, Engine, (sender, interrupt.clone())).await?;
-    Ok(EngineHandle { actor, interrupt, vitals, mirror, thread })
+    Ok(EngineHandle { actor, interrupt, vitals, held, mirror, thread })
 }
 
 impl Actor for Engine {

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     mirror::{self, Adopted, FetchError, Mirrors, Source, Store, Taking, Target},
     model::LoadError,
+    step::seals::Seals,
 };
 
 fn target(mirror: &MirrorTarget) -> Target {
@@ -156,16 +157,19 @@ pub(super) fn adopt(
     shape: KvShape,
 ) -> Result<(), KernelError> {
     let Some(adopted) = adopted else { return Ok(()) };
-    if weights.kept.as_ref().is_some_and(|kept| kept.through_step(form, shape).is_some()) {
+    if weights.kept.as_ref().is_some_and(|kept| kept.are_wanted(form, shape)) {
         return Ok(());
     }
-    let Source { term, epoch, shape, .. } = adopted.source;
+    let Source { term, epoch, rank, world_size, shape, .. } = adopted.source;
     if let Some(pages) = adopted.pages {
         weights.ops.adopt_kv(pages)?;
     }
     let state = KeptState { epoch, through_step: adopted.through_step };
     let n_blocks = u32::try_from(shape.n_blocks).unwrap_or(u32::MAX);
     tracing::info!(epoch, rank = form.rank, through_step = adopted.through_step, "mirrored pages are taken over");
-    weights.kept = Some(KeptPages::of_group(term, shape, n_blocks, state, None));
+    // What the blocks hold is not known until sequences say so that have them.
+    let seals = Seals::new(shape.n_blocks, shape.block_size);
+    let states = vec![state];
+    weights.kept = Some(KeptPages { term, rank, world_size, shape, n_blocks, states, seals });
     Ok(())
 }

@@ -11,7 +11,7 @@ use phalanx_kernels::{
     error::KernelError,
     ops::KvShape,
 };
-use phalanx_proto::v1::{Form, Loaded, Ready, Serve, StepPlan, StepResult};
+use phalanx_proto::v1::{Form, HeldPages, Loaded, Ready, Serve, StepPlan, StepResult};
 
 use super::{
     checkpoints::Checkpoints,
@@ -24,7 +24,7 @@ use crate::{
     memory::{self, KvDemand},
     mirror::Store,
     model::{LoadError, RankShape, loader::Progress},
-    step::{Executor, Limits, StepError},
+    step::{Executor, Limits, StepError, seals::Seals},
 };
 
 /// Longest wait for another rank, in connecting and in each operation. A rank that computes a large step on a slow
@@ -103,12 +103,14 @@ pub(super) struct Resources<'a> {
 pub(super) struct Rank {
     term: u64,
     epoch: u64,
+    rank: u32,
+    world_size: u32,
     collective: Box<dyn Collective>,
     weights: WeightsOrExecutor,
     limits: Limits,
     kv: KvShape,
     /// What the pages held when this group took them over; until its first step.
-    before: Option<KeptPages>,
+    before: Option<Vec<KeptState>>,
     /// The last step that ran completely.
     last_step: u64,
     /// Where its rows are copied to.
@@ -152,7 +154,7 @@ impl Rank {
             mirrored::adopt(weights, mirrored.take(), form, kv)?;
         }
         for other in slices.values_mut() {
-            let stays = |kept: &KeptPages| other.key == key && kept.through_step(form, kv).is_some();
+            let stays = |kept: &KeptPages| other.key == key && kept.are_wanted(form, kv);
             if !other.kept.as_ref().is_some_and(stays) {
                 other.drop_pages();
             }
@@ -180,12 +182,13 @@ impl Rank {
                 Weights::load(key, ops, checkpoint.as_ref(), &plan, rank, &mut on_progress)?
             }
         };
-        let has_pages = weights.kept.as_ref().is_some_and(|kept| kept.through_step(form, kv).is_some());
+        let has_pages = weights.kept.as_ref().is_some_and(|kept| kept.are_wanted(form, kv));
         if !has_pages && mirrored.is_none() {
             mirrored = mirrored::fetched(form, kv, weights.key.precision(), abort)?;
         }
         mirrored::adopt(&mut weights, mirrored, form, kv)?;
         let kv_kept_through_step = weights.kept.as_ref().and_then(|kept| kept.through_step(form, kv));
+        let sealed = weights.kept.as_ref().and_then(|kept| kept.sealed(form, kv));
         let kv_bytes_per_block = if kv.n_kv_heads > 0 { weights.ops.kv_bytes_per_block(kv) } else { 0 };
         let kv_blocks = match &weights.kept {
             // They are there already.
@@ -210,6 +213,7 @@ impl Rank {
             kv_blocks,
             kv_bytes_per_block,
             kv_kept_through_step,
+            sealed,
         };
         let limits = Limits {
             block_size: kv.block_size,
@@ -222,6 +226,8 @@ impl Rank {
         let rank = Self {
             term: form.term,
             epoch: form.epoch,
+            rank: form.rank,
+            world_size: form.world_size,
             collective,
             weights: WeightsOrExecutor::Weights(Box::new(weights)),
             limits,
@@ -243,9 +249,9 @@ impl Rank {
         };
         let n_blocks = serve.kv_blocks as usize;
         let before = weights.kept.take().filter(|kept| n_blocks <= kept.shape.n_blocks);
-        let kv = match &before {
-            Some(kept) => kept.shape,
-            None => KvShape { n_blocks, ..self.kv },
+        let (kv, seals, before) = match before {
+            Some(kept) => (kept.shape, kept.seals, Some(kept.states)),
+            None => (KvShape { n_blocks, ..self.kv }, Seals::new(n_blocks, self.kv.block_size), None),
         };
         let mut kv_bytes = 0;
         if kv.n_kv_heads > 0 {
@@ -257,7 +263,7 @@ impl Rank {
         let limits = Limits { n_blocks, ..self.limits };
         let Weights { key, weight_bytes, ops, model, scratch, kept: _ } = *weights;
         let precision = key.precision();
-        let executor = Box::new(Executor::new(ops, model, scratch, limits));
+        let executor = Box::new(Executor::new(ops, model, scratch, seals, limits));
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
         let weights = WeightsOrExecutor::Executor(executor, key, weight_bytes);
         let mut rank = Self { weights, limits, kv, before, ..self };
@@ -280,9 +286,11 @@ impl Rank {
         Ok(result)
     }
 
-    /// Copies the rows of the step that ran to mirrors. Never waits, and fails nothing: a mirror that lacks rows says so.
-    pub(super) fn mirror_step(&mut self) {
-        if let WeightsOrExecutor::Executor(executor, ..) = &self.weights {
+    /// What is left to do after a step, when its result is on its way: notes what its blocks hold, and copies its rows to
+    /// mirrors. Never waits, and fails nothing: a mirror that lacks rows says so.
+    pub(super) fn after_step(&mut self) {
+        if let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights {
+            executor.seal_step();
             self.mirrors.step_done(self.last_step, executor.last_chunks(), executor.ops());
         }
     }
@@ -304,11 +312,23 @@ impl Rank {
         match self.weights {
             WeightsOrExecutor::Weights(weights) => *weights,
             WeightsOrExecutor::Executor(executor, key, weight_bytes) => {
-                let (ops, model, scratch) = executor.into_parts();
+                let (ops, model, scratch, seals) = executor.into_parts();
                 let last = KeptState { epoch: self.epoch, through_step: self.last_step };
                 let n_blocks = u32::try_from(self.limits.n_blocks).unwrap_or(u32::MAX);
-                let kept = Some(KeptPages::of_group(self.term, self.kv, n_blocks, last, self.before));
-                Weights { key, weight_bytes, ops, model, scratch, kept }
+                let Self { term, rank, world_size, kv: shape, before, .. } = self;
+                let kept = KeptPages { term, rank, world_size, shape, n_blocks, states: vec![last], seals };
+                Weights { key, weight_bytes, ops, model, scratch, kept: Some(kept.named_before(before)) }
+            }
+        }
+    }
+
+    /// Its pages, once there are any.
+    pub(super) fn held(&self) -> Option<HeldPages> {
+        match &self.weights {
+            WeightsOrExecutor::Weights(weights) => weights.kept.as_ref().map(KeptPages::held),
+            WeightsOrExecutor::Executor(..) => {
+                let kv_blocks = u32::try_from(self.limits.n_blocks).unwrap_or(u32::MAX);
+                Some(HeldPages { rank: self.rank, world_size: self.world_size, kv_blocks })
             }
         }
     }

@@ -9,14 +9,17 @@ use std::{
 };
 
 use phalanx_proto::v1::{
-    Failed, Form, LoadProgress, Prepare, Prepared, Retire, Serve, ShardMessage, StepPlan, shard_message::Message,
+    Failed, Form, HeldPages, LoadProgress, Prepare, Prepared, Retire, Serve, ShardMessage, StepPlan,
+    shard_message::Message,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
     ahead::{Ahead, LoadedAhead, Stock},
     checkpoints::Checkpoints,
+    held::Held,
     interrupt::Interrupt,
+    kept::KeptPages,
     machine::{Action, EngineMachine, Event},
     rank::{EngineError, Rank, RankConfig, Resources},
     slice::Slices,
@@ -68,12 +71,14 @@ pub fn spawn(
     config: RankConfig,
     interrupt: Interrupt,
     vitals: Vitals,
+    held: Held,
 ) -> std::io::Result<(mpsc::Sender<Envelope>, EngineThread)> {
     let (sender, commands) = mpsc::channel();
     let mut worker = Worker {
         config,
         interrupt,
         vitals,
+        held,
         machine: EngineMachine::default(),
         answers: None,
         rank: None,
@@ -94,6 +99,7 @@ struct Worker {
     config: RankConfig,
     interrupt: Interrupt,
     vitals: Vitals,
+    held: Held,
     machine: EngineMachine,
     answers: Option<UnboundedSender<ShardMessage>>,
     rank: Option<Rank>,
@@ -108,19 +114,30 @@ impl Worker {
         while let Some(envelope) = self.next(commands) {
             let step = match &envelope.command {
                 Command::End => break,
-                Command::Plan(plan) => plan.step,
-                _ => 0,
+                Command::Plan(plan) => Some(plan.step),
+                _ => None,
             };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take(envelope))) {
                 let panic = EnginePanic(message_of(panic.as_ref()));
                 tracing::error!("{panic}");
-                self.answer(Message::Failed(Failed { epoch: self.machine.epoch(), step, error: panic.to_string() }));
+                let (epoch, step) = (self.machine.epoch(), step.unwrap_or(0));
+                self.answer(Message::Failed(Failed { epoch, step, error: panic.to_string() }));
                 return Err(panic);
+            }
+            // Steps change what pages hold, not which there are.
+            if step.is_none() {
+                self.held.set(self.held_pages());
             }
         }
         self.ahead.stop();
         self.leave();
         Ok(())
+    }
+
+    /// Of the rank, else of those that were kept.
+    fn held_pages(&self) -> Option<HeldPages> {
+        let of_rank = self.rank.as_ref().and_then(Rank::held);
+        of_rank.or_else(|| self.slices.values().find_map(|weights| weights.kept.as_ref().map(KeptPages::held)))
     }
 
     /// The next command. While there is none, mirrors catch up.
@@ -185,7 +202,7 @@ impl Worker {
                 self.answer(answer);
                 // Behind the result: nobody waits for it.
                 if let Some(rank) = self.rank.as_mut().filter(|_| has_run) {
-                    rank.mirror_step();
+                    rank.after_step();
                 }
             }
             Err(error) => {

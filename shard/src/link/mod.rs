@@ -27,7 +27,10 @@ use self::{
 };
 use crate::{
     canary::Canary,
-    engine::actor::{EngineHandle, EngineMsg},
+    engine::{
+        actor::{EngineHandle, EngineMsg},
+        held::Held,
+    },
     heartbeat::{Pulse, Watched},
     host,
 };
@@ -73,6 +76,7 @@ pub struct Link {
     dialer: Dialer,
     hello: Hello,
     engine: ActorRef<EngineMsg>,
+    held: Held,
     pulse: Pulse,
     canary: Canary,
     /// Why the shard shall leave, once it shall.
@@ -102,8 +106,8 @@ impl Link {
             mirror: engine.mirror.clone(),
             canary: canary.clone(),
         })?;
-        let (coordinators, engine) = (coordinators.to_vec(), engine.actor.clone());
-        Ok(Self { coordinators, dialer, hello, engine, pulse, canary, leave, leave_limit })
+        let (coordinators, engine, held) = (coordinators.to_vec(), engine.actor.clone(), engine.held.clone());
+        Ok(Self { coordinators, dialer, hello, engine, held, pulse, canary, leave, leave_limit })
     }
 
     /// Returns when the shard shall end.
@@ -179,9 +183,9 @@ impl Link {
         }
     }
 
-    /// The introduction, with addresses at which others reach this machine.
+    /// The introduction, with addresses at which others reach this machine, and the pages that it has now.
     async fn hello_from(&self, coordinator: &Uri) -> Hello {
-        let mut hello = self.hello.clone();
+        let mut hello = Hello { held_pages: self.held.get(), ..self.hello.clone() };
         for address in [&mut hello.collective_address, &mut hello.mirror_address] {
             let bound = address.parse::<SocketAddr>().ok().filter(|bound| bound.ip().is_unspecified());
             if let Some(bound) = bound

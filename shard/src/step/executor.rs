@@ -17,6 +17,7 @@ use super::{
     StepError,
     plan::{self, CheckedPlan, Limits},
     sampling::{self, Candidate, NO_TOKEN},
+    seals::Seals,
     sequence::Sequence,
     timed::Timed,
 };
@@ -42,6 +43,9 @@ pub struct Executor {
     residual: Buf,
     limits: Limits,
     sequences: BTreeMap<u32, Sequence>,
+    seals: Seals,
+    /// Sequences with rows in the last step, if it ran completely and they were not looked at for seals yet.
+    to_seal: Vec<u32>,
 }
 
 /// Memory of the host for one step, kept between steps.
@@ -83,8 +87,9 @@ enum Purpose {
 }
 
 impl Executor {
-    /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already.
-    pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, limits: Limits) -> Self {
+    /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already, with what
+    /// `seals` say.
+    pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, seals: Seals, limits: Limits) -> Self {
         Self {
             residual: scratch.residual,
             ops,
@@ -95,12 +100,25 @@ impl Executor {
             wanted_rows: WantedRows::default(),
             limits,
             sequences: BTreeMap::new(),
+            seals,
+            to_seal: Vec::new(),
         }
     }
 
     /// Gives back what the executor was made of; sequences are forgotten.
-    pub fn into_parts(self) -> (Box<dyn Ops>, LoadedModel, Scratch) {
-        (self.ops, self.model, self.scratch)
+    pub fn into_parts(self) -> (Box<dyn Ops>, LoadedModel, Scratch, Seals) {
+        (self.ops, self.model, self.scratch, self.seals)
+    }
+
+    /// Seals the blocks that the last step filled, and those that its new sequences had before. Nobody's token waits for it.
+    pub fn seal_step(&mut self) {
+        for id in self.to_seal.drain(..) {
+            if let Some(Sequence { sealed, tokens, blocks, computed: Some(n_computed), .. }) =
+                self.sequences.get_mut(&id)
+            {
+                self.seals.seal(sealed, tokens, blocks, *n_computed);
+            }
+        }
     }
 
     /// The device.
@@ -124,6 +142,7 @@ impl Executor {
         let plan = plan::check(plan, &self.sequences, &self.limits)?;
         let mut collective = Timed::new(collective);
         let plan = self.admit(plan);
+        self.unseal(&plan);
         let (samples, prompt_scores) = if plan.n_rows == 0 {
             self.rows.chunks.clear();
             (Vec::new(), Vec::new())
@@ -131,6 +150,7 @@ impl Executor {
             self.forward(&plan, &mut collective)?;
             self.choose(&plan, &mut collective)?
         };
+        self.to_seal.extend(plan.chunks.iter().map(|chunk| chunk.sequence));
         let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         Ok(StepResult {
             epoch,
@@ -154,6 +174,16 @@ impl Executor {
             }
         }
         plan
+    }
+
+    /// Whatever becomes of this step, the blocks that it writes to no longer hold what they did.
+    fn unseal(&mut self, plan: &CheckedPlan) {
+        self.to_seal.clear();
+        for chunk in &plan.chunks {
+            if let Some(sequence) = self.sequences.get(&chunk.sequence) {
+                self.seals.unseal(&sequence.blocks, chunk.start..chunk.start + chunk.len);
+            }
+        }
     }
 
     /// Runs the rows through all layers, and notes which rows' logits are wanted and where they are.

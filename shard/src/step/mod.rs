@@ -3,6 +3,7 @@
 pub mod executor;
 pub mod plan;
 mod sampling;
+pub mod seals;
 pub mod sequence;
 mod timed;
 

@@ -2,6 +2,7 @@
 
 use phalanx_proto::v1::SamplingParams;
 
+use super::seals::SealedPrefix;
 use crate::sampler::{Sampling, SamplingError, TokenCounts};
 
 /// A stream of tokens being made.
@@ -15,6 +16,8 @@ pub struct Sequence {
     pub computed: Option<usize>,
     /// Pages: position p is in `blocks[p / block_size]`.
     pub blocks: Vec<u32>,
+    /// Of these, the ones that were sealed for it.
+    pub sealed: SealedPrefix,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Score each output token, with this many most probable ones.
@@ -44,6 +47,7 @@ impl Sequence {
             prompt_len,
             computed: None,
             blocks,
+            sealed: SealedPrefix::default(),
             sampling,
             logprobs: params.logprobs.map(|n| n as usize),
             prompt_logprobs: params.prompt_logprobs.map(|n| n as usize),

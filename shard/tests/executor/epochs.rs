@@ -1,7 +1,9 @@
 //! What outlives an epoch: slices that were loaded ahead, and KV pages, own and mirrored.
 
+use phalanx_cluster::seal::Seal;
 use phalanx_proto::v1::{
-    Chunk, Form, MirrorTarget, Peer, Prepare, Retire, StepPlan, coordinator_message::Message as ToShard,
+    Chunk, Form, HeldPages, MirrorTarget, Peer, Prepare, Retire, SealedBlocks, StepPlan,
+    coordinator_message::Message as ToShard,
 };
 
 use crate::played::{Attached, File, Played, Shard, form, next, start};
@@ -142,6 +144,51 @@ async fn other_pages_are_not_kept() {
         let mut attached = with_pages(&mut coordinator, 3, &file).await;
         assert_eq!(attached.loaded(wrong).await.kv_kept_through_step, None);
     }
+}
+
+#[tokio::test]
+async fn the_next_leader_is_told_what_full_blocks_hold() {
+    let file = File::new();
+    let tokens = [file.tokens.as_slice(); 2].concat();
+    assert_eq!(tokens.len(), 20, "one block and a bit");
+    let mut coordinator = Played::start().await;
+    let _shard = Shard::start(&[coordinator.uri()]).await;
+    let mut attached = coordinator.shard(1).await;
+    assert_eq!(attached.hello.held_pages, None);
+    attached.form(Form { term: 1, ..form(7, &file.path) }).await;
+    attached.send(ToShard::StepPlan(start(7, &tokens)));
+    let want = attached.result().await.samples[0].token_id;
+    drop(attached);
+
+    let mut attached = coordinator.shard(2).await;
+    assert_eq!(attached.hello.held_pages, Some(HeldPages { rank: 0, world_size: 1, kv_blocks: 4 }));
+    let sealed = |epoch| Form { term: 2, keep_sealed_kv: true, ..form(epoch, &file.path) };
+    // Its epochs may be others.
+    let loaded = attached.loaded(sealed(3)).await;
+    let whole = SealedBlocks { blocks: vec![0], seals: Seal::of(&tokens, 16).bytes().to_vec() };
+    assert_eq!((loaded.sealed, loaded.kv_kept_through_step, loaded.kv_blocks), (Some(whole.clone()), None, 4));
+    // The formation comes to nothing.
+    assert_eq!(attached.loaded(sealed(4)).await.sealed, Some(whole));
+    attached.serve(4).await;
+    // The last four rows, behind the block that is there.
+    let mut rest = start(4, &tokens);
+    rest.chunks = vec![Chunk { sequence: 0, start: 16, len: 4, sample: true }];
+    attached.send(ToShard::StepPlan(rest));
+    assert_eq!(attached.result().await.samples[0].token_id, want);
+    // The block is written again.
+    let other: Vec<u32> = tokens.iter().rev().copied().collect();
+    let mut plan = start(4, &other);
+    plan.step = 2;
+    plan.dropped = vec![0];
+    attached.send(ToShard::StepPlan(plan));
+    attached.result().await;
+    let loaded = attached.loaded(sealed(5)).await;
+    let whole = SealedBlocks { blocks: vec![0], seals: Seal::of(&other, 16).bytes().to_vec() };
+    assert_eq!(loaded.sealed, Some(whole));
+    // Blocks of another size are others, and who asks for those gives these up.
+    let larger = Form { block_size: 32, ..sealed(6) };
+    assert_eq!(attached.loaded(larger).await.sealed, None);
+    assert_eq!(attached.loaded(sealed(7)).await.sealed, None);
 }
 
 /// The plan to both ranks; rank 0's first sampled token.

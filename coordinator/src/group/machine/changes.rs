@@ -217,12 +217,13 @@ impl GroupMachine {
         }
     }
 
-    pub(super) fn on_drain(&mut self, ticket: Ticket, shard: ShardId, now: Instant) {
+    pub(super) fn on_drain(&mut self, ticket: Ticket, shard: ShardId, is_helped: bool, now: Instant) {
         if !self.attached.contains_key(&shard) {
             return self.push(Action::Answer(ticket, Err(ChangeError::UnknownShard(shard))));
         }
         let rank = self.rank_of(&shard);
         if let Some(rank) = rank
+            && !is_helped
             && self.seats(self.ranks.len(), now, |s| *s != shard).is_none()
         {
             let why = format!("no other shard can take rank {rank} from {shard}: attach a spare first");

@@ -1,8 +1,11 @@
 //! What happens to a group, and what is to be done about it.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use phalanx_cluster::id::{Epoch, ShardId};
+use phalanx_cluster::{
+    id::{Epoch, ShardId},
+    seal::Seal,
+};
 
 use crate::group::change::ChangeError;
 
@@ -63,6 +66,8 @@ pub struct Candidate {
     pub memory_bytes: u64,
     /// Whether it takes copies of KV rows.
     pub takes_mirror: bool,
+    /// KV pages that it brought along: of the ranks of a group of this world size, the one of this rank.
+    pub holds: Option<(usize, usize)>,
 }
 
 /// One life of a shard: where a message came from.
@@ -142,7 +147,7 @@ pub struct Beat {
 }
 
 /// What a rank says when it has loaded its slice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Slice {
     /// KV blocks that it has memory for.
     pub kv_blocks: u32,
@@ -150,6 +155,17 @@ pub struct Slice {
     pub weight_bytes: u64,
     /// Where pages were to be kept: the last step whose rows they hold.
     pub kept_through: Option<u64>,
+    /// Where pages were to be kept for what they hold: blocks that are sealed.
+    pub sealed: Option<BTreeMap<u32, Seal>>,
+}
+
+/// What the pages of a formation hold on every rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// The rows of this epoch's steps, up to which one.
+    Through(Epoch, u64),
+    /// In these blocks the rows of the tokens that their seals name.
+    Sealed(Vec<(u32, Seal)>),
 }
 
 /// What happens to a group.
@@ -257,6 +273,8 @@ pub enum Event {
         ticket: Ticket,
         /// Which shard.
         shard: ShardId,
+        /// Whether another group has a spare, which comes if this group lacks one.
+        is_helped: bool,
     },
     /// A drained shard may have a rank again.
     Undrain {
@@ -311,6 +329,8 @@ pub enum Action {
         ranks: Vec<ShardId>,
         /// KV pages of this epoch are wanted.
         keep_kv_of: Option<Epoch>,
+        /// KV pages are wanted whatever formation wrote them, for what their blocks hold.
+        keep_sealed: bool,
         /// Who gets copies of KV rows.
         mirrors: Mirrors,
         /// Ranks of which somebody has a copy of the pages that are wanted, and who.
@@ -329,8 +349,8 @@ pub enum Action {
         epoch: Epoch,
         /// Blocks.
         kv_blocks: u32,
-        /// What pages hold: the rows of this epoch's steps, up to which one.
-        kept: Option<(Epoch, u64)>,
+        /// What pages hold.
+        kept: Option<Kept>,
     },
     /// Tell the scheduler to plan nothing more, and to say when no step is in flight.
     Hold(Epoch),
@@ -389,6 +409,6 @@ pub enum Action {
     Answer(Ticket, Result<Changed, ChangeError>),
     /// Tell who asked for a rolling restart. The end is "done" or an error.
     Turned(Result<Turned, ChangeError>),
-    /// The group can't be formed as configured: end, with this message.
+    /// The group can't be formed as configured: end with this message, unless another group can.
     GiveUp(String),
 }

@@ -11,7 +11,7 @@ use std::{
 
 use phalanx_cluster::id::ShardId;
 
-use super::{GroupMachine, Phase};
+use super::{GroupMachine, Phase, formation::LONGEST_PAUSE};
 
 /// Longest wait for former owners of ranks.
 pub const OWNERS_LIMIT: Duration = Duration::from_secs(2);
@@ -25,13 +25,29 @@ pub(super) struct Expected {
     seen: BTreeMap<ShardId, String>,
     /// Until when the first formation waits for owners among them.
     until: Option<Instant>,
+    /// Somebody came with pages, so that others may.
+    has_heirs: bool,
 }
 
 impl GroupMachine {
     /// These shards were attached just before this group began; the first formation waits until then for those that had a
     /// rank.
     pub fn expect(&mut self, seen: BTreeMap<ShardId, String>, until: Instant) {
-        self.expected = Expected { seen, until: Some(until) };
+        self.expected = Expected { seen, until: Some(until), has_heirs: false };
+    }
+
+    /// A shard came with pages of an earlier leadership: those that served with it were there just now, whatever records say,
+    /// and what it has is worth something only together with theirs.
+    pub(super) fn expect_heirs(&mut self, holds: Option<(usize, usize)>, now: Instant) {
+        let wanted = self.settings.world_size;
+        let is_first = !self.expected.has_heirs && !self.has_served && !self.is_formed();
+        if is_first && holds.is_some_and(|(world_size, _)| world_size == wanted) {
+            self.expected.has_heirs = true;
+            self.expected.until = Some(now + OWNERS_LIMIT);
+            for owner in self.owners.of(wanted) {
+                self.expected.seen.entry(owner.clone()).or_default();
+            }
+        }
     }
 
     /// A shard is seen at this place.
@@ -63,8 +79,11 @@ impl GroupMachine {
         owners.filter(|shard| !self.attached.contains_key(shard))
     }
 
-    /// What is missing while the group waits.
+    /// What is missing while the group waits, or why it tries again.
     pub fn waits_for(&self) -> Option<String> {
+        if let (Phase::Pausing(_), Some(cause)) = (&self.phase, &self.last_failure) {
+            return Some(format!("another attempt, in at most {} s: {cause}", LONGEST_PAUSE.as_secs()));
+        }
         if self.phase != Phase::Waiting {
             return None;
         }

@@ -4,14 +4,16 @@ use std::time::{Duration, Instant};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-use super::{Action, Attached, Candidate, Cause, GroupMachine, LOOK_EVERY, Mirrors, Pages, Phase, Slice};
+use super::{
+    Action, Attached, Candidate, Cause, GroupMachine, Kept, LOOK_EVERY, Mirrors, Pages, Phase, Slice, inherited,
+};
 
 /// Pause after the first failure: the news of a peer's death, which may be its cause, is on the way.
 const NEWS_PAUSE: Duration = Duration::from_millis(30);
 /// Pause after the second failure in a row; doubles from there.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause between formations.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Between questions to a store that does not answer.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// Steps after which a group counts as healthy: failures before are forgotten.
@@ -31,6 +33,7 @@ impl GroupMachine {
             self.forget(&shard, Cause::Lost, "the process was replaced by a new one", now);
         }
         self.on_returned(&candidate, now);
+        self.expect_heirs(candidate.holds, now);
         let leaves = self.is_to_restart(&candidate).then_some(Cause::Rollout);
         let attached = Attached {
             candidate,
@@ -108,7 +111,7 @@ impl GroupMachine {
     pub(super) fn on_epoch_refused(&mut self, now: Instant) {
         self.is_taking = false;
         if self.phase == Phase::Taking {
-            self.phase = Phase::Pausing(Some(now + FIRST_PAUSE));
+            self.phase = Phase::Pausing(now + FIRST_PAUSE);
         } else {
             self.reserve_at = Some(now + STORE_PAUSE);
         }
@@ -128,7 +131,7 @@ impl GroupMachine {
         let has_waited = self.has_waited_for_owners(now);
         match self.phase.clone() {
             Phase::Waiting if has_waited || self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
-            Phase::Pausing(Some(until)) if now >= until => self.try_to_form(now),
+            Phase::Pausing(until) if now >= until => self.try_to_form(now),
             Phase::Loading(slices, since) if now >= since + LOAD_LIMIT => {
                 let late: Vec<bool> = slices.iter().map(Option::is_none).collect();
                 self.evict_late(&late, "loading", LOAD_LIMIT, now);
@@ -248,8 +251,9 @@ impl GroupMachine {
         }
         let keep_kv_of = self.pages.filter(|p| p.world_size == ranks.len()).map(|p| p.epoch);
         self.phase = Phase::Loading(vec![None; ranks.len()], now);
+        let keep_sealed = self.inherits(&ranks);
         let (mirrors, copies) = (self.mirrors.clone(), self.copies_for(keep_kv_of));
-        self.push(Action::Form { epoch, ranks, keep_kv_of, mirrors, copies });
+        self.push(Action::Form { epoch, ranks, keep_kv_of, keep_sealed, mirrors, copies });
     }
 
     pub(super) fn on_loaded(&mut self, rank: usize, slice: Slice, now: Instant) {
@@ -261,7 +265,7 @@ impl GroupMachine {
             return;
         }
         slices[rank] = Some(slice);
-        let Some(all) = slices.iter().copied().collect::<Option<Vec<Slice>>>() else { return };
+        let Some(all) = slices.iter().cloned().collect::<Option<Vec<Slice>>>() else { return };
         self.weight_bytes = Some(all.iter().map(|s| s.weight_bytes).sum());
         let least = all.iter().map(|s| s.kv_blocks).min().unwrap_or(0);
         let through = all.iter().map(|s| s.kept_through).collect::<Option<Vec<u64>>>();
@@ -269,7 +273,8 @@ impl GroupMachine {
         // Tables point into the pages: they mean something only if there are as many as before.
         let kept = self.pages.filter(|p| p.world_size == all.len() && p.kv_blocks <= least).zip(through);
         self.kv_blocks = kept.map_or(least, |(pages, _)| pages.kv_blocks);
-        self.kept = kept.map(|(pages, through)| (pages.epoch, through));
+        let rows = kept.map(|(pages, through)| Kept::Through(pages.epoch, through));
+        self.kept = rows.or_else(|| inherited::agreed(&all).map(Kept::Sealed));
         self.phase = Phase::Starting(vec![false; all.len()], now);
         self.push(Action::Serve { epoch: self.epoch, kv_blocks: self.kv_blocks });
     }
@@ -283,6 +288,7 @@ impl GroupMachine {
         self.phase = Phase::Serving;
         self.pages = None;
         self.has_served = true;
+        self.last_failure = None;
         self.healthy_steps = 0;
         self.watch.begin();
         self.look_at = now;
@@ -325,20 +331,19 @@ impl GroupMachine {
         self.fail(&cause, now);
     }
 
-    /// Tries again after a pause that grows, or gives up.
+    /// Tries again after a pause that grows. After a few times it says that it would give up: whether that is the end depends
+    /// on other groups.
     fn fail(&mut self, cause: &str, now: Instant) {
         self.failures += 1;
+        self.last_failure = Some(cause.to_owned());
         if !self.has_served && self.settings.give_up_after.is_some_and(|limit| self.failures >= limit) {
-            // Nothing ends this pause: the process is about to.
-            self.phase = Phase::Pausing(None);
             self.push(Action::GiveUp(cause.to_owned()));
-            return;
         }
         let pause = match self.failures {
             1 => NEWS_PAUSE,
             n => (FIRST_PAUSE * 2u32.pow((n - 2).min(16))).min(LONGEST_PAUSE),
         };
-        self.phase = Phase::Pausing(Some(now + pause));
+        self.phase = Phase::Pausing(now + pause);
     }
 
     /// Ends the present formation.
@@ -353,7 +358,8 @@ impl GroupMachine {
             self.stopped.get_or_insert(now);
             self.push(Action::Lost { epoch, cause, reason: reason.to_owned(), is_planned });
         }
-        let keep_kv = self.pages.is_some();
+        // What an earlier leader left is wanted until something else has been computed.
+        let keep_kv = self.pages.is_some() || !self.has_served;
         // Survivors may hang in a sum that will never be complete: they must hear of it before anything else happens.
         let survivors: Vec<ShardId> = self.ranks.iter().filter(|s| self.attached.contains_key(s)).cloned().collect();
         for shard in survivors {

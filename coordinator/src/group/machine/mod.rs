@@ -20,6 +20,7 @@ mod changes;
 mod event;
 mod expected;
 mod formation;
+mod inherited;
 mod mirroring;
 mod rollout;
 mod seating;
@@ -33,7 +34,9 @@ use std::{
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-pub use event::{Action, Beat, Candidate, Cause, Changed, Event, MirrorTo, Mirrors, Origin, Slice, Ticket, Turned};
+pub use event::{
+    Action, Beat, Candidate, Cause, Changed, Event, Kept, MirrorTo, Mirrors, Origin, Slice, Ticket, Turned,
+};
 use expected::Expected;
 pub use expected::OWNERS_LIMIT;
 use rollout::Rollout;
@@ -51,7 +54,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub struct Settings {
     /// Ranks.
     pub world_size: usize,
-    /// Failures in a row, before anything was served, after which it is not tried again.
+    /// Failures in a row, before anything was served, after which each one more is said to be the end.
     pub give_up_after: Option<u32>,
     /// Time without enough shards after which fewer ranks serve; never if unset.
     pub regroup_after: Option<Duration>,
@@ -69,7 +72,7 @@ enum Phase {
     /// An epoch is asked of the store.
     Taking,
     /// Until then, after a failure.
-    Pausing(Option<Instant>),
+    Pausing(Instant),
     /// What each rank has loaded, and when one last made progress.
     Loading(Vec<Option<Slice>>, Instant),
     /// Ranks that are ready, and since when they are awaited.
@@ -145,7 +148,7 @@ pub struct GroupMachine {
     /// What ranks keep of the formation that served last.
     pages: Option<Pages>,
     /// What the pages of the present formation hold, until the scheduler knows.
-    kept: Option<(Epoch, u64)>,
+    kept: Option<Kept>,
     drained: BTreeSet<ShardId>,
     waiters: Vec<Waiter>,
     rollout: Option<Rollout>,
@@ -163,6 +166,8 @@ pub struct GroupMachine {
     /// Since when the group serves, while not all requests that stood still have a token again.
     recovering: Option<Instant>,
     failures: u32,
+    /// Why the last formation came to nothing, until one serves.
+    last_failure: Option<String>,
     /// Who failed first in the last formations, and in how many in a row.
     first_to_fail: Option<(ShardId, u32)>,
     healthy_steps: u32,
@@ -204,6 +209,7 @@ impl GroupMachine {
             stall: Duration::ZERO,
             recovering: None,
             failures: 0,
+            last_failure: None,
             first_to_fail: None,
             healthy_steps: 0,
             has_served: false,
@@ -294,7 +300,7 @@ impl GroupMachine {
             // Fewer ranks are not formed either before owners were waited for.
             Phase::Waiting => self.awaits_owners_until().or_else(|| self.regroups_at()),
             Phase::Taking => None,
-            Phase::Pausing(until) => *until,
+            Phase::Pausing(until) => Some(*until),
             Phase::Loading(_, since) => Some(*since + formation::LOAD_LIMIT),
             Phase::Starting(_, since) => Some(*since + formation::START_LIMIT),
             Phase::Serving => {
@@ -371,7 +377,7 @@ impl GroupMachine {
             Event::Idle(epoch) => self.on_idle(epoch, now),
             Event::Recovered { epoch, stall } => self.on_recovered(epoch, stall, now),
             Event::Leaving(from) => self.on_leaving(&from, now),
-            Event::Drain { ticket, shard } => self.on_drain(ticket, shard, now),
+            Event::Drain { ticket, shard, is_helped } => self.on_drain(ticket, shard, is_helped, now),
             Event::Undrain { ticket, shard } => self.on_undrain(ticket, &shard, now),
             Event::Rollout { but, return_limit } => self.on_rollout(&but, return_limit, now),
         }

@@ -16,7 +16,14 @@ fn shards(names: &str) -> Vec<ShardId> {
 }
 
 fn candidate(name: &str, incarnation: u64) -> Candidate {
-    Candidate { shard: shard(name), incarnation, kind: "cpu".to_owned(), memory_bytes: 0, takes_mirror: false }
+    Candidate {
+        shard: shard(name),
+        incarnation,
+        kind: "cpu".to_owned(),
+        memory_bytes: 0,
+        takes_mirror: false,
+        holds: None,
+    }
 }
 
 fn origin(name: &str, incarnation: u64) -> Origin {
@@ -83,7 +90,7 @@ impl Group {
     }
 
     fn loaded(&mut self, name: &str, kv_blocks: u32, kept_through: Option<u64>) -> Vec<Action> {
-        let slice = Slice { kv_blocks, weight_bytes: 100, kept_through };
+        let slice = Slice { kv_blocks, weight_bytes: 100, kept_through, sealed: None };
         self.on(Event::Loaded { from: self.life_of(name), epoch: self.machine.epoch(), slice })
     }
 
@@ -149,6 +156,7 @@ impl Group {
             epoch: epoch(in_epoch),
             ranks: shards(ranks),
             keep_kv_of: keep_kv_of.map(epoch),
+            keep_sealed: false,
             mirrors: Mirrors::Nowhere,
             copies: Vec::new(),
         }
@@ -156,7 +164,7 @@ impl Group {
 }
 
 fn serving(in_epoch: u64, kv_blocks: u32, kept: Option<(u64, u64)>) -> Action {
-    let kept = kept.map(|(of, through)| (epoch(of), through));
+    let kept = kept.map(|(of, through)| Kept::Through(epoch(of), through));
     Action::Serving { epoch: epoch(in_epoch), kv_blocks, kept }
 }
 

@@ -206,6 +206,19 @@ fn drained_shards_stay_where_they_are_known_as_such() {
 }
 
 #[test]
+fn a_drained_rank_is_replaced_by_another_groups_spare() {
+    let mut world = World::new(1, &["", ""]);
+    world.fill("abc");
+    assert_eq!(world.machine.spares(), [1, 0]);
+    world.serves(1, "b");
+    let actions = world.stands(1, |s| s.drained.extend(ids("b")));
+    assert_eq!(asks(&actions), Some((0, Given::Spare)));
+    world.give(&actions[0], None);
+    world.stands(0, |s| s.is_rolling = true);
+    assert_eq!(world.machine.spares(), [0, 0], "nobody goes before a rolling restart is over");
+}
+
+#[test]
 fn a_shard_that_is_about_to_leave_is_replaced_by_a_spare() {
     let mut world = World::new(1, &["", ""]);
     world.fill("abc");

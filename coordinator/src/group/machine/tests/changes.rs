@@ -8,7 +8,7 @@ fn switched(cause: Cause, in_epoch: u64) -> Action {
 }
 
 fn drain(group: &mut Group, name: &str) -> Vec<Action> {
-    group.on(Event::Drain { ticket: 9, shard: shard(name) })
+    group.on(Event::Drain { ticket: 9, shard: shard(name), is_helped: false })
 }
 
 #[test]
@@ -252,6 +252,7 @@ fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
         epoch: epoch(in_epoch),
         ranks: shards("ab"),
         keep_kv_of: Some(epoch(of)),
+        keep_sealed: false,
         mirrors: Mirrors::Spare(shard("c")),
         copies: Vec::new(),
     };
@@ -271,6 +272,7 @@ fn a_spare_that_takes_mirrors_gets_them_once_it_is_ready() {
         epoch: epoch(4),
         ranks: shards("ac"),
         keep_kv_of: Some(epoch(3)),
+        keep_sealed: false,
         mirrors: Mirrors::Nowhere,
         copies: vec![(0, shard("c")), (1, shard("c"))],
     };
@@ -342,6 +344,7 @@ fn a_buddy_has_what_a_shard_needs_that_returns() {
         epoch: epoch(in_epoch),
         ranks: shards(ranks),
         keep_kv_of: keep_kv_of.map(epoch),
+        keep_sealed: false,
         mirrors: Mirrors::Buddies,
         copies: copies.iter().map(|(rank, name)| (*rank, shard(name))).collect(),
     };

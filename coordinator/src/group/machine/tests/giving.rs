@@ -12,7 +12,7 @@ fn only_what_is_not_needed_is_given_away() {
     assert_eq!((can_give(&group, Given::Spare), can_give(&group, Given::Idle)), (None, None));
     group.arrive("c", 1);
     assert_eq!((can_give(&group, Given::Spare).as_deref(), can_give(&group, Given::Idle)), (Some("c"), None));
-    group.on(Event::Drain { ticket: 1, shard: shard("c") });
+    group.on(Event::Drain { ticket: 1, shard: shard("c"), is_helped: false });
     assert_eq!(can_give(&group, Given::Spare), None, "a drained spare is none");
     group.lose("a", 1);
     assert!(!group.machine.standing().is_formed);
@@ -21,9 +21,25 @@ fn only_what_is_not_needed_is_given_away() {
 }
 
 #[test]
+fn a_drained_rank_may_wait_for_a_spare_of_another_group() {
+    let mut group = pair();
+    let drain = |is_helped| Event::Drain { ticket: 1, shard: shard("a"), is_helped };
+    assert!(matches!(&group.on(drain(false))[..], [Action::Answer(1, Err(_))]));
+    assert_eq!(group.on(drain(true)), [], "it lacks one from now on");
+    assert!(group.machine.standing().drained.contains(&shard("a")));
+    let prepare = Action::Prepare { shard: shard("c"), world_size: 2, ranks: vec![0, 1] };
+    assert_eq!(group.arrive("c", 1), [prepare]);
+    assert_eq!(group.prepared("c", 2, 0), [Action::Hold(epoch(1))]);
+    let form = group.form(2, "cb", Some(1));
+    assert_eq!(group.idle().last(), Some(&form));
+    let changed = Changed { successor: Some(shard("c")), stall: Duration::ZERO };
+    assert_eq!(group.serve(70, None).last(), Some(&Action::Answer(1, Ok(changed))));
+}
+
+#[test]
 fn a_spare_that_is_about_to_take_a_rank_stays() {
     let mut group = pair_and_spare();
-    group.on(Event::Drain { ticket: 1, shard: shard("a") });
+    group.on(Event::Drain { ticket: 1, shard: shard("a"), is_helped: false });
     assert_eq!(group.machine.phase(), "switching");
     assert_eq!(can_give(&group, Given::Spare), None);
 }
@@ -78,7 +94,7 @@ fn an_answer_of_the_store_that_was_outrun_is_asked_for_again() {
 fn it_says_who_has_ranks_and_who_may_have_none() {
     let mut group = pair_and_spare();
     assert_eq!(group.machine.standing().ranks, shards("ab"));
-    group.on(Event::Drain { ticket: 1, shard: shard("c") });
+    group.on(Event::Drain { ticket: 1, shard: shard("c"), is_helped: false });
     group.on(Event::Leaving(origin("b", 1)));
     let standing = group.machine.standing();
     assert_eq!(standing.drained.into_iter().collect::<Vec<_>>(), shards("c"));

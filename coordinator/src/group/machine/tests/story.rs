@@ -1,5 +1,7 @@
 //! Forming, losing, failing.
 
+use phalanx_cluster::seal::Seal;
+
 use super::*;
 use crate::group::machine::formation::{FIRST_PAUSE, LOAD_LIMIT};
 
@@ -141,7 +143,16 @@ fn failures_pause_and_then_give_up() {
     group.answer();
     let cause = "rank 0 (a) has failed: no such file".to_owned();
     assert_eq!(group.failed("a").last(), Some(&Action::GiveUp(cause)));
-    assert_eq!(group.machine.wakes_at(), None);
+    // What becomes of it is for others to say; meanwhile it tries again.
+    assert_eq!(group.machine.wakes_at(), Some(group.now + 2 * FIRST_PAUSE));
+    let why = group.machine.waits_for().unwrap();
+    assert_eq!(why, "another attempt, in at most 10 s: rank 0 (a) has failed: no such file");
+    group.wait(2 * FIRST_PAUSE);
+    group.tick();
+    assert_eq!((group.answer().len(), group.machine.waits_for()), (1, None));
+    group.serve(70, None);
+    group.answer();
+    assert!(!group.failed("a").iter().any(|a| matches!(a, Action::GiveUp(_))));
 }
 
 #[test]
@@ -349,4 +360,70 @@ fn who_left_is_awaited_by_name() {
     group.lose("b", 1);
     let waits_for = group.machine.waits_for().unwrap();
     assert_eq!(waits_for, "1 of 2 shards are attached; waiting for shard b, last seen at 10.0.0.2");
+}
+
+/// A new leader, whose shards have pages of the ranks that they will take.
+fn heirs(a: Option<(usize, usize)>, b: Option<(usize, usize)>) -> (Group, Vec<Action>) {
+    let mut group = Group::new(settings(2));
+    group.on(Event::Arrived(Candidate { holds: a, ..candidate("a", 1) }));
+    group.on(Event::Arrived(Candidate { holds: b, ..candidate("b", 1) }));
+    let formed = group.answer();
+    (group, formed)
+}
+
+fn wants_sealed(actions: &[Action]) -> bool {
+    matches!(actions, [Action::Form { keep_sealed: true, keep_kv_of: None, .. }])
+}
+
+#[test]
+fn a_new_leader_takes_over_what_all_ranks_have() {
+    let seal = |token| Seal::of(&[token], 1);
+    let (mut group, formed) = heirs(Some((2, 0)), Some((2, 1)));
+    assert!(wants_sealed(&formed), "{formed:?}");
+    // A formation that comes to nothing changes nothing.
+    assert_eq!(group.failed("a"), [retire(1, "a", true), retire(1, "b", true)]);
+    group.now += Duration::from_secs(1);
+    group.tick();
+    let formed = group.answer();
+    assert!(wants_sealed(&formed), "{formed:?}");
+    for (name, blocks) in [("a", [(0, seal(1)), (3, seal(2))]), ("b", [(0, seal(1)), (3, seal(9))])] {
+        let slice = Slice { kv_blocks: 70, sealed: Some(blocks.into()), ..Slice::default() };
+        group.on(Event::Loaded { from: group.life_of(name), epoch: group.machine.epoch(), slice });
+    }
+    group.ready("a");
+    let kept = Some(Kept::Sealed(vec![(0, seal(1))]));
+    assert_eq!(group.ready("b")[0], Action::Serving { epoch: epoch(2), kv_blocks: 70, kept });
+    // From now on epochs say more.
+    group.answer();
+    group.lose("b", 1);
+    let returned = group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 2) }));
+    assert_eq!(returned, [group.form(3, "ab", Some(2))]);
+}
+
+#[test]
+fn pages_of_some_ranks_only_are_given_back() {
+    for (a, b) in [(Some((2, 0)), None), (Some((2, 0)), Some((2, 0))), (Some((3, 0)), Some((2, 1))), (None, None)] {
+        let (group, formed) = heirs(a, b);
+        assert_eq!(formed, [group.form(1, "ab", None)]);
+    }
+}
+
+#[test]
+fn who_comes_with_pages_is_not_seated_beside_a_stranger_at_once() {
+    let mut group = Group::new(settings(2));
+    group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+    group.on(Event::Arrived(Candidate { holds: Some((2, 0)), ..candidate("a", 1) }));
+    group.arrive("c", 1);
+    assert_eq!((group.machine.phase(), group.machine.wakes_at()), ("waiting", Some(group.now + OWNERS_LIMIT)));
+    group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 1) }));
+    let formed = group.answer();
+    assert!(wants_sealed(&formed), "{formed:?}");
+    // Nobody is awaited for ever.
+    let mut group = Group::new(settings(2));
+    group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+    group.on(Event::Arrived(Candidate { holds: Some((2, 0)), ..candidate("a", 1) }));
+    group.arrive("c", 1);
+    group.wait(OWNERS_LIMIT);
+    group.tick();
+    assert_eq!(group.answer(), [group.form(1, "ac", None)]);
 }
