@@ -4,6 +4,7 @@ pub mod byte_size;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod error_text;
+pub mod grammar;
 pub mod id;
 pub mod model_config;
 pub mod partition;

@@ -6,6 +6,7 @@ pub mod cluster_cli;
 pub mod config;
 pub mod coverage;
 pub mod frontend;
+pub mod grammars;
 pub mod group;
 pub mod journal;
 pub mod kv;

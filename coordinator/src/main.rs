@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::Path, process::ExitCode};
 use phalanx_coordinator::{
     certs,
     cluster_cli::{self, CLUSTER},
+    grammars::trial,
     run, security,
     spawn::SHARD,
 };
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         // `coordinator rollout restart` and the like.
         Some(word) if cluster_cli::is_command(word.as_ref()) => cluster_cli::main_from(args),
         Some("key") => security::cli::main_from(args.into_iter().skip(1)),
+        Some(trial::COMMAND) => trial::main_from(args.into_iter().skip(1)),
         Some("certs") => certs::main_from(args.into_iter().skip(1)),
         _ => run::main_from(args),
     }

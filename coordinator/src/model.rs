@@ -14,7 +14,7 @@ use phalanx_cluster::{
     tokenizer::{Tokenizer, TokenizerError},
 };
 
-use crate::{config::Config, served_model::ServedModel};
+use crate::{config::Config, grammars::Grammars, served_model::ServedModel};
 
 /// A model that is ready to be served.
 pub struct OpenedModel {
@@ -28,6 +28,8 @@ pub struct OpenedModel {
     pub location: String,
     /// Where it is here.
     pub path: PathBuf,
+    /// Tries grammars that requests bring.
+    pub grammars: Arc<Grammars>,
 }
 
 /// Why the model can't be served.
@@ -106,7 +108,14 @@ pub fn open(config: &Config) -> Result<OpenedModel, ModelError> {
         chat_template: chat_template.map(Arc::new),
         created,
     };
-    Ok(OpenedModel { served, shape, identity: checkpoint.identity().to_owned(), location, path: resolved.path })
+    let tokenizer = Arc::clone(&served.tokenizer);
+    let grammars = match &config.tokenizer {
+        None => Grammars::apart(tokenizer, resolved.path.clone()),
+        // Shards know the model's own.
+        Some(_) => Grammars::none(tokenizer, "is not possible while the server runs with --tokenizer"),
+    };
+    let identity = checkpoint.identity().to_owned();
+    Ok(OpenedModel { served, shape, identity, location, path: resolved.path, grammars: Arc::new(grammars) })
 }
 
 /// Options that only the model can judge. Returns the longest sequence.

@@ -162,6 +162,14 @@ pub enum RequestError {
         /// Most bytes that may be left unread.
         limit: usize,
     },
+    /// The output can't follow the request's grammar any further.
+    #[error("'{field}': {reason}")]
+    Grammar {
+        /// The field that the grammar came in.
+        field: String,
+        /// Why not.
+        reason: String,
+    },
     /// A fault of ours.
     #[error("internal error: {0}")]
     Internal(String),

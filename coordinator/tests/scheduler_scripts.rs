@@ -172,7 +172,7 @@ impl Script {
                 let token = value(words, name).unwrap_or_else(|| panic!("step {step} samples {name}"));
                 let failed = token == "none";
                 let token_id = if failed { 0 } else { token.parse().expect("token") };
-                samples.push(Sample { sequence: chunk.sequence, token_id, score: None, failed });
+                samples.push(Sample { sequence: chunk.sequence, token_id, failed, ..Sample::default() });
             }
             if *is_scored {
                 let scores = (chunk.start + 1..=chunk.start + chunk.len).map(|p| score(0, p)).collect();

@@ -262,14 +262,19 @@ impl From<RequestError> for ApiError {
             RequestError::Poison { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("request_poison")),
             RequestError::Revoked => (StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
             RequestError::Unread { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("answer_unread")),
+            RequestError::Grammar { .. } => (StatusCode::BAD_REQUEST, Some("grammar_too_complex")),
             RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        let param = match &error {
+            RequestError::Grammar { field, .. } => Some(field.clone()),
+            _ => None,
         };
         let retry_after = match &error {
             RequestError::Overloaded { retry_after, .. } => Some(*retry_after),
             RequestError::Unavailable(_) => Some(RETRY_AFTER),
             _ => None,
         };
-        Self { status, message: error.to_string(), param: None, code, retry_after }
+        Self { status, message: error.to_string(), param, code, retry_after }
     }
 }
 

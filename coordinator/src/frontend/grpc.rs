@@ -34,6 +34,7 @@ use super::{
         key::{self, Keyed},
         position::{Place, Position},
     },
+    structured,
 };
 use crate::{
     request::{Finish, Request},
@@ -119,8 +120,9 @@ impl InferenceService {
             let ids = state.encode(&prompt, special_tokens, field)?;
             params.request(id, field, ids, &state.model, deadline)
         };
-        let request = self.state.blocking(prepare).await?;
-        let prepared = Prepared { requests: vec![request], has_seed, reply: None };
+        let mut requests = vec![self.state.blocking(prepare).await?];
+        self.state.admit_grammars(&mut requests).await?;
+        let prepared = Prepared { requests, has_seed, reply: None };
         let (generation, _) = self.state.begin(keyed, prepared, record)?;
         Ok(generation)
     }
@@ -189,6 +191,7 @@ fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
         logprobs: call.logprobs.map(Integer::from),
         prompt_logprobs: call.prompt_logprobs.map(Integer::from),
         priority: Some(call.priority.into()),
+        structured: call.structured_output.map(structured::of_grpc).transpose()?.flatten(),
         ..RawParams::default()
     };
     Ok((raw, source))

@@ -29,6 +29,7 @@ pub mod prompt;
 pub mod reply;
 pub mod sse;
 pub mod streams;
+pub mod structured;
 pub mod tokenize;
 
 use std::{sync::Arc, time::Duration};
@@ -44,8 +45,8 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use crate::{
-    config::Config, group::loading::Loading, leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit,
-    security::Security, served_model::ServedModel,
+    config::Config, grammars::Grammars, group::loading::Loading, leadership::journal_feed::ReplicatedJournal,
+    scheduler::handle::Submit, security::Security, served_model::ServedModel,
 };
 use error::ApiError;
 use prober::Prober;
@@ -114,6 +115,7 @@ pub struct FrontendState {
     encoders: Arc<Semaphore>,
     /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
     longest_token: usize,
+    grammars: Arc<Grammars>,
 }
 
 impl FrontendState {
@@ -122,6 +124,7 @@ impl FrontendState {
         let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
         let n_tokens = u32::try_from(model.tokenizer.vocab_size()).unwrap_or(u32::MAX);
         let longest_token = (0..n_tokens).map(|id| model.tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1);
+        let grammars = Arc::new(Grammars::here(Arc::clone(&model.tokenizer)));
         Self {
             submit,
             model: Arc::new(model),
@@ -133,7 +136,14 @@ impl FrontendState {
             prober: Arc::default(),
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
+            grammars,
         }
+    }
+
+    /// Has grammars tried there.
+    #[must_use]
+    pub fn with_grammars(self, grammars: Arc<Grammars>) -> Self {
+        Self { grammars, ..self }
     }
 
     /// Looks keys that it does not know up in what a former leader told.

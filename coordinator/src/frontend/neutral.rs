@@ -32,10 +32,6 @@ fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
 }
 
-fn is_plain_text(value: &Value) -> bool {
-    value.as_object().is_some_and(|format| format.len() == 1) && value["type"] == "text"
-}
-
 fn is_plain_tier(value: &Value) -> bool {
     matches!(value.as_str(), Some("auto" | "default"))
 }
@@ -56,12 +52,6 @@ fn is_text_only(value: &Value) -> bool {
 static UNSUPPORTED: &[Unsupported] = &[
     ("store", is_false),
     ("service_tier", is_plain_tier),
-    ("response_format", is_plain_text),
-    ("structured_outputs", never),
-    ("guided_json", never),
-    ("guided_regex", never),
-    ("guided_choice", never),
-    ("guided_grammar", never),
     ("use_beam_search", is_false),
     ("length_penalty", is_one),
     ("early_stopping", is_false),

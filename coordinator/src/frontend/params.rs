@@ -9,8 +9,10 @@ use serde_json::Value;
 use super::{
     error::ApiError,
     fields::{Fields, FromJson, Integer, kind},
+    structured::{self, Wanted},
 };
 use crate::{
+    grammars,
     request::{Request, StopConditions},
     served_model::ServedModel,
 };
@@ -77,6 +79,8 @@ pub struct RawParams {
     pub prompt_logprobs: Option<Integer>,
     /// Whether the prompt is scored even if `prompt_logprobs` is unset. Then `max_tokens` may be 0.
     pub score_prompt: bool,
+    /// What the output has to follow.
+    pub structured: Option<Wanted>,
 }
 
 impl RawParams {
@@ -102,6 +106,7 @@ impl RawParams {
             include_stop_str_in_output: fields.flag("include_stop_str_in_output")?,
             skip_special_tokens: fields.take("skip_special_tokens")?,
             prompt_logprobs: fields.take("prompt_logprobs")?,
+            structured: structured::take(fields)?,
             ..Self::default()
         })
     }
@@ -203,6 +208,7 @@ impl Params {
                 suppressed_token_ids: Vec::new(),
                 logprobs,
                 prompt_logprobs,
+                grammar: raw.structured.map(|w| grammars::to_wire(w.grammar, w.field, raw.ignore_eos)),
             },
             // Two's complement: distinct seeds stay distinct, but for those beyond i64 that alias the negative ones.
             seed: raw.seed.map(|seed| seed as u64),

@@ -67,7 +67,8 @@ impl FrontendState {
             None => {
                 let made = || uuid::Uuid::new_v4().simple().to_string();
                 let call = Call { name: keyed.as_ref().map_or_else(made, Keyed::name), deadline };
-                let prepared = self.blocking(move |state| prepare(state, &body, call)).await?;
+                let mut prepared = self.blocking(move |state| prepare(state, &body, call)).await?;
+                self.admit_grammars(&mut prepared.requests).await?;
                 record.submits(prepared.requests.iter().map(|request| request.id.as_str()));
                 self.begin(keyed.as_ref(), prepared, &record)?
             }

@@ -156,6 +156,7 @@ impl Parts {
         let (config, served) = (&base.config, base.model.served.clone());
         let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
             .with_security(Arc::clone(&base.security))
+            .with_grammars(Arc::clone(&base.model.grammars))
             .with_journal(Arc::clone(&base.journal))
             .with_loading(Arc::clone(&base.loading));
         base.feed.set(Some(state.streams()));

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use phalanx_cluster::id::TokenId;
-use phalanx_proto::v1::{PromptScores, Sample, StepResult, TokenScore};
+use phalanx_proto::v1::{Grammar, PromptScores, Sample, StepResult, TokenScore};
 
 use super::{
     ending::Ending,
@@ -110,8 +110,8 @@ impl Machine {
         let Some(sequence) = self.sequences.get_mut(&key) else { return };
         let vocab = self.limits.vocab;
         if sample.as_ref().is_some_and(|s| s.failed && s.sequence == chunk.slot) {
-            let reason = "the model's scores of the next token are no numbers".to_owned();
-            self.fail(key.request, RequestError::Internal(reason), out);
+            let error = failure(sample.unwrap_or_default(), sequence.sampling.grammar.as_ref());
+            self.fail(key.request, error, out);
             return;
         }
         let is_good = |s: &Sample| s.sequence == chunk.slot && (s.token_id as usize) < vocab;
@@ -197,6 +197,17 @@ impl Machine {
     }
 }
 
+/// Why no token could be chosen.
+fn failure(sample: Sample, grammar: Option<&Grammar>) -> RequestError {
+    match (sample.grammar_error, grammar) {
+        (reason, Some(grammar)) if !reason.is_empty() && !sample.no_grammars => {
+            RequestError::Grammar { field: grammar.field.clone(), reason }
+        }
+        (reason, _) if !reason.is_empty() => RequestError::Internal(reason),
+        _ => RequestError::Internal("the model's scores of the next token are no numbers".to_owned()),
+    }
+}
+
 /// What a new token adds to a choice's output, and whether it ends it. `n_output` counts the token already.
 fn extend_output(
     sequence: &mut Sequence,
@@ -206,7 +217,8 @@ fn extend_output(
     score: Option<TokenScore>,
 ) -> Output {
     let stop = &request.stop;
-    let ending = if !stop.ignore_eos && eos.contains(&token) {
+    // A grammar allows these tokens where the output is complete, and with `ignore_eos` only where it can't go on.
+    let ending = if (!stop.ignore_eos || request.sampling.grammar.is_some()) && eos.contains(&token) {
         Some(Finish::EndOfSequence)
     } else if stop.token_ids.contains(&token) {
         Some(Finish::StopToken(token))

@@ -182,7 +182,7 @@ impl FakeShard {
                 let token = next_token(hash, live.tokens.len() - live.prompt_len, &live.sampling, self.vocab);
                 live.tokens.push(token);
                 let score = live.sampling.logprobs.map(|_| score(hash, token));
-                samples.push(Sample { sequence: chunk.sequence, token_id: token, score, failed: false });
+                samples.push(Sample { sequence: chunk.sequence, token_id: token, score, ..Sample::default() });
             }
         }
         // A step writes all its rows before it reads any: a chunk may begin behind what another chunk of it computes.

@@ -15,7 +15,7 @@ use phalanx_kernels::collective::AbortFlag;
 use phalanx_proto::v1::Form;
 
 use super::rank::EngineError;
-use crate::model::LoadError;
+use crate::{model::LoadError, step::grammar::Grammars};
 
 /// How often a wait for a file looks whether it is still wanted.
 const WAKE_INTERVAL: Duration = Duration::from_millis(10);
@@ -25,12 +25,15 @@ pub(super) type Opened = Arc<dyn Checkpoint>;
 
 /// Remembers the last checkpoint that was opened: opening takes time, and the next form mostly wants the same.
 #[derive(Default)]
-pub(super) struct Checkpoints(Option<(String, Opened)>);
+pub(super) struct Checkpoints {
+    last: Option<(String, Opened)>,
+    grammars: Option<(String, Arc<Grammars>)>,
+}
 
 impl Checkpoints {
     /// The form's checkpoint, if it is open already.
     pub fn get(&self, form: &Form) -> Option<Opened> {
-        let (_, opened) = self.0.as_ref().filter(|(model, opened)| {
+        let (_, opened) = self.last.as_ref().filter(|(model, opened)| {
             // By identity: the file may have been replaced since.
             *model == form.model && opened.identity() == form.model_hash
         })?;
@@ -39,7 +42,17 @@ impl Checkpoints {
 
     /// Remembers what [`open`] gave for this form.
     pub fn remember(&mut self, form: &Form, opened: Opened) {
-        self.0 = Some((form.model.clone(), opened));
+        self.last = Some((form.model.clone(), opened));
+    }
+
+    /// What follows grammars with this checkpoint's vocabulary.
+    pub fn grammars(&mut self, opened: &Opened) -> Arc<Grammars> {
+        if let Some((_, grammars)) = self.grammars.as_ref().filter(|(identity, _)| identity == opened.identity()) {
+            return Arc::clone(grammars);
+        }
+        let grammars = Arc::new(Grammars::of_model(Arc::clone(opened)));
+        self.grammars = Some((opened.identity().to_owned(), Arc::clone(&grammars)));
+        grammars
     }
 
     /// The form's checkpoint, opened if need be. Ends at once when `abort` is raised.

@@ -1,6 +1,6 @@
 //! Taking a rank: checkpoint, partition plan, collective, weights, pages.
 
-use std::{net::TcpListener, ops::ControlFlow, path::PathBuf, time::Duration};
+use std::{net::TcpListener, ops::ControlFlow, path::PathBuf, sync::Arc, time::Duration};
 
 use phalanx_cluster::{
     checkpoint::{Checkpoint, CheckpointError},
@@ -24,7 +24,7 @@ use crate::{
     memory::{self, KvDemand},
     mirror::Store,
     model::{LoadError, RankShape, loader::Progress},
-    step::{Executor, Limits, StepError, seals::Seals},
+    step::{Executor, Limits, StepError, grammar::Grammars, seals::Seals},
 };
 
 /// Longest wait for another rank, in connecting and in each operation. A rank that computes a large step on a slow
@@ -108,6 +108,8 @@ pub(super) struct Rank {
     collective: Box<dyn Collective>,
     weights: WeightsOrExecutor,
     limits: Limits,
+    /// What follows grammars: rank 0's.
+    grammars: Option<Arc<Grammars>>,
     kv: KvShape,
     /// What the pages held when this group took them over; until its first step.
     before: Option<Vec<KeptState>>,
@@ -140,6 +142,8 @@ impl Rank {
         let plan = partition(form, checkpoint.as_ref())?;
         let rank = form.rank as usize;
         let key = Key::new(form, checkpoint.as_ref(), &plan, rank)?;
+        // From here on: the vocabulary is looked at while weights are loaded.
+        let grammars = (rank == 0).then(|| checkpoints.grammars(&checkpoint));
         let model = checkpoint.config();
         let kv = KvShape {
             n_layers: model.n_layers,
@@ -231,6 +235,7 @@ impl Rank {
             collective,
             weights: WeightsOrExecutor::Weights(Box::new(weights)),
             limits,
+            grammars,
             kv,
             before: None,
             last_step: 0,
@@ -263,7 +268,10 @@ impl Rank {
         let limits = Limits { n_blocks, ..self.limits };
         let Weights { key, weight_bytes, ops, model, scratch, kept: _ } = *weights;
         let precision = key.precision();
-        let executor = Box::new(Executor::new(ops, model, scratch, seals, limits));
+        let mut executor = Box::new(Executor::new(ops, model, scratch, seals, limits));
+        if let Some(grammars) = &self.grammars {
+            executor.follow_grammars(Arc::clone(grammars));
+        }
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
         let weights = WeightsOrExecutor::Executor(executor, key, weight_bytes);
         let mut rank = Self { weights, limits, kv, before, ..self };

@@ -30,6 +30,9 @@ use crate::{failpoint, model::LoadError};
 /// Least time between two reports of loading.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// The engine's stack: more than it needs for layers, because masks of deeply nested grammars are computed there too.
+const STACK_BYTES: usize = 16 << 20;
+
 /// What the engine thread is told.
 pub enum Command {
     /// There is a coordinator; answers go there. It has as many answers in flight as the coordinator has sent plans.
@@ -86,7 +89,10 @@ pub fn spawn(
         checkpoints: Checkpoints::default(),
         ahead: Ahead::new(sender.clone()),
     };
-    let thread = thread::Builder::new().name("engine".to_owned()).spawn(move || worker.run(&commands))?;
+    let thread = thread::Builder::new()
+        .name("engine".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || worker.run(&commands))?;
     Ok((sender, thread))
 }
 

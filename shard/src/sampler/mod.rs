@@ -93,6 +93,18 @@ impl Sampling {
         self.temperature < LEAST_TEMPERATURE
     }
 
+    /// Tokens that may not be chosen as the output's token of this index.
+    #[must_use]
+    pub fn held_back(&self, output_idx: u64) -> &[u32] {
+        if output_idx < u64::from(self.min_tokens) { &self.suppressed_token_ids } else { &[] }
+    }
+
+    /// The same, but that nothing is held back.
+    #[must_use]
+    pub fn without_minimum(&self) -> Self {
+        Self { min_tokens: 0, ..self.clone() }
+    }
+
     /// Whether logits stay as they are before the choice; then no counts are needed.
     #[must_use]
     pub fn keeps_logits(&self) -> bool {

@@ -62,10 +62,8 @@ pub fn apply(sampling: &Sampling, counts: &TokenCounts, vocab_start: u32, logits
     for (token_id, bias) in sampling.logit_bias.iter().filter(|(token_id, _)| vocab.contains(token_id)) {
         logits[(token_id - vocab_start) as usize] += bias;
     }
-    if counts.output_len < u64::from(sampling.min_tokens) {
-        for token_id in sampling.suppressed_token_ids.iter().filter(|token_id| vocab.contains(token_id)) {
-            logits[(token_id - vocab_start) as usize] = f32::NEG_INFINITY;
-        }
+    for token_id in sampling.held_back(counts.output_len).iter().filter(|token_id| vocab.contains(token_id)) {
+        logits[(token_id - vocab_start) as usize] = f32::NEG_INFINITY;
     }
 }
 

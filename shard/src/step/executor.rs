@@ -4,19 +4,20 @@
 //! other rows of the step, the chunking, the world size or which rank computes. Ops promise it of every operation; the
 //! choice of a token looks at one whole row of logits, or compares its slices' largest elements.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use phalanx_kernels::{
     collective::Collective,
     error::KernelError,
     ops::{Buf, Ops, RowChunk, StepRows},
 };
-use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult, TokenScore};
+use phalanx_proto::v1::{PromptScores, Sample, StepPlan, StepResult};
 
 use super::{
     StepError,
+    grammar::{Followed, Grammars, Refusal},
     plan::{self, CheckedPlan, Limits},
-    sampling::{self, Candidate, NO_TOKEN},
+    sampling::{self, Candidate, Chosen, NO_TOKEN},
     seals::Seals,
     sequence::Sequence,
     timed::Timed,
@@ -46,6 +47,9 @@ pub struct Executor {
     seals: Seals,
     /// Sequences with rows in the last step, if it ran completely and they were not looked at for seals yet.
     to_seal: Vec<u32>,
+    grammars: Option<Arc<Grammars>>,
+    /// Rank 0: sequences under a grammar.
+    followed: BTreeMap<u32, Arc<Followed>>,
 }
 
 /// Memory of the host for one step, kept between steps.
@@ -102,7 +106,14 @@ impl Executor {
             sequences: BTreeMap::new(),
             seals,
             to_seal: Vec::new(),
+            grammars: None,
+            followed: BTreeMap::new(),
         }
+    }
+
+    /// Makes sequences under a grammar possible. Rank 0 alone needs it.
+    pub fn follow_grammars(&mut self, grammars: Arc<Grammars>) {
+        self.grammars = Some(grammars);
     }
 
     /// Gives back what the executor was made of; sequences are forgotten.
@@ -141,7 +152,7 @@ impl Executor {
         let (epoch, step) = (plan.epoch, plan.step);
         let plan = plan::check(plan, &self.sequences, &self.limits)?;
         let mut collective = Timed::new(collective);
-        let plan = self.admit(plan);
+        let plan = self.admit(plan, collective.rank() == 0);
         self.unseal(&plan);
         let (samples, prompt_scores) = if plan.n_rows == 0 {
             self.rows.chunks.clear();
@@ -163,9 +174,18 @@ impl Executor {
     }
 
     /// Applies the plan's changes to the sequences.
-    fn admit(&mut self, mut plan: CheckedPlan) -> CheckedPlan {
+    fn admit(&mut self, mut plan: CheckedPlan, is_rank_zero: bool) -> CheckedPlan {
         for id in &plan.dropped {
             self.sequences.remove(id);
+            self.followed.remove(id);
+        }
+        for (id, sequence) in plan.started.iter().filter(|_| is_rank_zero) {
+            let Some(grammar) = &sequence.grammar else { continue };
+            let followed = match &self.grammars {
+                Some(grammars) => grammars.begin(grammar, &sequence.tokens[sequence.prompt_len..]),
+                None => Followed::refused("it was started without them"),
+            };
+            self.followed.insert(*id, followed);
         }
         self.sequences.extend(plan.started.drain(..));
         for (id, blocks) in plan.appended.drain(..) {
@@ -281,14 +301,22 @@ impl Executor {
                 Purpose::Greedy => greedy.next(),
                 Purpose::Sample => sampled.next(),
             };
-            let score = if w.purpose == Purpose::Sample { chosen.next().and_then(|(_, score)| score) } else { None };
+            let choice = if w.purpose == Purpose::Sample { chosen.next() } else { None };
+            let Chosen { score, refusal, .. } = choice.unwrap_or_default();
             let (Some(token), Some(sequence)) = (token, self.sequences.get_mut(&w.sequence)) else { continue };
             let failed = token == NO_TOKEN;
             // Any token does for a sequence that is over: the plan for the next step may be on its way already.
             let token_id = if failed { 0 } else { token };
             sequence.push(token_id);
+            if let (Some(grammars), Some(followed)) = (&self.grammars, self.followed.get(&w.sequence))
+                && !failed
+            {
+                grammars.push(followed, token_id);
+            }
             if is_rank_zero {
-                samples.push(Sample { sequence: w.sequence, token_id, score, failed });
+                let no_grammars = matches!(refusal, Some(Refusal::OfShard(_)));
+                let grammar_error = refusal.map(|refusal| refusal.to_string()).unwrap_or_default();
+                samples.push(Sample { sequence: w.sequence, token_id, score, failed, grammar_error, no_grammars });
             }
         }
         self.host.wanted = wanted;
@@ -345,7 +373,7 @@ impl Executor {
         &mut self,
         block: &[Wanted],
         collective: &mut dyn Collective,
-        chosen: &mut Vec<(u32, Option<TokenScore>)>,
+        chosen: &mut Vec<Chosen>,
         prompt_scores: &mut Vec<PromptScores>,
     ) -> Result<(), StepError> {
         let host = &mut self.host;
@@ -401,7 +429,10 @@ impl Executor {
                         }),
                     }
                 }
-                Purpose::Sample => chosen.push(sampling::choose(sequence, &mut host.row, &mut host.sampling)?),
+                Purpose::Sample => {
+                    let allowed = self.followed.get(&w.sequence).map(|followed| followed.mask());
+                    chosen.push(sampling::choose(sequence, allowed, &mut host.row, &mut host.sampling)?);
+                }
                 Purpose::Greedy => {}
             }
         }
@@ -426,11 +457,11 @@ impl Executor {
     fn broadcast_chosen(
         &self,
         wanted: &[Wanted],
-        chosen: &[(u32, Option<TokenScore>)],
+        chosen: &[Chosen],
         collective: &mut dyn Collective,
     ) -> Result<Vec<u32>, StepError> {
         let n_sampled = wanted.iter().filter(|w| w.purpose == Purpose::Sample).count();
-        let mut tokens: Vec<u32> = chosen.iter().map(|(token, _)| *token).collect();
+        let mut tokens: Vec<u32> = chosen.iter().map(|choice| choice.token).collect();
         tokens.resize(n_sampled, 0);
         if n_sampled > 0 && collective.world_size() > 1 {
             collective.broadcast(bytemuck::cast_slice_mut(&mut tokens))?;

@@ -1,6 +1,7 @@
 //! One step: from the plan on the wire to tokens.
 
 pub mod executor;
+pub mod grammar;
 pub mod plan;
 mod sampling;
 pub mod seals;

@@ -1,9 +1,10 @@
 //! From rows of logits to the tokens and scores of the wire.
 
 use bytemuck::{Pod, Zeroable};
+use phalanx_cluster::grammar::Mask;
 use phalanx_proto::v1::{TokenScore, TopToken};
 
-use super::sequence::Sequence;
+use super::{grammar::Refusal, sequence::Sequence};
 use crate::sampler::{self, SamplingError, Score, Scratch, penalties};
 
 /// What ranks tell each other where no token can be chosen. Such a row is the end of its own sequence only: the others of
@@ -54,44 +55,76 @@ pub(super) fn adjust(sequence: &Sequence, vocab_start: usize, logits: &mut [f32]
     }
 }
 
-/// Chooses the next token of a sequence and scores it, if that is asked for; [`NO_TOKEN`] if there is none to choose.
+/// Rank 0's choice for a row.
+#[derive(Debug, Default)]
+pub(super) struct Chosen {
+    /// The token, or [`NO_TOKEN`].
+    pub token: u32,
+    /// Its score, if that is asked for.
+    pub score: Option<TokenScore>,
+    /// Why there is no token, if it is the grammar's fault.
+    pub refusal: Option<Refusal>,
+}
+
+/// Chooses the next token of a sequence and scores it, if that is asked for. `allowed`: what the sequence's grammar allows.
 /// `logits`: raw, over the whole vocabulary; changed.
 pub(super) fn choose(
     sequence: &Sequence,
+    allowed: Option<Result<Mask, Refusal>>,
     logits: &mut [f32],
     scratch: &mut Scratches,
-) -> Result<(u32, Option<TokenScore>), SamplingError> {
-    match try_to_choose(sequence, logits, scratch) {
-        Err(SamplingError::NoCandidate { .. }) => Ok((NO_TOKEN, None)),
-        chosen => chosen,
+) -> Result<Chosen, SamplingError> {
+    let allowed = match allowed.transpose() {
+        Ok(allowed) => allowed,
+        Err(refusal) => return Ok(Chosen { token: NO_TOKEN, score: None, refusal: Some(refusal) }),
+    };
+    match try_to_choose(sequence, allowed.as_ref(), logits, scratch) {
+        Ok((token, score)) => Ok(Chosen { token, score, refusal: None }),
+        Err(SamplingError::NoCandidate { .. }) => Ok(Chosen { token: NO_TOKEN, ..Chosen::default() }),
+        Err(error) => Err(error),
     }
 }
 
 fn try_to_choose(
     sequence: &Sequence,
+    allowed: Option<&Mask>,
     logits: &mut [f32],
     scratch: &mut Scratches,
 ) -> Result<(u32, Option<TokenScore>), SamplingError> {
     let n_output = sequence.n_output() as u64;
     match sequence.logprobs {
         None => {
-            adjust(sequence, 0, logits);
+            restrict(sequence, allowed, logits);
             Ok((sampler::choose(&sequence.sampling, n_output, logits, &mut scratch.sampler)?, None))
         }
-        Some(n_top) if sequence.counts.is_none() => {
+        Some(n_top) if sequence.counts.is_none() && allowed.is_none() => {
             let token = sampler::choose(&sequence.sampling, n_output, logits, &mut scratch.sampler)?;
             Ok((token, Some(score(logits, token, n_top, &mut scratch.sampler)?)))
         }
         Some(n_top) => {
-            // Scores are of the model, not of what penalties make of it.
+            // Scores are of the model, not of what penalties or a grammar make of it.
             let Scratches { sampler, adjusted } = scratch;
             adjusted.clear();
             adjusted.extend_from_slice(logits);
-            adjust(sequence, 0, adjusted);
+            restrict(sequence, allowed, adjusted);
             let token = sampler::choose(&sequence.sampling, n_output, adjusted, sampler)?;
             Ok((token, Some(score(logits, token, n_top, sampler)?)))
         }
     }
+}
+
+/// [`adjust`], and takes away what the grammar does not allow. What a minimum length holds back is not held back where the
+/// grammar allows nothing else.
+fn restrict(sequence: &Sequence, allowed: Option<&Mask>, logits: &mut [f32]) {
+    let Some(allowed) = allowed else { return adjust(sequence, 0, logits) };
+    let held_back = sequence.sampling.held_back(sequence.n_output() as u64);
+    match &sequence.counts {
+        Some(counts) if !held_back.is_empty() && !allowed.has_other_than(held_back) => {
+            penalties::apply(&sequence.sampling.without_minimum(), counts, 0, logits);
+        }
+        _ => adjust(sequence, 0, logits),
+    }
+    allowed.apply(logits);
 }
 
 /// Scores a token. `logits`: raw, over the whole vocabulary.

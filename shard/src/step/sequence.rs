@@ -1,6 +1,8 @@
 //! What a shard knows of a sequence. All ranks know the same.
 
-use phalanx_proto::v1::SamplingParams;
+use std::sync::Arc;
+
+use phalanx_proto::v1::{Grammar, SamplingParams};
 
 use super::seals::SealedPrefix;
 use crate::sampler::{Sampling, SamplingError, TokenCounts};
@@ -26,6 +28,8 @@ pub struct Sequence {
     pub prompt_logprobs: Option<usize>,
     /// Where logits depend on them.
     pub counts: Option<TokenCounts>,
+    /// What the output has to follow.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl Sequence {
@@ -52,6 +56,7 @@ impl Sequence {
             logprobs: params.logprobs.map(|n| n as usize),
             prompt_logprobs: params.prompt_logprobs.map(|n| n as usize),
             counts,
+            grammar: params.grammar.clone().map(Arc::new),
         })
     }
 
@@ -70,7 +75,8 @@ impl Sequence {
 
     /// Whether the choice needs no more than the largest logit, which ranks find without sending them around.
     pub fn is_plain_greedy(&self) -> bool {
-        self.sampling.is_greedy() && self.logprobs.is_none()
+        // Rank 0 alone knows what a grammar allows.
+        self.sampling.is_greedy() && self.logprobs.is_none() && self.grammar.is_none()
     }
 }
 
@@ -102,5 +108,6 @@ mod tests {
         assert!(with(SamplingParams::default()));
         assert!(!with(SamplingParams { logprobs: Some(0), ..Default::default() }));
         assert!(!with(SamplingParams { temperature: 1.0, ..Default::default() }));
+        assert!(!with(SamplingParams { grammar: Some(Grammar::default()), ..Default::default() }));
     }
 }

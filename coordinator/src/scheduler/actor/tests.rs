@@ -87,8 +87,7 @@ impl Fixture {
     /// Every sampling row gives token 7.
     fn finish(&self, plan: &StepPlan) {
         let sampling = plan.chunks.iter().filter(|c| c.sample);
-        let samples =
-            sampling.map(|c| Sample { sequence: c.sequence, token_id: 7, score: None, failed: false }).collect();
+        let samples = sampling.map(|c| Sample { sequence: c.sequence, token_id: 7, ..Sample::default() }).collect();
         let result = StepResult { epoch: plan.epoch, step: plan.step, samples, ..StepResult::default() };
         self.handle.group_event(GroupEvent::Stepped(result));
     }

@@ -1,0 +1,352 @@
+//! What the grammars of sequences allow next. Rank 0 alone knows: it has whole rows of logits.
+//!
+//! Compiling takes threads of its own; a mask is computed by one of them while the device computes the row that it is for.
+//! A mask that nobody has begun yet when the row is there is computed by whoever wants it.
+
+use std::{
+    collections::VecDeque,
+    ops::RangeInclusive,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc},
+    thread,
+};
+
+use phalanx_cluster::{
+    checkpoint::Checkpoint,
+    grammar::{Automaton, Compiler, Grammar, GrammarError, Limits, Mask, STACK_BYTES},
+    tokenizer::Tokenizer,
+};
+use phalanx_proto::v1::{self, grammar::Text};
+
+/// Threads that compile grammars and compute masks ahead: as many as processors, within these bounds.
+const N_THREADS: RangeInclusive<usize> = 2..=4;
+/// Compiled grammars that are kept for the next sequences.
+const KEPT_AUTOMATA: usize = 32;
+
+/// Why a sequence's grammar can't be followed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// It is this grammar's fault.
+    #[error("{0}")]
+    OfGrammar(GrammarError),
+    /// This shard can't follow any.
+    #[error("this shard can't follow grammars: {0}")]
+    OfShard(String),
+}
+
+/// Makes the compiler of a model's vocabulary.
+type MakeCompiler = Box<dyn Fn() -> Result<Compiler, GrammarError> + Send + Sync>;
+
+/// Everything that sequences under grammars share: the model's vocabulary, compiled grammars, threads. Dropping it ends
+/// the threads.
+pub struct Grammars {
+    queue: Option<mpsc::Sender<Job>>,
+}
+
+struct Shared {
+    make: MakeCompiler,
+    compiler: OnceLock<Result<Compiler, GrammarError>>,
+    /// The latest ones last.
+    compiled: Mutex<VecDeque<(Arc<v1::Grammar>, Automaton)>>,
+}
+
+enum Job {
+    /// Look at the vocabulary before anybody needs it.
+    Vocabulary,
+    /// Compute the mask of a sequence.
+    Mask(Arc<Followed>),
+}
+
+/// A sequence's place in its grammar.
+pub struct Followed {
+    state: Mutex<State>,
+    begun: Condvar,
+}
+
+enum State {
+    /// Not compiled yet; with the output so far.
+    New(Arc<v1::Grammar>, Vec<u32>),
+    Begun {
+        automaton: Box<Automaton>,
+        /// End-of-sequence tokens that are held back while there is anything else.
+        held_back: Vec<u32>,
+        /// Tokens that the automaton has not taken yet.
+        pending: Vec<u32>,
+        mask: Option<Mask>,
+    },
+    Failed(Refusal),
+}
+
+impl Grammars {
+    /// For a model. Its vocabulary is looked at by a thread, from now on.
+    pub fn of_model(checkpoint: Arc<dyn Checkpoint>) -> Self {
+        Self::new(Box::new(move || Compiler::new(&tokenizer_of(checkpoint.as_ref())?, Limits::default())))
+    }
+
+    fn new(make: MakeCompiler) -> Self {
+        let shared = Arc::new(Shared { make, compiler: OnceLock::new(), compiled: Mutex::default() });
+        let (queue, jobs) = mpsc::channel();
+        let jobs = Arc::new(Mutex::new(jobs));
+        let mut has_thread = false;
+        let n_cores = thread::available_parallelism().map_or(1, usize::from);
+        for idx in 0..n_cores.clamp(*N_THREADS.start(), *N_THREADS.end()) {
+            let (shared, jobs) = (Arc::clone(&shared), Arc::clone(&jobs));
+            let builder = thread::Builder::new().name(format!("grammar-{idx}")).stack_size(STACK_BYTES);
+            match builder.spawn(move || serve(&shared, &jobs)) {
+                Ok(_) => has_thread = true,
+                Err(error) => tracing::error!(%error, "can't start a thread for grammars"),
+            }
+        }
+        let queue = has_thread.then_some(queue);
+        let grammars = Self { queue };
+        grammars.send(Job::Vocabulary);
+        grammars
+    }
+
+    /// A sequence that is to follow a grammar; `output` is what there is of it.
+    pub fn begin(&self, grammar: &Arc<v1::Grammar>, output: &[u32]) -> Arc<Followed> {
+        let state = match self.queue {
+            Some(_) => State::New(Arc::clone(grammar), output.to_vec()),
+            None => State::Failed(Refusal::OfShard("it has no threads for them".to_owned())),
+        };
+        let followed = Arc::new(Followed { state: Mutex::new(state), begun: Condvar::new() });
+        self.send(Job::Mask(Arc::clone(&followed)));
+        followed
+    }
+
+    /// Tells a sequence's next token; what follows it is found out meanwhile.
+    pub fn push(&self, followed: &Arc<Followed>, token: u32) {
+        match &mut *followed.lock() {
+            State::New(_, output) => output.push(token),
+            State::Begun { pending, mask, .. } => {
+                pending.push(token);
+                *mask = None;
+            }
+            State::Failed(_) => return,
+        }
+        self.send(Job::Mask(Arc::clone(followed)));
+    }
+
+    fn send(&self, job: Job) {
+        if let Some(queue) = &self.queue {
+            // The threads end when the queue does, not before.
+            let _ = queue.send(job);
+        }
+    }
+}
+
+impl Followed {
+    /// Of a sequence on a shard that can't follow any grammar.
+    pub fn refused(reason: &str) -> Arc<Self> {
+        let state = State::Failed(Refusal::OfShard(reason.to_owned()));
+        Arc::new(Self { state: Mutex::new(state), begun: Condvar::new() })
+    }
+
+    /// What may come next.
+    ///
+    /// # Errors
+    /// If the grammar can't be followed.
+    pub fn mask(&self) -> Result<Mask, Refusal> {
+        let mut state = self.lock();
+        while let State::New(..) = *state {
+            state = self.begun.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        advance(&mut state);
+        match &*state {
+            State::Begun { mask: Some(mask), .. } => Ok(mask.clone()),
+            State::Failed(refusal) => Err(refusal.clone()),
+            // `advance` leaves a mask or a refusal.
+            State::Begun { .. } | State::New(..) => Err(Refusal::OfShard("no mask was computed".to_owned())),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Who panics with it has marked the sequence as failed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Compiles if need be, takes pending tokens, computes the mask.
+    fn work(&self, shared: &Shared) {
+        let mut state = self.lock();
+        if let State::New(grammar, output) = &mut *state {
+            let (grammar, output) = (Arc::clone(grammar), std::mem::take(output));
+            let begun = catch_unwind(AssertUnwindSafe(|| shared.begin(&grammar, output)));
+            *state = begun.unwrap_or_else(|_| Err(panicked())).unwrap_or_else(State::Failed);
+            self.begun.notify_all();
+        }
+        advance(&mut state);
+    }
+}
+
+/// Takes pending tokens and computes the mask, if it is not there.
+fn advance(state: &mut State) {
+    let State::Begun { automaton, held_back, pending, mask } = state else { return };
+    if mask.is_some() {
+        return;
+    }
+    let work = || -> Result<Mask, GrammarError> {
+        for token in pending.drain(..) {
+            automaton.advance(token)?;
+        }
+        let mut mask = automaton.mask()?;
+        if !held_back.is_empty() && mask.has_other_than(held_back) {
+            mask.remove(held_back);
+        }
+        Ok(mask)
+    };
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(computed)) => *mask = Some(computed),
+        Ok(Err(error)) => *state = State::Failed(Refusal::OfGrammar(error)),
+        Err(_) => *state = State::Failed(panicked()),
+    }
+}
+
+fn panicked() -> Refusal {
+    Refusal::OfGrammar(GrammarError::Stuck("the grammar engine panicked; see the shard's log".to_owned()))
+}
+
+impl Shared {
+    fn compiler(&self) -> Result<&Compiler, Refusal> {
+        let made = self.compiler.get_or_init(|| (self.make)());
+        made.as_ref().map_err(|error| Refusal::OfShard(error.to_string()))
+    }
+
+    fn begin(&self, grammar: &Arc<v1::Grammar>, output: Vec<u32>) -> Result<State, Refusal> {
+        let compiler = self.compiler()?;
+        if compiler.fingerprint() != grammar.vocabulary {
+            return Err(Refusal::OfShard("its model's vocabulary is not the coordinator's".to_owned()));
+        }
+        let automaton = Box::new(self.automaton(compiler, grammar)?);
+        let held_back = if grammar.ignore_eos { compiler.eos().to_vec() } else { Vec::new() };
+        Ok(State::Begun { automaton, held_back, pending: output, mask: None })
+    }
+
+    /// The grammar before the first token.
+    fn automaton(&self, compiler: &Compiler, grammar: &Arc<v1::Grammar>) -> Result<Automaton, Refusal> {
+        let kept = || self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, automaton)) = kept().iter().find(|(known, _)| known.text == grammar.text) {
+            return Ok(automaton.copy());
+        }
+        let automaton = compiler.compile(&of_wire(grammar)?).map_err(Refusal::OfGrammar)?;
+        let mut kept = kept();
+        if kept.len() == KEPT_AUTOMATA {
+            kept.pop_front();
+        }
+        kept.push_back((Arc::clone(grammar), automaton.copy()));
+        Ok(automaton)
+    }
+}
+
+fn of_wire(grammar: &v1::Grammar) -> Result<Grammar, Refusal> {
+    match grammar.text.clone() {
+        Some(Text::JsonSchema(text)) => Ok(Grammar::JsonSchema(text)),
+        Some(Text::Regex(text)) => Ok(Grammar::Regex(text)),
+        Some(Text::Lark(text)) => Ok(Grammar::Lark(text)),
+        None => Err(Refusal::OfShard("the plan has a grammar of a kind that is not known here".to_owned())),
+    }
+}
+
+fn serve(shared: &Shared, jobs: &Mutex<mpsc::Receiver<Job>>) {
+    loop {
+        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        match job {
+            Ok(Job::Vocabulary) => {
+                // Why not, if not, is told to each sequence that needs it.
+                let _ = catch_unwind(AssertUnwindSafe(|| shared.compiler().is_ok()));
+            }
+            Ok(Job::Mask(followed)) => followed.work(shared),
+            Err(mpsc::RecvError) => return,
+        }
+    }
+}
+
+/// The tokenizer that lies in the checkpoint, or beside it.
+fn tokenizer_of(checkpoint: &dyn Checkpoint) -> Result<Tokenizer, GrammarError> {
+    let wrong = |error: String| GrammarError::Vocabulary(error);
+    let path: &Path = checkpoint.path();
+    match checkpoint.tokenizer().map_err(|error| wrong(error.to_string()))? {
+        Some(gguf) => Tokenizer::from_gguf(&gguf).map_err(|error| wrong(error.to_string())),
+        None => Tokenizer::from_folder(path).map_err(|error| wrong(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokenizer() -> Tokenizer {
+        let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/arch-tokenizer"));
+        Tokenizer::from_folder(folder).expect("a good tokenizer")
+    }
+
+    fn grammars() -> Grammars {
+        Grammars::new(Box::new(|| Compiler::new(&tokenizer(), Limits::default())))
+    }
+
+    fn regex(text: &str) -> v1::Grammar {
+        let vocabulary = phalanx_cluster::grammar::fingerprint(&tokenizer());
+        v1::Grammar { text: Some(Text::Regex(text.to_owned())), vocabulary, ..v1::Grammar::default() }
+    }
+
+    fn token(text: &str) -> u32 {
+        let ids = tokenizer().encode(text, false).expect("text");
+        assert_eq!(ids.len(), 1, "{text:?} is one token");
+        ids[0]
+    }
+
+    #[test]
+    fn a_replayed_sequence_is_where_it_was() {
+        let grammars = grammars();
+        let grammar = Arc::new(regex("ab[ab]c"));
+        let first = grammars.begin(&grammar, &[]);
+        let (a, b) = (token("a"), token("b"));
+        for token in [a, b, a] {
+            assert!(first.mask().expect("a good grammar").allows(token));
+            grammars.push(&first, token);
+        }
+        let again = grammars.begin(&grammar, &[a, b]);
+        grammars.push(&again, a);
+        let mask = again.mask().expect("a good grammar");
+        assert_eq!(mask, first.mask().expect("a good grammar"));
+        assert!(mask.allows(token("c")) && !mask.allows(a));
+    }
+
+    #[test]
+    fn the_end_is_held_back_while_there_is_anything_else() {
+        let grammars = grammars();
+        let held_back = Arc::new(v1::Grammar { ignore_eos: true, ..regex("aa?") });
+        let end = tokenizer().eos_ids()[0];
+        let a = token("a");
+        for (grammar, is_held_back) in [(held_back, true), (Arc::new(regex("aa?")), false)] {
+            let followed = grammars.begin(&grammar, &[a]);
+            let mask = followed.mask().expect("a good grammar");
+            assert_eq!((mask.allows(a), mask.allows(end)), (true, !is_held_back));
+            grammars.push(&followed, a);
+            let mask = followed.mask().expect("a good grammar");
+            assert_eq!((mask.allows(a), mask.allows(end)), (false, true));
+        }
+    }
+
+    #[test]
+    fn what_cant_be_followed_ends_its_own_sequence() {
+        let grammars = grammars();
+        let strayed = grammars.begin(&Arc::new(regex("b+")), &[token("a")]);
+        assert!(matches!(strayed.mask(), Err(Refusal::OfGrammar(GrammarError::Stuck(_)))));
+        grammars.push(&strayed, token("b"));
+        assert!(strayed.mask().is_err(), "for good");
+        let wrong = grammars.begin(&Arc::new(regex("(b")), &[]);
+        assert!(matches!(wrong.mask(), Err(Refusal::OfGrammar(GrammarError::Refused(_)))));
+        let other = grammars.begin(&Arc::new(v1::Grammar { vocabulary: 7, ..regex("b") }), &[]);
+        assert!(matches!(other.mask(), Err(Refusal::OfShard(_))));
+        let unknown = grammars.begin(&Arc::new(v1::Grammar { text: None, ..regex("b") }), &[]);
+        assert!(matches!(unknown.mask(), Err(Refusal::OfShard(_))));
+        assert!(grammars.begin(&Arc::new(regex("b+")), &[]).mask().is_ok(), "others go on");
+    }
+
+    #[test]
+    fn a_model_without_an_end_follows_none() {
+        let grammars = Grammars::new(Box::new(|| Err(GrammarError::NoEnd)));
+        assert!(matches!(grammars.begin(&Arc::new(regex("b+")), &[]).mask(), Err(Refusal::OfShard(_))));
+    }
+}
