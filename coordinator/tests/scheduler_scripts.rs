@@ -100,7 +100,7 @@ impl Script {
             "resume" => Event::Resume { epoch: self.epoch },
             "submit" => {
                 self.names.push(words[1].to_owned());
-                Event::Submit(RequestKey(self.names.len() as u64 - 1), self.request(&words))
+                Event::Submit(RequestKey(self.names.len() as u64 - 1), Box::new(self.request(&words)))
             }
             "cancel" => Event::Cancel(self.key(words[1])),
             "result" => Event::Stepped(self.result(&words)),

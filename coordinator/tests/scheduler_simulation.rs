@@ -140,7 +140,7 @@ impl World {
         let key = RequestKey(self.n_submitted as u64);
         let request = self.requests[self.n_submitted].clone();
         self.n_submitted += 1;
-        self.event(Event::Submit(key, request));
+        self.event(Event::Submit(key, Box::new(request)));
     }
 
     fn serve(&mut self) {

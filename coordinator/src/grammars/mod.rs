@@ -49,7 +49,7 @@ pub struct Grammars {
 /// Where grammars are tried.
 enum Tried {
     /// In a process of its own.
-    Apart(TrialProcess),
+    Apart(Box<TrialProcess>),
     /// Here: by tests, which send no hostile ones.
     Here(Arc<OnceLock<Result<Compiler, GrammarError>>>),
     /// Nowhere, and why.
@@ -59,7 +59,7 @@ enum Tried {
 impl Grammars {
     /// In a process of its own, which takes the tokenizer from `path`.
     pub fn apart(tokenizer: Arc<Tokenizer>, path: PathBuf) -> Self {
-        Self::new(tokenizer, Tried::Apart(TrialProcess::new(path)))
+        Self::new(tokenizer, Tried::Apart(Box::new(TrialProcess::new(path))))
     }
 
     /// In this process.

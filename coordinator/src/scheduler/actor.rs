@@ -213,7 +213,7 @@ impl Actor for Scheduler {
         match message {
             SchedulerMsg::Submit { key, request, events, place } => {
                 state.clients.insert(key, Client { events, place, since: None });
-                state.step(Event::Submit(key, *request));
+                state.step(Event::Submit(key, request));
             }
             SchedulerMsg::Cancel(key) => {
                 state.step(Event::Cancel(key));

@@ -62,7 +62,7 @@ pub enum Kept {
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A request came. Keys are distinct; requests of equal priority are served in order of their keys.
-    Submit(RequestKey, Request),
+    Submit(RequestKey, Box<Request>),
     /// Nobody waits for the request any more.
     Cancel(RequestKey),
     /// A group takes plans from step 1 on.

@@ -172,7 +172,7 @@ impl Machine {
         let mut out = Vec::new();
         self.now = Some(now);
         match event {
-            Event::Submit(key, request) => self.on_submit(now, key, request, &mut out),
+            Event::Submit(key, request) => self.on_submit(now, key, *request, &mut out),
             Event::Cancel(key) => self.forget(key, Ending::Abort, &mut out),
             Event::GroupServing { epoch, n_blocks, kept } => self.on_serving(now, epoch, n_blocks, kept, &mut out),
             Event::GroupLost { epoch, is_planned } => self.on_lost(now, epoch, is_planned, &mut out),

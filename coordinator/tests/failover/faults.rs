@@ -120,7 +120,7 @@ impl World {
                 let request = self.clients[client].reborn(&mut self.luck);
                 self.totals.n_resumed += usize::from(request.resume.iter().any(|c| !c.tokens.is_empty()));
                 self.lives_at[client] = self.leader;
-                self.scheduler_event(self.leader, Event::Submit(RequestKey(client as u64), request));
+                self.scheduler_event(self.leader, Event::Submit(RequestKey(client as u64), Box::new(request)));
             }
         }
     }

@@ -314,7 +314,7 @@ impl World {
                 self.clients[client].has_asked = true;
                 let request = self.clients[client].request.clone();
                 self.lives_at[client] = self.leader;
-                self.scheduler_event(self.leader, Event::Submit(RequestKey(client as u64), request));
+                self.scheduler_event(self.leader, Event::Submit(RequestKey(client as u64), Box::new(request)));
                 if self.luck.one_in(8) && self.trouble != Trouble::Poison {
                     let after = self.luck.below(60) as u64;
                     self.after(after, Happening::Cancel { client });
