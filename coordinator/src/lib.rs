@@ -14,6 +14,7 @@ pub mod leadership;
 pub mod membership;
 pub mod metrics;
 pub mod model;
+pub mod model_facts;
 pub mod request;
 pub mod routing;
 pub mod run;

@@ -14,7 +14,7 @@ use phalanx_cluster::{
     tokenizer::{Tokenizer, TokenizerError},
 };
 
-use crate::{config::Config, grammars::Grammars, served_model::ServedModel};
+use crate::{config::Config, grammars::Grammars, model_facts::ModelFacts, served_model::ServedModel};
 
 /// A model that is ready to be served.
 pub struct OpenedModel {
@@ -107,6 +107,7 @@ pub fn open(config: &Config) -> Result<OpenedModel, ModelError> {
         tokenizer: Arc::new(tokenizer),
         chat_template: chat_template.map(Arc::new),
         created,
+        facts: ModelFacts::of(&*checkpoint),
     };
     let tokenizer = Arc::clone(&served.tokenizer);
     let grammars = match &config.tokenizer {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use phalanx_cluster::{chat_template::ChatTemplate, id::TokenId, tokenizer::Tokenizer};
 
+use crate::model_facts::ModelFacts;
+
 /// The served model, fixed for the life of the process.
 #[derive(Clone)]
 pub struct ServedModel {
@@ -21,6 +23,8 @@ pub struct ServedModel {
     pub eos: Vec<TokenId>,
     /// When the process began to serve it, Unix seconds.
     pub created: u64,
+    /// What its checkpoint is.
+    pub facts: ModelFacts,
 }
 
 impl ServedModel {

@@ -34,7 +34,22 @@ try:
 except openai.BadRequestError as error:
     bad = error.param
 
+asked = {"model": model, "instructions": "You are terse.", "input": "Why is the sky blue?", "temperature": 0, "max_output_tokens": 24}
+response = client.responses.create(**asked)
+events = list(client.responses.create(**asked, stream=True))
+counting = list(client.chat.completions.create(
+    **shared, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}))
+echoed = client.chat.completions.create(**shared, extra_body={"allowed_token_ids": [5, 6], "return_token_ids": True})
+
 print(json.dumps({
+    "response": response.output_text,
+    "response_status": [response.status, response.store],
+    "response_streamed": "".join(e.delta for e in events if e.type == "response.output_text.delta"),
+    "response_numbers": [e.sequence_number for e in events] == list(range(len(events))),
+    "response_last": events[-1].type,
+    "response_usage": [response.usage.output_tokens, events[-1].response.usage.output_tokens],
+    "counts": [c.usage.completion_tokens for c in counting],
+    "allowed": sorted(set(echoed.choices[0].model_extra["token_ids"])),
     "model": model,
     "whole": whole.choices[0].message.content,
     "whole_tokens": len(whole.choices[0].logprobs.content),

@@ -1,4 +1,5 @@
-//! Stock clients: the openai package and grpcio, from the package index, in a virtual environment of their own.
+//! Stock clients: openai, anthropic, ollama, huggingface_hub and grpcio from the package index, in a virtual environment of
+//! their own. They ask the same and hear the same, whole and streamed, whichever API they speak.
 
 use std::{
     path::{Path, PathBuf},
@@ -18,12 +19,14 @@ fn python() -> PathBuf {
     let target = target.ancestors().nth(3).expect("tests lie in target/PROFILE/deps");
     let folder = target.join("client-venv");
     let marker = folder.join("complete");
-    if !marker.exists() {
+    // Which packages are in it: others are wanted when the list changes.
+    let wanted = std::fs::read_to_string(&requirements).expect("the list of packages is readable");
+    if std::fs::read_to_string(&marker).ok() != Some(wanted.clone()) {
         let _ = std::fs::remove_dir_all(&folder);
         run(Command::new("python3").args(["-m", "venv"]).arg(&folder));
         let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"];
         run(Command::new(folder.join("bin/python")).args(pip).arg(&requirements));
-        std::fs::write(&marker, "").expect("the environment is writable");
+        std::fs::write(&marker, wanted).expect("the environment is writable");
     }
     folder.join("bin/python")
 }
@@ -35,8 +38,8 @@ fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn script(python: &Path, name: &str, target: &str) -> Value {
-    let output = run(Command::new(python).arg(repository().join("tests/clients").join(name)).arg(target));
+fn script(python: &Path, name: &str, arguments: &[&str]) -> Value {
+    let output = run(Command::new(python).arg(repository().join("tests/clients").join(name)).args(arguments));
     serde_json::from_str(&output).unwrap_or_else(|e| panic!("{name}: {e}: {output}"))
 }
 
@@ -45,7 +48,7 @@ async fn stock_clients_are_served() {
     let python = python();
     let cluster = Cluster::start(&model(SMOLLM2), &["--kv-cache-memory", "128MiB", "--max-model-len", "2048"]);
 
-    let openai = script(&python, "openai_client.py", &cluster.http);
+    let openai = script(&python, "openai_client.py", &[&cluster.http]);
     println!("{openai}");
     assert_eq!(openai["whole"], openai["streamed"], "streamed and whole answers agree");
     assert!(openai["whole"].as_str().is_some_and(|t| !t.is_empty()));
@@ -61,9 +64,63 @@ async fn stock_clients_are_served() {
     assert_eq!(openai["stopped_reason"], "stop");
     assert_eq!(openai["wrong_model"], "model_not_found");
     assert_eq!(openai["bad_parameter"], "temperature");
+    assert_eq!(openai["response"], openai["response_streamed"]);
+    assert_eq!(openai["response"], openai["whole"], "the same prompt through another API");
+    assert_eq!(openai["response_numbers"], true);
+    assert_eq!(openai["response_status"][1], false, "nothing is stored");
+    assert!(matches!(openai["response_last"].as_str(), Some("response.completed" | "response.incomplete")));
+    assert_eq!(openai["response_usage"][0], openai["response_usage"][1]);
+    let counts: Vec<_> = openai["counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
+    assert!(counts.is_sorted() && counts.last() == openai["whole_usage"].as_u64().as_ref(), "{counts:?}");
+    assert!(openai["allowed"].as_array().unwrap().iter().all(|id| *id == 5 || *id == 6), "{}", openai["allowed"]);
+
+    let anthropic = script(&python, "anthropic_client.py", &[&cluster.http, openai["model"].as_str().unwrap()]);
+    println!("{anthropic}");
+    assert_eq!(anthropic["whole"], openai["whole"], "the same prompt through another API");
+    assert_eq!(anthropic["whole"], anthropic["streamed"]);
+    assert_eq!(anthropic["whole"], anthropic["final"]);
+    assert!(anthropic["pieces"].as_u64() > Some(1), "the answer came in pieces");
+    let kinds = ["content_block_delta", "content_block_start", "content_block_stop", "message_delta", "message_start"];
+    let raw: Vec<_> = anthropic["raw"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert!(kinds.iter().chain(&["message_stop"]).all(|kind| raw.contains(kind)), "{raw:?}");
+    assert_eq!(anthropic["stop_reason"], anthropic["final_stop_reason"]);
+    assert_eq!(anthropic["output_tokens"][0], anthropic["output_tokens"][1]);
+    assert_eq!(anthropic["input_tokens"], anthropic["counted"]);
+    assert_eq!(anthropic["stopped"], serde_json::json!(["stop_sequence", " "]));
+    assert_eq!(anthropic["wrong_model"], "not_found_error");
+    assert!(anthropic["bad_parameter"].as_str().is_some_and(|m| m.contains("temperature")));
+
+    let ollama = script(&python, "ollama_client.py", &[&cluster.http]);
+    println!("{ollama}");
+    assert_eq!(ollama["whole"], openai["whole"], "the same prompt through another API");
+    assert_eq!(ollama["whole"], ollama["streamed"]);
+    let done = ollama["done"].as_array().unwrap();
+    assert!(done.len() > 2 && done.iter().enumerate().all(|(i, d)| *d == (i + 1 == done.len())), "{done:?}");
+    assert_eq!(ollama["eval_count"][0], ollama["eval_count"][1]);
+    assert!(ollama["durations"][0].as_u64() > Some(0));
+    assert_eq!(ollama["durations"][0], ollama["durations"][1], "the parts are the whole");
+    assert_eq!(ollama["text"], ollama["text_streamed"]);
+    assert!(ollama["text"].as_str().is_some_and(|t| t.starts_with(" Paris")));
+    assert_eq!(ollama["context_length"], serde_json::json!([2048]));
+    assert_eq!(ollama["running"], ollama["model"]);
+    assert_eq!(ollama["wrong_model"], 404);
+    assert!(ollama["bad_parameter"].as_str().is_some_and(|m| m.contains("options.temperature")));
+
+    let hugging_face = script(&python, "hugging_face_client.py", &[&cluster.http]);
+    println!("{hugging_face}");
+    for name in ["whole", "tokens", "streamed", "final", "texts"] {
+        assert_eq!(hugging_face[name], hugging_face["plain"], "{name}");
+    }
+    assert!(hugging_face["plain"].as_str().is_some_and(|t| t.starts_with(" Paris")));
+    assert_eq!((&hugging_face["finish"], &hugging_face["prefill"]), (&"length".into(), &5.into()));
+    assert_eq!(hugging_face["generated_tokens"], serde_json::json!([8, 8]));
+    assert!(hugging_face["stopped"].as_str().is_some_and(|t| t.ends_with(" 9")), "as there, with the stop string");
+    assert_eq!(hugging_face["stopped_reason"], "stop_sequence");
+    assert_eq!(hugging_face["drawn_alike"], true);
+    assert_ne!(hugging_face["bad_parameter"], "no error");
 
     let address = cluster.grpc.trim_start_matches("http://");
-    let grpc = script(&python, "grpc_client.py", address);
+    let grpc = script(&python, "grpc_client.py", &[address]);
     println!("{grpc}");
     let services: Vec<_> = grpc["services"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
     assert!(services.contains(&"phalanx.v1.Inference") && services.contains(&"grpc.health.v1.Health"));

@@ -19,14 +19,14 @@ use super::{
     fields::{Fields, Integer},
     generation::{Collected, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
     json_body::JsonBody,
-    logprobs::{ChatLogprobs, prompt_logprobs},
+    logprobs::{ChatLogprobs, TokenNames, prompt_logprobs},
     messages,
     neutral::{self, Delivery, StreamedUsage},
     observe::Record,
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
-    prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    prompt::{Prompt, Rendering, SpecialTokens},
     reply::{Call, Reply},
-    sse::{self, Chunk, Chunks},
+    sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
 };
 use crate::{
@@ -45,6 +45,16 @@ struct ChatRequest {
     params: Params,
     prompt_logprobs: Option<u32>,
     returns_token_ids: bool,
+    token_names: TokenNames,
+    /// What the answer begins with.
+    echoed: String,
+    name: Option<String>,
+}
+
+/// The text of the last message if it is an assistant's: what `echo` repeats.
+fn last_words(messages: &[Value]) -> String {
+    let last = messages.last().filter(|message| message["role"] == "assistant");
+    last.and_then(|message| message["content"].as_str()).unwrap_or_default().to_owned()
 }
 
 impl ChatRequest {
@@ -57,17 +67,26 @@ impl ChatRequest {
         take_max_completion_tokens(&mut fields, &mut raw)?;
         neutral::check_prompt_logprobs(raw.prompt_logprobs, delivery)?;
         let prompt_logprobs = in_range("prompt_logprobs", raw.prompt_logprobs, 0..=MAX_LOGPROBS)?;
-        let rendering = Rendering {
-            messages,
-            ending: Ending::take(&mut fields)?,
-            variables: neutral::take_template_variables(&mut fields)?,
-        };
+        let echoed = if fields.flag("echo")? { last_words(&messages) } else { String::new() };
+        let rendering = Rendering::take(&mut fields, messages, state)?;
         let special_tokens = if fields.flag("add_special_tokens")? { SpecialTokens::Add } else { SpecialTokens::Leave };
         let returns_token_ids = fields.flag("return_token_ids")?;
+        let token_names = TokenNames::take(&mut fields)?;
+        let name = neutral::take_request_id(&mut fields)?;
         neutral::take_of_chat(&mut fields)?;
         fields.finish()?;
         let params = Params::check(raw, &state.model)?;
-        Ok(Self { rendering, special_tokens, delivery, params, prompt_logprobs, returns_token_ids })
+        Ok(Self {
+            rendering,
+            special_tokens,
+            delivery,
+            params,
+            prompt_logprobs,
+            returns_token_ids,
+            token_names,
+            echoed,
+            name,
+        })
     }
 }
 
@@ -104,13 +123,18 @@ pub async fn create(
         let chat = ChatRequest::parse(body.parse()?, state)?;
         let text = Prompt::Text(state.render(&chat.rendering)?);
         let prompt = state.encode(&text, chat.special_tokens, "messages")?;
-        let id = format!("chatcmpl-{}", call.name);
-        let request = chat.params.request(id.clone(), "messages", prompt, &state.model, call.deadline)?;
+        let id = format!("chatcmpl-{}", chat.name.as_ref().unwrap_or(&call.name));
+        // Clients may give the same name twice; here each request has its own.
+        let own = format!("chatcmpl-{}", call.name);
+        let request = chat.params.request(own, "messages", prompt, &state.model, call.deadline)?;
         let answer = Answer {
             id,
             created: unix_seconds(),
             model: Arc::clone(&state.model),
             wants_scores: chat.params.wants_scores(),
+            token_names: chat.token_names,
+            n_prompt: request.prompt.len(),
+            echoed: chat.echoed,
             prompt_token_ids: chat.returns_token_ids.then(|| request.prompt.clone()),
         };
         let reply = ChatReply {
@@ -131,6 +155,9 @@ struct Answer {
     created: u64,
     model: Arc<ServedModel>,
     wants_scores: bool,
+    token_names: TokenNames,
+    n_prompt: usize,
+    echoed: String,
     prompt_token_ids: Option<Vec<TokenId>>,
 }
 
@@ -204,7 +231,7 @@ impl Answer {
     }
 
     fn logprobs(&self, scores: &[TokenScore]) -> Option<ChatLogprobs> {
-        self.wants_scores.then(|| ChatLogprobs::new(&self.model.tokenizer, scores))
+        self.wants_scores.then(|| ChatLogprobs::new(&self.model.tokenizer, self.token_names, scores))
     }
 
     fn whole(&self, collected: Collected, n_prompt_logprobs: Option<u32>) -> Completion<Choice, UsageObject> {
@@ -214,7 +241,7 @@ impl Answer {
             logprobs: self.logprobs(&choice.scores),
             finish_reason: choice.finish.as_ref().map(finish_reason),
             stop_reason: StopReason::of(choice.finish.as_ref()),
-            message: Message { role: "assistant", content: choice.text, refusal: None },
+            message: Message { role: "assistant", content: format!("{}{}", self.echoed, choice.text), refusal: None },
             token_ids: returns_token_ids.then_some(choice.token_ids),
         };
         let choices = collected.choices.into_iter().enumerate().map(choice).collect();
@@ -246,11 +273,13 @@ impl Reply for ChatReply {
 
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
-        Box::new(ChatChunks { answer, usage: self.delivery.usage(), has_begun: vec![false; self.n] })
+        Box::new(ChatChunks { answer, usage: self.delivery.usage(), n_tokens: vec![None; self.n] })
     }
 
     fn kept_bytes(&self) -> usize {
-        size_of::<Answer>() + self.answer.prompt_token_ids.as_ref().map_or(0, |ids| size_of_val(ids.as_slice()))
+        size_of::<Answer>()
+            + self.answer.echoed.len()
+            + self.answer.prompt_token_ids.as_ref().map_or(0, |ids| size_of_val(ids.as_slice()))
     }
 }
 
@@ -258,13 +287,14 @@ impl Reply for ChatReply {
 struct ChatChunks {
     answer: Arc<Answer>,
     usage: StreamedUsage,
-    has_begun: Vec<bool>,
+    /// Tokens of each choice so far; `None` before its beginning.
+    n_tokens: Vec<Option<usize>>,
 }
 
 impl ChatChunks {
     fn chunk(&self, choice: ChunkChoice) -> Completion<ChunkChoice, Value> {
-        // With usage asked for, every chunk has the field, null but in the last.
-        let usage = (self.usage == StreamedUsage::Included).then_some(Value::Null);
+        let n_tokens = self.n_tokens.get(choice.index).copied().flatten().unwrap_or(0);
+        let usage = self.usage.of_chunk(self.answer.n_prompt, n_tokens);
         self.answer.object("chat.completion.chunk", vec![choice], usage)
     }
 }
@@ -285,12 +315,14 @@ impl Chunks for ChatChunks {
             token_ids: None,
         };
         let mut chunks = Vec::new();
-        if let Some(has_begun) = self.has_begun.get_mut(index).filter(|has_begun| !**has_begun) {
-            *has_begun = true;
-            let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+        let Some(n_tokens) = self.n_tokens.get_mut(index) else { return chunks };
+        let begins = n_tokens.is_none();
+        *n_tokens = Some(n_tokens.unwrap_or(0) + output.token_ids.len());
+        if begins {
+            let delta = Delta { role: Some("assistant"), content: Some(self.answer.echoed.clone()) };
             let mut chunk = self.chunk(ChunkChoice { delta, ..empty() });
             chunk.prompt_token_ids = self.answer.prompt_token_ids.clone();
-            chunks.push(Chunk::Head(sse::json(&chunk)));
+            chunks.push(Chunk::Head(sse::json(&chunk).into()));
         }
         let token_ids = self.answer.prompt_token_ids.is_some().then_some(output.token_ids);
         let has_tokens = token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
@@ -298,22 +330,22 @@ impl Chunks for ChatChunks {
             let delta = Delta { role: None, content: Some(output.text) };
             let logprobs = self.answer.logprobs(&output.scores);
             let chunk = self.chunk(ChunkChoice { delta, logprobs, token_ids, ..empty() });
-            chunks.push(Chunk::Body(sse::json(&chunk)));
+            chunks.push(Chunk::Body(sse::json(&chunk).into()));
         }
         if let Some(finish) = &output.finish {
             let finish_reason = Some(finish_reason(finish));
             let stop_reason = StopReason::of(Some(finish));
             let chunk = self.chunk(ChunkChoice { finish_reason, stop_reason, ..empty() });
-            chunks.push(Chunk::Body(sse::json(&chunk)));
+            chunks.push(Chunk::Body(sse::json(&chunk).into()));
         }
         chunks
     }
 
-    fn finished(&mut self, usage: Usage) -> Option<String> {
+    fn finished(&mut self, usage: Usage) -> Option<Payload> {
         let last = || {
             let usage = UsageObject::from(usage);
-            sse::json(&self.answer.object::<ChunkChoice, _>("chat.completion.chunk", Vec::new(), Some(usage)))
+            sse::json(&self.answer.object::<ChunkChoice, _>("chat.completion.chunk", Vec::new(), Some(usage))).into()
         };
-        (self.usage == StreamedUsage::Included).then(last)
+        (self.usage != StreamedUsage::Omitted).then(last)
     }
 }

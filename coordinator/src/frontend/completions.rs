@@ -16,16 +16,16 @@ use serde_json::Value;
 use super::{
     FrontendState,
     error::ApiError,
-    fields::{Fields, Integer},
+    fields::Fields,
     generation::{Collected, Collection, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
     json_body::JsonBody,
-    logprobs::{LegacyLogprobs, LegacyWriter, prompt_logprobs},
+    logprobs::{LegacyLogprobs, LegacyWriter, TokenNames, prompt_logprobs},
     neutral::{self, Delivery, StreamedUsage},
     observe::Record,
-    params::{MAX_LOGPROBS, Params, RawParams, in_range},
+    params::{MAX_LOGPROBS, MAX_N, Params, RawParams, in_range},
     prompt::{Prompt, Prompts, SpecialTokens},
     reply::{Call, Reply},
-    sse::{self, Chunk, Chunks},
+    sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
 };
 use crate::{
@@ -46,6 +46,26 @@ struct CompletionRequest {
     delivery: Delivery,
     params: Params,
     wants: Wants,
+    name: Option<String>,
+}
+
+/// Takes `best_of`: so many choices are made of each prompt, and the `n` best of them told. How many that is, if fewer.
+fn take_best_of(fields: &mut Fields, raw: &mut RawParams, delivery: Delivery) -> Result<Option<u32>, ApiError> {
+    let Some(best_of) = in_range("best_of", fields.take("best_of")?, 1..=MAX_N)? else { return Ok(None) };
+    let n = in_range("n", raw.n, 1..=MAX_N)?.unwrap_or(1);
+    if best_of < n {
+        return Err(ApiError::invalid("best_of", format!("is {best_of}, less than 'n', {n}")));
+    }
+    if best_of == n {
+        return Ok(None);
+    }
+    if delivery != Delivery::Whole {
+        return Err(ApiError::invalid("best_of", "can't be more than 'n' when 'stream' is true"));
+    }
+    raw.n = Some(best_of.into());
+    // They are compared by their scores.
+    raw.logprobs.get_or_insert(0);
+    Ok(Some(n))
 }
 
 /// What answers contain besides new text.
@@ -55,7 +75,10 @@ struct Wants {
     logprobs: Option<u32>,
     prompt_logprobs: Option<u32>,
     token_ids: bool,
+    token_names: TokenNames,
     skip_special_tokens: bool,
+    /// Choices per prompt that are told.
+    n_kept: u32,
 }
 
 impl CompletionRequest {
@@ -65,23 +88,23 @@ impl CompletionRequest {
         let delivery = Delivery::take(&mut fields)?;
         let mut raw = RawParams::take_shared(&mut fields)?;
         raw.default_max_tokens = Some(DEFAULT_MAX_TOKENS);
-        raw.logprobs = fields.take("logprobs")?;
+        let logprobs = fields.take("logprobs")?;
+        raw.logprobs = logprobs;
         neutral::check_prompt_logprobs(raw.prompt_logprobs, delivery)?;
         let echo = fields.flag("echo")?;
         // An echo without output still goes through the shards: one path, and it costs little.
         raw.score_prompt = echo && (raw.logprobs.is_some() || raw.max_tokens == Some(0));
-        let best_of = fields.take::<Integer>("best_of")?;
-        if best_of.is_some_and(|best_of| best_of != raw.n.unwrap_or(1)) {
-            return Err(ApiError::invalid("best_of", "must equal 'n': choosing among more is not supported"));
-        }
+        let n_kept = take_best_of(&mut fields, &mut raw, delivery)?;
         let special_tokens = match fields.take("add_special_tokens")? {
             Some(false) => SpecialTokens::Leave,
             Some(true) | None => SpecialTokens::Add,
         };
         let token_ids = fields.flag("return_token_ids")?;
+        let token_names = TokenNames::take(&mut fields)?;
+        let name = neutral::take_request_id(&mut fields)?;
         neutral::take_of_completions(&mut fields)?;
         fields.finish()?;
-        let logprobs = in_range("logprobs", raw.logprobs, 0..=MAX_LOGPROBS)?;
+        let logprobs = in_range("logprobs", logprobs, 0..=MAX_LOGPROBS)?;
         let prompt_logprobs = in_range("prompt_logprobs", raw.prompt_logprobs, 0..=MAX_LOGPROBS)?;
         let params = Params::check(raw, &state.model)?;
         let n_choices = prompts.len().saturating_mul(params.n as usize);
@@ -96,8 +119,9 @@ impl CompletionRequest {
             return Err(ApiError::invalid("prompt", reason));
         }
         let skip_special_tokens = params.skip_special_tokens();
-        let wants = Wants { echo, logprobs, prompt_logprobs, token_ids, skip_special_tokens };
-        Ok(Self { prompts, special_tokens, delivery, params, wants })
+        let n_kept = n_kept.unwrap_or(params.n);
+        let wants = Wants { echo, logprobs, prompt_logprobs, token_ids, token_names, skip_special_tokens, n_kept };
+        Ok(Self { prompts, special_tokens, delivery, params, wants, name })
     }
 
     /// A request per prompt, and what answers need of the prompts.
@@ -113,15 +137,17 @@ impl CompletionRequest {
         for (index, prompt) in self.prompts.iter().enumerate() {
             let field = if is_list { format!("prompt[{index}]") } else { "prompt".to_owned() };
             let name = if is_list { format!("{id}-{index}") } else { id.to_owned() };
-            let ids = state.encode(prompt, self.special_tokens, &field)?;
+            let mut ids = state.encode(prompt, self.special_tokens, &field)?;
+            let is_cut = self.params.truncate(&mut ids, &state.model);
             let text = match prompt {
                 _ if !self.wants.echo => String::new(),
-                Prompt::Text(text) => text.clone(),
-                Prompt::Ids(_) => state.model.tokenizer.decode(&ids, self.wants.skip_special_tokens),
+                Prompt::Text(text) if !is_cut => text.clone(),
+                _ => state.model.tokenizer.decode(&ids, self.wants.skip_special_tokens),
             };
+            let n_tokens = ids.len();
             let kept_ids = if self.wants.echo || self.wants.token_ids { ids.clone() } else { Vec::new() };
             requests.push(self.params.request(name, &field, ids, &state.model, deadline)?);
-            encoded.push(Encoded { text, ids: kept_ids });
+            encoded.push(Encoded { text, ids: kept_ids, n_tokens });
         }
         Ok((requests, encoded))
     }
@@ -131,6 +157,7 @@ impl CompletionRequest {
 struct Encoded {
     text: String,
     ids: Vec<TokenId>,
+    n_tokens: usize,
 }
 
 /// The endpoint.
@@ -142,8 +169,9 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
         let completion = CompletionRequest::parse(body.parse()?, state)?;
-        let id = format!("cmpl-{}", call.name);
-        let (requests, prompts) = completion.prepare(state, &id, call.deadline)?;
+        let id = format!("cmpl-{}", completion.name.as_ref().unwrap_or(&call.name));
+        // Clients may give the same name twice; here each request has its own.
+        let (requests, prompts) = completion.prepare(state, &format!("cmpl-{}", call.name), call.deadline)?;
         let model = Arc::clone(&state.model);
         let answer = Answer { id, created: unix_seconds(), model, wants: completion.wants, prompts };
         let n = completion.params.n;
@@ -204,7 +232,9 @@ impl Answer {
     }
 
     fn writer(&self) -> Option<LegacyWriter> {
-        self.wants.logprobs.map(|n_top| LegacyWriter::new(n_top, self.wants.skip_special_tokens))
+        self.wants
+            .logprobs
+            .map(|n_top| LegacyWriter::new(n_top, self.wants.skip_special_tokens, self.wants.token_names))
     }
 
     /// Part of a choice. `prompt` is set in the part that begins it, with the prompt's scores.
@@ -241,10 +271,14 @@ impl Answer {
         }
     }
 
-    fn whole(&self, collected: Collected, n: u32) -> Completion<UsageObject> {
-        let Collected { choices, prompt_scores, usage } = collected;
+    fn whole(&self, mut collected: Collected, n: u32) -> Completion<UsageObject> {
+        let n_kept = self.wants.n_kept;
+        if n_kept < n {
+            collected.keep_best(n as usize, n_kept as usize);
+        }
+        let Collected { choices, prompt_scores, usage, .. } = collected;
         let choice = |(index, part): (usize, Collection)| {
-            let prompt_idx = index / n as usize;
+            let prompt_idx = index / n_kept as usize;
             let scores = prompt_scores[prompt_idx].as_deref();
             let prompt = (&self.prompts[prompt_idx], scores.unwrap_or_default());
             let mut choice = self.choice(index, Some(prompt), part, self.writer().as_mut());
@@ -277,7 +311,10 @@ impl Reply for CompletionReply {
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
         let n_prompts = answer.prompts.len();
-        let choices = vec![StreamedChoice { has_begun: false, writer: answer.writer() }; n_prompts * self.n as usize];
+        let choices = vec![
+            StreamedChoice { has_begun: false, n_tokens: 0, writer: answer.writer() };
+            n_prompts * self.n as usize
+        ];
         let prompt_scores = vec![Vec::new(); n_prompts];
         Box::new(CompletionChunks { answer, usage: self.delivery.usage(), n: self.n, choices, prompt_scores })
     }
@@ -300,6 +337,7 @@ struct CompletionChunks {
 #[derive(Clone)]
 struct StreamedChoice {
     has_begun: bool,
+    n_tokens: usize,
     writer: Option<LegacyWriter>,
 }
 
@@ -312,6 +350,7 @@ impl Chunks for CompletionChunks {
         let index = Generation::choice_index(self.n, prompt_idx, &output);
         let Some(choice) = self.choices.get_mut(index) else { return Vec::new() };
         let begins = !std::mem::replace(&mut choice.has_begun, true);
+        choice.n_tokens += output.token_ids.len();
         let repeats = begins && (self.answer.wants.echo || self.answer.wants.token_ids);
         let has_more = !output.scores.is_empty() || output.finish.is_some() || self.answer.wants.token_ids;
         if output.text.is_empty() && !repeats && !has_more {
@@ -320,14 +359,14 @@ impl Chunks for CompletionChunks {
         let Output { index: _, text, token_ids, scores, finish } = output;
         let prompt = begins.then(|| (&self.answer.prompts[prompt_idx], self.prompt_scores[prompt_idx].as_slice()));
         let part = Collection { text, token_ids, scores, finish };
+        let n_tokens = choice.n_tokens;
         let choice = self.answer.choice(index, prompt, part, choice.writer.as_mut());
-        // With usage asked for, every chunk has the field, null but in the last.
-        let usage = (self.usage == StreamedUsage::Included).then_some(Value::Null);
-        vec![Chunk::Body(sse::json(&self.answer.object(vec![choice], usage)))]
+        let usage = self.usage.of_chunk(self.answer.prompts[prompt_idx].n_tokens, n_tokens);
+        vec![Chunk::Body(sse::json(&self.answer.object(vec![choice], usage)).into())]
     }
 
-    fn finished(&mut self, usage: Usage) -> Option<String> {
-        let last = || sse::json(&self.answer.object(Vec::new(), Some(UsageObject::from(usage))));
-        (self.usage == StreamedUsage::Included).then(last)
+    fn finished(&mut self, usage: Usage) -> Option<Payload> {
+        let last = || sse::json(&self.answer.object(Vec::new(), Some(UsageObject::from(usage)))).into();
+        (self.usage != StreamedUsage::Omitted).then(last)
     }
 }

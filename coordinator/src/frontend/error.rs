@@ -183,6 +183,16 @@ impl ApiError {
         }
     }
 
+    /// The field that is wrong, if it is one.
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// What programs look at, if anything.
+    pub fn code(&self) -> Option<&'static str> {
+        self.code
+    }
+
     /// HTTP status.
     pub fn status(&self) -> StatusCode {
         self.status
@@ -282,6 +292,8 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.object())).into_response();
         self.set_headers(response.headers_mut());
+        // Families other than OpenAI's put it into their own form on its way out.
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -219,6 +219,7 @@ impl Generation {
             choices: vec![Collection::default(); self.n_choices()],
             prompt_scores: vec![None; self.n_prompts],
             usage: Usage::default(),
+            first_output_at: None,
         };
         while let Some(progress) = self.next().await {
             match progress? {
@@ -230,6 +231,7 @@ impl Generation {
                         Broken::Failed(RequestError::Internal(reason))
                     };
                     let choice = all.choices.get_mut(index).ok_or_else(unknown)?;
+                    all.first_output_at.get_or_insert_with(Instant::now);
                     choice.text.push_str(&output.text);
                     choice.token_ids.extend(output.token_ids);
                     choice.scores.extend(output.scores);
@@ -251,6 +253,31 @@ pub struct Collected {
     pub prompt_scores: Vec<Option<Vec<TokenScore>>>,
     /// Of all together.
     pub usage: Usage,
+    /// When the first of it was there.
+    pub first_output_at: Option<Instant>,
+}
+
+impl Collected {
+    /// Leaves of `best_of` choices per prompt the `n` whose tokens are the most probable on average, the best first. Among
+    /// equals the earlier one.
+    pub fn keep_best(&mut self, best_of: usize, n: usize) {
+        let mean = |choice: &Collection| {
+            let total: f64 = choice.scores.iter().map(|score| f64::from(score.logprob)).sum();
+            if choice.scores.is_empty() { f64::NEG_INFINITY } else { total / choice.scores.len() as f64 }
+        };
+        let mut kept = Vec::new();
+        let mut choices = std::mem::take(&mut self.choices).into_iter();
+        loop {
+            let mut of_prompt: Vec<_> = choices.by_ref().take(best_of.max(1)).collect();
+            if of_prompt.is_empty() {
+                break;
+            }
+            of_prompt.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+            of_prompt.truncate(n);
+            kept.extend(of_prompt);
+        }
+        self.choices = kept;
+    }
 }
 
 /// A whole choice.
@@ -333,7 +360,15 @@ pub struct UsageObject {
     prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u32,
-    prompt_tokens_details: PromptTokensDetails,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens_details: Option<PromptTokensDetails>,
+}
+
+impl UsageObject {
+    /// While it is not known yet what came from the prefix cache.
+    pub fn without_details(usage: Usage) -> Self {
+        Self { prompt_tokens_details: None, ..usage.into() }
+    }
 }
 
 #[derive(Debug, Clone, Copy, serde::Serialize)]
@@ -347,7 +382,7 @@ impl From<Usage> for UsageObject {
             prompt_tokens: usage.prompt_tokens,
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
-            prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
+            prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: usage.cached_tokens }),
         }
     }
 }

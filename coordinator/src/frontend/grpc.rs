@@ -13,7 +13,7 @@ use phalanx_proto::v1::{
     inference_server::{Inference, InferenceServer},
 };
 use prost::Message as _;
-use serde_json::{Map, json};
+use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Response, Status, metadata::MetadataMap, service::Routes};
@@ -28,7 +28,7 @@ use super::{
     messages,
     observe::{Record, TRACEPARENT},
     params::{Params, RawParams},
-    prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    prompt::{Prompt, Rendering, SpecialTokens},
     streams::{
         Prepared,
         key::{self, Keyed},
@@ -169,7 +169,7 @@ fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
         Some(WirePrompt::Chat(chat)) => {
             let message = |m: v1::ChatMessage| json!({"role": m.role, "content": m.content});
             let messages = messages::parse(chat.messages.into_iter().map(message).collect())?;
-            Source::Chat(Rendering { messages, ending: Ending::GenerationPrompt, variables: Map::new() })
+            Source::Chat(Rendering::plain(messages))
         }
     };
     let raw = RawParams {

@@ -5,12 +5,38 @@ use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::{error::ApiError, fields::Fields};
+
 /// Log-probability of the impossible: JSON has no infinity.
 const LEAST: f32 = -9999.0;
 
-fn finite(logprob: f32) -> f32 {
+/// As JSON can have it.
+pub fn finite(logprob: f32) -> f32 {
     // `max` takes the number if the other is NaN.
     logprob.max(LEAST)
+}
+
+/// What tokens are called in scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenNames {
+    /// By their text.
+    Texts,
+    /// `token_id:N`: certain also where several tokens have the same text, or none.
+    Ids,
+}
+
+impl TokenNames {
+    /// Takes `return_tokens_as_token_ids`.
+    pub fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        Ok(if fields.flag("return_tokens_as_token_ids")? { Self::Ids } else { Self::Texts })
+    }
+
+    fn name(self, id: TokenId, text: impl FnOnce() -> String) -> String {
+        match self {
+            Self::Texts => text(),
+            Self::Ids => format!("token_id:{id}"),
+        }
+    }
 }
 
 /// `choices[].logprobs` of chat completions.
@@ -20,8 +46,9 @@ pub struct ChatLogprobs {
     refusal: Option<()>,
 }
 
+/// A token, its score, and what else it could have been.
 #[derive(Debug, Serialize)]
-struct ChatToken {
+pub struct ChatToken {
     #[serde(flatten)]
     token: ChatTop,
     top_logprobs: Vec<ChatTop>,
@@ -35,20 +62,26 @@ struct ChatTop {
 }
 
 impl ChatTop {
-    fn new(tokenizer: &Tokenizer, id: TokenId, logprob: f32) -> Self {
-        Self { token: tokenizer.token_text(id), logprob: finite(logprob), bytes: tokenizer.token_bytes(id).to_vec() }
+    fn new(tokenizer: &Tokenizer, names: TokenNames, id: TokenId, logprob: f32) -> Self {
+        let token = names.name(id, || tokenizer.token_text(id));
+        Self { token, logprob: finite(logprob), bytes: tokenizer.token_bytes(id).to_vec() }
     }
 }
 
 impl ChatLogprobs {
     /// One entry per score.
-    pub fn new(tokenizer: &Tokenizer, scores: &[TokenScore]) -> Self {
-        let top = |id, logprob| ChatTop::new(tokenizer, id, logprob);
+    pub fn new(tokenizer: &Tokenizer, names: TokenNames, scores: &[TokenScore]) -> Self {
+        let top = |id, logprob| ChatTop::new(tokenizer, names, id, logprob);
         let entry = |score: &TokenScore| ChatToken {
             token: top(score.token_id, score.logprob),
             top_logprobs: score.top.iter().map(|t| top(t.token_id, t.logprob)).collect(),
         };
         Self { content: scores.iter().map(entry).collect(), refusal: None }
+    }
+
+    /// The entries alone, as other APIs have them.
+    pub fn into_entries(self) -> Vec<ChatToken> {
+        self.content
     }
 }
 
@@ -68,12 +101,13 @@ pub struct LegacyWriter {
     /// Characters that began before here.
     n_begun: usize,
     skip_special: bool,
+    names: TokenNames,
 }
 
 impl LegacyWriter {
     /// At the start of a text that leaves special tokens out, or not. `n_top`: alternatives that were asked for.
-    pub fn new(n_top: u32, skip_special: bool) -> Self {
-        Self { n_top: n_top as usize, n_begun: 0, skip_special }
+    pub fn new(n_top: u32, skip_special: bool, names: TokenNames) -> Self {
+        Self { n_top: n_top as usize, n_begun: 0, skip_special, names }
     }
 
     /// Rows of an echoed prompt: `text` is what is echoed, `scores` are of the second token and those that follow.
@@ -120,13 +154,15 @@ impl LegacyWriter {
         let is_inside = standing.first().is_some_and(|byte| is_continuation(*byte));
         into.text_offset.push(self.n_begun.saturating_sub(usize::from(is_inside)));
         self.n_begun += standing.iter().filter(|byte| !is_continuation(**byte)).count();
-        into.tokens.push(spelling(tokenizer, id));
+        let names = self.names;
+        let spelling = |id| names.name(id, || spelling(tokenizer, id));
+        into.tokens.push(spelling(id));
         into.token_logprobs.push(score.map(|s| finite(s.logprob)));
         into.top_logprobs.push(score.map(|s| {
             let mut top = Map::new();
             let mut add = |id, logprob| {
                 // Two tokens may be spelt alike: the more probable one counts.
-                top.entry(spelling(tokenizer, id)).or_insert_with(|| json!(finite(logprob)));
+                top.entry(spelling(id)).or_insert_with(|| json!(finite(logprob)));
             };
             s.top.iter().take(self.n_top).for_each(|t| add(t.token_id, t.logprob));
             add(s.token_id, s.logprob);

@@ -1,9 +1,10 @@
 //! HTTP and gRPC: what clients send becomes a [`Request`](crate::request::Request), its events become their answers.
 //!
-//! Each endpoint is a file and a line in [`http_router`]. [`fields`] reads JSON, [`params`] is the one way from raw
+//! Each API is a file or folder and a line in [`family::FAMILIES`]. [`fields`] reads JSON, [`params`] is the one way from raw
 //! parameters to checked ones, [`prompt`] turns texts, token ids and chats into tokens, [`generation`] submits and
 //! collects, [`reply`] answers, [`sse`] streams. [`streams`] keeps what can be asked for again.
 
+pub mod anthropic;
 pub mod chat;
 pub mod completions;
 pub mod connections;
@@ -21,15 +22,19 @@ pub mod messages;
 pub mod models;
 pub mod neutral;
 pub mod observe;
+pub mod ollama;
 pub mod opening;
 pub mod params;
 pub mod prober;
 pub mod prometheus;
 pub mod prompt;
 pub mod reply;
+pub mod responses;
 pub mod sse;
 pub mod streams;
 pub mod structured;
+pub mod template_fields;
+pub mod tgi;
 pub mod tokenize;
 
 use std::{sync::Arc, time::Duration};
@@ -39,7 +44,7 @@ use axum::{
     extract::DefaultBodyLimit,
     http::{Method, Uri},
     middleware,
-    routing::{get, post},
+    routing::get,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
@@ -49,6 +54,7 @@ use crate::{
     scheduler::handle::Submit, security::Security, served_model::ServedModel,
 };
 use error::ApiError;
+use family::FAMILIES;
 use prober::Prober;
 use streams::{Streams, registry::Retention};
 
@@ -203,14 +209,9 @@ impl FrontendState {
 
 /// All HTTP endpoints.
 pub fn http_router(state: FrontendState) -> Router {
-    Router::new()
-        .route(chat::PATH, post(chat::create))
-        .route(completions::PATH, post(completions::create))
+    let endpoints = FAMILIES.iter().fold(Router::new(), |router, family| (family.routes)(router));
+    endpoints
         .route("/v1/streams/{key}", get(streams::endpoint::read))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::health))
         .route("/ping", get(health::health).post(health::health))
         .route("/livez", get(health::health))
@@ -225,6 +226,7 @@ pub fn http_router(state: FrontendState) -> Router {
         )
         .layer(DefaultBodyLimit::max(state.limits.max_body_bytes))
         .layer(middleware::from_fn_with_state(Arc::clone(&state.security), door::count))
+        .layer(middleware::from_fn(family::shape_errors))
         .layer(middleware::from_fn(observe::observe))
         .with_state(state)
 }

@@ -1,12 +1,14 @@
 //! Fields of OpenAI's and vLLM's APIs that do nothing here. Nothing is accepted and then ignored: a field either has no
 //! effect by its nature (a label for somebody's records), or may only have the value that asks for nothing.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{
     error::ApiError,
     fields::{Fields, Integer, Unsupported},
+    generation::UsageObject,
 };
+use crate::request::Usage;
 
 fn never(_: &Value) -> bool {
     false
@@ -40,10 +42,6 @@ fn is_no_choice(value: &Value) -> bool {
     matches!(value.as_str(), Some("none" | "auto"))
 }
 
-fn is_none(value: &Value) -> bool {
-    value == "none"
-}
-
 fn is_text_only(value: &Value) -> bool {
     *value == Value::from(vec!["text"])
 }
@@ -55,9 +53,6 @@ static UNSUPPORTED: &[Unsupported] = &[
     ("use_beam_search", is_false),
     ("length_penalty", is_one),
     ("early_stopping", is_false),
-    ("truncate_prompt_tokens", never),
-    ("allowed_token_ids", never),
-    ("bad_words", is_empty),
     ("spaces_between_special_tokens", is_true),
     ("cache_salt", never),
     ("logits_processors", is_empty),
@@ -74,12 +69,8 @@ static UNSUPPORTED_IN_CHAT: &[Unsupported] = &[
     ("audio", never),
     ("prediction", never),
     ("web_search_options", never),
-    ("reasoning_effort", is_none),
     ("verbosity", never),
-    ("echo", is_false),
     ("best_of", is_one),
-    ("chat_template", never),
-    ("documents", is_empty),
     ("mm_processor_kwargs", is_empty),
 ];
 
@@ -108,6 +99,21 @@ pub fn take_of_completions(fields: &mut Fields) -> Result<(), ApiError> {
     fields.refuse(UNSUPPORTED_IN_COMPLETIONS)
 }
 
+/// Longest `request_id`.
+const LONGEST_REQUEST_ID: usize = 128;
+
+/// Takes `request_id`: what stands in the answer's name instead of a made-up one.
+pub fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let name = fields.take::<String>("request_id")?;
+    if name.as_ref().is_some_and(|name| {
+        name.is_empty() || name.len() > LONGEST_REQUEST_ID || !name.bytes().all(|byte| byte.is_ascii_graphic())
+    }) {
+        let reason = format!("must be 1 to {LONGEST_REQUEST_ID} visible ASCII characters");
+        return Err(ApiError::invalid("request_id", reason));
+    }
+    Ok(name)
+}
+
 /// How an answer travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
@@ -122,6 +128,8 @@ pub enum Delivery {
 pub enum StreamedUsage {
     /// It does.
     Included,
+    /// It does, and every chunk counts the tokens of its choice so far.
+    Continuous,
     /// It does not.
     Omitted,
 }
@@ -138,9 +146,16 @@ impl Delivery {
             return Ok(if is_streamed { Self::Streamed(StreamedUsage::Omitted) } else { Self::Whole });
         };
         let include = options.flag("include_usage")?;
-        options.refuse(&[("include_obfuscation", is_false), ("continuous_usage_stats", is_false)])?;
+        let is_continuous = options.flag("continuous_usage_stats")?;
+        options.refuse(&[("include_obfuscation", is_false)])?;
+        let path = options.path("continuous_usage_stats");
         options.finish()?;
-        Ok(Self::Streamed(if include { StreamedUsage::Included } else { StreamedUsage::Omitted }))
+        match (include, is_continuous) {
+            (true, true) => Ok(Self::Streamed(StreamedUsage::Continuous)),
+            (true, false) => Ok(Self::Streamed(StreamedUsage::Included)),
+            (false, false) => Ok(Self::Streamed(StreamedUsage::Omitted)),
+            (false, true) => Err(ApiError::invalid(&path, "is only possible together with 'include_usage'")),
+        }
     }
 
     /// Whether a last chunk counts tokens.
@@ -152,9 +167,23 @@ impl Delivery {
     }
 }
 
-/// `chat_template_kwargs`: variables for the template.
-pub fn take_template_variables(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
-    Ok(fields.take::<Fields>("chat_template_kwargs")?.map(Fields::into_entries).unwrap_or_default())
+impl StreamedUsage {
+    /// `usage` of a chunk that is not the last: nothing, null, or the counts of its choice so far.
+    pub fn of_chunk(self, prompt_tokens: usize, completion_tokens: usize) -> Option<Value> {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        match self {
+            Self::Omitted => None,
+            Self::Included => Some(Value::Null),
+            Self::Continuous => {
+                let usage = Usage {
+                    prompt_tokens: count(prompt_tokens),
+                    completion_tokens: count(completion_tokens),
+                    cached_tokens: 0,
+                };
+                serde_json::to_value(UsageObject::without_details(usage)).ok()
+            }
+        }
+    }
 }
 
 /// Takes `prompt_logprobs`' and others' precondition: scores of prompts are not streamed.

@@ -13,7 +13,7 @@ use axum::{
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tracing::{Instrument, Span, field::Empty};
 
-use super::{chat, completions, grpc};
+use super::{chat, completions, family, grpc};
 use crate::{
     metrics as names,
     security::{audit::Account, keys::Principal},
@@ -24,6 +24,8 @@ use crate::{
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Header by which a client says of which trace its request is a part.
 pub const TRACEPARENT: &str = "traceparent";
+/// Milliseconds until the answer began, as OpenAI tells them.
+const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 /// A longer name is replaced.
 const LONGEST_REQUEST_ID: usize = 128;
 /// Status of a request whose client went away, as nginx counts it.
@@ -210,12 +212,19 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     }
     let record = Arc::new(record);
     request.extensions_mut().insert(Arc::clone(&record));
+    let arrived_at = record.arrived_at();
+    let also_named = family::of(request.uri().path()).request_id.as_ref();
     let mut response = next.run(request).instrument(span).await;
     count_answer(&endpoint, &method, response.status());
     if record.is_stream.get().is_none() {
         record.end(response.status().as_str());
     }
+    if let Some(name) = also_named {
+        response.headers_mut().insert(name, request_id.clone());
+    }
     response.headers_mut().insert(REQUEST_ID, request_id);
+    let elapsed = u64::try_from(arrived_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+    response.headers_mut().insert(PROCESSING_MS, HeaderValue::from(elapsed));
     response
 }
 

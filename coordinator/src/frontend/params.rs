@@ -1,5 +1,7 @@
 //! Parameters of a generation, from what a client typed to what the scheduler takes. HTTP and gRPC share this way.
 
+mod forbidden;
+
 use std::{fmt::Display, ops::RangeInclusive, time::Instant};
 
 use phalanx_cluster::id::TokenId;
@@ -29,6 +31,9 @@ pub const MAX_STOP_BYTES: usize = 1024;
 pub const MAX_STOP_TOKENS: usize = 256;
 /// Most entries of `logit_bias`.
 pub const MAX_LOGIT_BIAS: usize = 1024;
+
+/// Most ids of `allowed_token_ids`.
+pub const MAX_ALLOWED_TOKENS: usize = 4096;
 
 /// Parameters as a client gave them, of the right types but otherwise unchecked. `None` is unset.
 #[derive(Debug, Default)]
@@ -81,6 +86,12 @@ pub struct RawParams {
     pub score_prompt: bool,
     /// What the output has to follow.
     pub structured: Option<Wanted>,
+    /// The only tokens that may be chosen; `None` is all.
+    pub allowed_token_ids: Option<Vec<Integer>>,
+    /// Words that may not be written.
+    pub bad_words: Vec<String>,
+    /// How many of a prompt's tokens are read, the last ones; -1 is as many as fit, unset is all.
+    pub truncate_prompt_tokens: Option<Integer>,
 }
 
 impl RawParams {
@@ -107,6 +118,9 @@ impl RawParams {
             skip_special_tokens: fields.take("skip_special_tokens")?,
             prompt_logprobs: fields.take("prompt_logprobs")?,
             structured: structured::take(fields)?,
+            allowed_token_ids: fields.take("allowed_token_ids")?,
+            bad_words: fields.take("bad_words")?.unwrap_or_default(),
+            truncate_prompt_tokens: fields.take("truncate_prompt_tokens")?,
             ..Self::default()
         })
     }
@@ -153,6 +167,16 @@ pub struct Params {
     max_tokens: Option<u32>,
     default_max_tokens: u32,
     stop: StopConditions,
+    truncation: Option<Truncation>,
+}
+
+/// How many of a prompt's tokens are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Truncation {
+    /// The last ones, so many.
+    Last(usize),
+    /// As many of the last ones as leave room for the output.
+    Fitting,
 }
 
 impl Params {
@@ -193,6 +217,30 @@ impl Params {
         let priorities = Integer::from(i32::MIN)..=Integer::from(i32::MAX);
         let priority = in_integer_range("priority", raw.priority, priorities)?;
         let top_k = in_integer_range("top_k", raw.top_k, -1..=Integer::from(u32::MAX))?;
+        let allowed_token_ids =
+            forbidden::allowed(raw.allowed_token_ids.as_deref(), |id| token("allowed_token_ids", id))?;
+        let bad_words = forbidden::bad_words(&raw.bad_words, &model.tokenizer)?;
+        let stop = StopConditions {
+            strings: raw.stop,
+            token_ids: raw.stop_token_ids.iter().map(stop_token).collect::<Result<_, _>>()?,
+            ignore_eos: raw.ignore_eos,
+            include_in_output: raw.include_stop_str_in_output,
+            skip_special_tokens: raw.skip_special_tokens.unwrap_or(true),
+        };
+        let min_tokens = in_range("min_tokens", raw.min_tokens, 0..=u32::MAX)?.unwrap_or(0);
+        let held_back = stop.token_ids.iter().chain(&model.eos).copied().filter(|_| min_tokens > 0);
+        if raw.structured.is_some() && !(allowed_token_ids.is_empty() && bad_words.is_empty()) {
+            let field = if bad_words.is_empty() { "allowed_token_ids" } else { "bad_words" };
+            return Err(ApiError::invalid(
+                field,
+                "can't stand beside a grammar: there may come a moment without any token",
+            ));
+        }
+        forbidden::check_choice_is_left(&allowed_token_ids, &bad_words, held_back, model.vocab)?;
+        let truncation = match raw.truncate_prompt_tokens {
+            Some(-1) => Some(Truncation::Fitting),
+            n => in_range("truncate_prompt_tokens", n, 1..=u32::MAX)?.map(|n| Truncation::Last(n as usize)),
+        };
         Ok(Self {
             sampling: SamplingParams {
                 temperature: number_in("temperature", raw.temperature, 1.0, 0.0..=2.0)?,
@@ -204,11 +252,13 @@ impl Params {
                 frequency_penalty: number_in("frequency_penalty", raw.frequency_penalty, 0.0, -2.0..=2.0)?,
                 logit_bias: raw.logit_bias.iter().map(bias).collect::<Result<_, _>>()?,
                 seed: 0,
-                min_tokens: in_range("min_tokens", raw.min_tokens, 0..=u32::MAX)?.unwrap_or(0),
+                min_tokens,
                 suppressed_token_ids: Vec::new(),
                 logprobs,
                 prompt_logprobs,
                 grammar: raw.structured.map(|w| grammars::to_wire(w.grammar, w.field, raw.ignore_eos)),
+                allowed_token_ids,
+                bad_words,
             },
             // Two's complement: distinct seeds stay distinct, but for those beyond i64 that alias the negative ones.
             seed: raw.seed.map(|seed| seed as u64),
@@ -217,19 +267,24 @@ impl Params {
             max_tokens_field,
             max_tokens: in_range(max_tokens_field, raw.max_tokens, least_tokens..=u32::MAX)?,
             default_max_tokens: raw.default_max_tokens.unwrap_or(u32::MAX),
-            stop: StopConditions {
-                strings: raw.stop,
-                token_ids: raw.stop_token_ids.iter().map(stop_token).collect::<Result<_, _>>()?,
-                ignore_eos: raw.ignore_eos,
-                include_in_output: raw.include_stop_str_in_output,
-                skip_special_tokens: raw.skip_special_tokens.unwrap_or(true),
-            },
+            stop,
+            truncation,
         })
     }
 
     /// Whether the client named a seed.
     pub fn has_seed(&self) -> bool {
         self.seed.is_some()
+    }
+
+    /// Whether tokens are drawn rather than the most probable ones taken.
+    pub fn draws(&self) -> bool {
+        self.sampling.temperature > 0.0
+    }
+
+    /// How tokens are chosen, but for the seed.
+    pub fn sampling(&self) -> &SamplingParams {
+        &self.sampling
     }
 
     /// Whether output tokens are scored.
@@ -242,15 +297,35 @@ impl Params {
         self.stop.skip_special_tokens
     }
 
+    /// Leaves the last tokens of a prompt, if that was asked for; whether any are cut off.
+    pub fn truncate(&self, prompt: &mut Vec<TokenId>, model: &ServedModel) -> bool {
+        let kept = match self.truncation {
+            None => return false,
+            Some(Truncation::Last(n)) => n,
+            Some(Truncation::Fitting) => {
+                let output = self.max_tokens.unwrap_or(if self.default_max_tokens == u32::MAX {
+                    1
+                } else {
+                    self.default_max_tokens
+                });
+                model.max_model_len.saturating_sub(output as usize).max(1)
+            }
+        };
+        let n_cut = prompt.len().saturating_sub(kept);
+        prompt.drain(..n_cut);
+        n_cut > 0
+    }
+
     /// A request for a prompt, which must fit the context together with the output. `prompt_field` names it in errors.
     pub fn request(
         &self,
         id: String,
         prompt_field: &str,
-        prompt: Vec<TokenId>,
+        mut prompt: Vec<TokenId>,
         model: &ServedModel,
         deadline: Option<Instant>,
     ) -> Result<Request, ApiError> {
+        self.truncate(&mut prompt, model);
         let (context, n_prompt) = (model.max_model_len, prompt.len());
         if n_prompt == 0 {
             return Err(ApiError::invalid(prompt_field, "must not be empty"));
@@ -328,7 +403,8 @@ fn number_in(name: &str, value: Option<f32>, default: f32, range: RangeInclusive
     Ok(x)
 }
 
-fn at_most(name: &str, what: &str, got: usize, most: usize) -> Result<(), ApiError> {
+/// A list within its bound.
+pub fn at_most(name: &str, what: &str, got: usize, most: usize) -> Result<(), ApiError> {
     if got > most {
         return Err(ApiError::invalid(name, format!("has {got} {what}, at most {most} are possible")));
     }

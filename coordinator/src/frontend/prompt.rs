@@ -1,6 +1,9 @@
 //! From what clients call a prompt to token ids.
 
-use phalanx_cluster::{chat_template::TemplateError, id::TokenId};
+use phalanx_cluster::{
+    chat_template::{ChatTemplate, TemplateError},
+    id::TokenId,
+};
 use serde_json::{Map, Value};
 
 use super::{
@@ -103,6 +106,8 @@ pub struct Rendering {
     pub ending: Ending,
     /// Further variables for the template.
     pub variables: Map<String, Value>,
+    /// The request's own template; `None` is the model's.
+    pub template: Option<String>,
 }
 
 /// What a rendered chat ends with.
@@ -135,7 +140,13 @@ impl Ending {
 impl FrontendState {
     /// A chat as a text. Takes time.
     pub(super) fn render(&self, chat: &Rendering) -> Result<String, ApiError> {
-        let Some(template) = &self.model.chat_template else {
+        let own = chat.template.as_ref().map(|source| {
+            let special = self.model.tokenizer.special_tokens();
+            ChatTemplate::new(source, special)
+                .map_err(|error| ApiError::invalid("chat_template", format!("can't be used: {error}")))
+        });
+        let own = own.transpose()?;
+        let Some(template) = own.as_ref().or(self.model.chat_template.as_deref()) else {
             return Err(ApiError::invalid("messages", "can't be used: the model has no chat template"));
         };
         let add_generation_prompt = chat.ending == Ending::GenerationPrompt;

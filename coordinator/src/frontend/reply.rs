@@ -11,11 +11,12 @@ use http::HeaderMap;
 use super::{
     FrontendState,
     error::ApiError,
+    family,
     generation::{Collected, Generation},
     json_body::JsonBody,
     neutral::Delivery,
     observe::Record,
-    sse::{self, Chunks},
+    sse::{self, Chunks, Framing},
     streams::{
         Prepared,
         key::{self, Keyed},
@@ -74,7 +75,8 @@ impl FrontendState {
             }
         };
         let reply = reply.ok_or_else(|| ApiError::internal("the answer has no form"))?;
-        self.deliver(generation, &reply, keyed.map(|keyed| keyed.has), record).await
+        let is_passed_on = keyed.as_ref().is_some_and(Keyed::is_forwarders);
+        self.deliver(generation, &reply, keyed.map(|keyed| keyed.has), is_passed_on, record).await
     }
 
     /// What makes the request resumable, if anything does.
@@ -87,16 +89,22 @@ impl FrontendState {
         if !key::is_named(headers) {
             return Ok(None);
         }
+        if family::of(endpoint).framing == Framing::Lines && headers.contains_key(key::IDEMPOTENCY_KEY) {
+            let reason = "is not possible here: lines of JSON have no ids to go on from";
+            return Err(ApiError::invalid("Idempotency-Key", reason));
+        }
         let (headers, body) = (headers.clone(), body.clone());
         self.blocking(move |_| Keyed::of_http(&headers, endpoint, body.bytes())).await
     }
 
-    /// Sends an answer. `has` is what the client has of it, if the request can be resumed.
+    /// Sends an answer. `has` is what the client has of it, if the request can be resumed; `is_passed_on` says that the
+    /// client is another coordinator.
     pub(super) async fn deliver(
         &self,
         mut generation: Generation,
         reply: &Arc<dyn Reply>,
         has: Option<Position>,
+        is_passed_on: bool,
         record: Arc<Record>,
     ) -> Result<Response, ApiError> {
         generation = generation.recorded(Arc::clone(&record));
@@ -108,6 +116,9 @@ impl FrontendState {
             return Err(ApiError::invalid("Last-Event-ID", reason));
         }
         generation.settle(STATUS_WAIT).await?;
-        Ok(sse::respond(generation, reply.chunks(), has, record, self.limits.keep_alive))
+        let chunks = reply.chunks();
+        // Lines have no ids: who passes them on is given events, and takes the lines out of these.
+        let framing = if is_passed_on { Framing::Events } else { chunks.family().framing };
+        Ok(sse::respond(generation, chunks, framing, has, record, self.limits.keep_alive))
     }
 }

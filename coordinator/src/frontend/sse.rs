@@ -1,18 +1,23 @@
-//! Answers as server-sent events: one JSON object per event, `[DONE]` after the last.
+//! Answers as a stream: server-sent events, or lines of JSON where an API wants these. What stands in them, and what comes
+//! last, each API says itself ([`Chunks`]).
 
 use std::{collections::VecDeque, convert::Infallible, sync::Arc, time::Duration};
 
-use axum::response::{
-    IntoResponse, Response,
-    sse::{Event, KeepAlive, Sse},
+use axum::{
+    body::{Body, Bytes},
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
 };
-use futures::Stream;
-use http::{HeaderName, HeaderValue, StatusCode};
+use futures::{Stream, StreamExt};
+use http::{HeaderName, HeaderValue, StatusCode, header};
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
 
 use super::{
     error::ApiError,
+    family::{Family, OPENAI},
     generation::{Broken, Generation, Progress},
     observe::Record,
     streams::position::{Place, Position, Tail},
@@ -30,18 +35,77 @@ pub trait Chunks: Send + 'static {
     /// A choice has grown. No chunk if there is nothing to show yet.
     fn output(&mut self, prompt_idx: usize, output: Output) -> Vec<Chunk>;
 
-    /// All choices are complete. A JSON text.
-    fn finished(&mut self, usage: Usage) -> Option<String>;
+    /// All choices are complete.
+    fn finished(&mut self, usage: Usage) -> Option<Payload>;
+
+    /// What comes last of all.
+    fn last(&mut self) -> Option<Payload> {
+        Some("[DONE]".to_owned().into())
+    }
+
+    /// Whose form they have.
+    fn family(&self) -> &'static Family {
+        &OPENAI
+    }
+
+    /// What ends a stream that fails.
+    fn failed(&mut self, error: &ApiError) -> Payload {
+        (self.family().failure)(error)
+    }
+
+    /// What shows that a silent stream lives; `None` is a comment.
+    fn keep_alive(&self) -> Option<Payload> {
+        None
+    }
 }
 
-/// Part of a streamed choice, as a JSON text.
+/// What one event carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Payload {
+    /// The event's name, where the API names events.
+    pub name: Option<&'static str>,
+    /// A JSON text, but for the last words of some APIs.
+    pub text: String,
+}
+
+impl Payload {
+    /// Of an event with a name.
+    pub fn named(name: &'static str, object: &impl Serialize) -> Self {
+        Self { name: Some(name), text: json(object) }
+    }
+
+    fn event(self) -> Event {
+        // Some clients read lines rather than events: the name comes first.
+        self.name.into_iter().fold(Event::default(), Event::event).data(self.text)
+    }
+}
+
+impl From<String> for Payload {
+    fn from(text: String) -> Self {
+        Self { name: None, text }
+    }
+}
+
+/// Part of a streamed choice.
 #[derive(Debug)]
 pub enum Chunk {
     /// What comes before the output's tokens.
-    Head(String),
+    Head(Payload),
     /// The first of these brings the output's tokens, others what comes after them.
-    Body(String),
+    Body(Payload),
 }
+
+/// How a stream is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Framing {
+    /// Server-sent events.
+    Events,
+    /// A JSON text per line.
+    Lines,
+}
+
+/// The type of a stream of lines.
+pub const LINES_TYPE: &str = "application/x-ndjson";
 
 /// A chunk's JSON.
 pub fn json(chunk: &impl Serialize) -> String {
@@ -52,9 +116,37 @@ struct Streaming {
     generation: Generation,
     chunks: Box<dyn Chunks>,
     numbering: Option<Numbering>,
-    ready: VecDeque<Event>,
+    ready: VecDeque<Ready>,
     is_over: bool,
     record: Arc<Record>,
+}
+
+/// What is to be sent.
+enum Ready {
+    /// An event; the position is its id, with the wish for a quick return if it is the first that has one.
+    Payload { payload: Payload, id: Option<(String, bool)> },
+    /// A comment.
+    Comment(String),
+}
+
+impl Ready {
+    fn event(self) -> Event {
+        match self {
+            Self::Comment(text) => Event::default().comment(text),
+            Self::Payload { payload, id: None } => payload.event(),
+            Self::Payload { payload, id: Some((id, is_first)) } => {
+                let event = payload.event().id(id);
+                if is_first { event.retry(RETRY) } else { event }
+            }
+        }
+    }
+
+    fn line(self) -> Bytes {
+        match self {
+            Self::Comment(_) => Bytes::new(),
+            Self::Payload { payload, .. } => Bytes::from(payload.text + "\n"),
+        }
+    }
 }
 
 /// Ids of the events of a stream that can be resumed, and which of them the client has.
@@ -71,6 +163,7 @@ struct Numbering {
 pub fn respond(
     generation: Generation,
     chunks: Box<dyn Chunks>,
+    framing: Framing,
     has: Option<Position>,
     record: Arc<Record>,
     keep_alive: Duration,
@@ -84,21 +177,35 @@ pub fn respond(
         has.widen(generation.n_choices());
         Numbering { walked: vec![Place::default(); generation.n_choices()], has, has_begun: false }
     });
+    let still_there = KeepAlive::new().interval(keep_alive);
+    let still_there = match chunks.keep_alive() {
+        Some(payload) => still_there.event(payload.event()),
+        None => still_there,
+    };
     let streaming = Streaming { generation, chunks, numbering, ready: VecDeque::new(), is_over: false, record };
-    let mut response = Sse::new(events(streaming)).keep_alive(KeepAlive::new().interval(keep_alive)).into_response();
+    let all = unfold(streaming);
+    let mut response = match framing {
+        Framing::Events => {
+            Sse::new(all.map(|ready| Ok::<_, Infallible>(ready.event()))).keep_alive(still_there).into_response()
+        }
+        Framing::Lines => {
+            let body = Body::from_stream(all.map(|ready| Ok::<_, Infallible>(ready.line())));
+            ([(header::CONTENT_TYPE, LINES_TYPE)], body).into_response()
+        }
+    };
     // Reverse proxies would hold events back.
     let no_buffer = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response.headers_mut().insert(no_buffer.0, no_buffer.1);
     response
 }
 
-fn events(streaming: Streaming) -> impl Stream<Item = Result<Event, Infallible>> {
+fn unfold(streaming: Streaming) -> impl Stream<Item = Ready> {
     futures::stream::unfold(streaming, |mut streaming| async move {
         while streaming.ready.is_empty() && !streaming.is_over {
             streaming.advance().await;
         }
-        let event = streaming.ready.pop_front()?;
-        Some((Ok(event), streaming))
+        let ready = streaming.ready.pop_front()?;
+        Some((ready, streaming))
     })
 }
 
@@ -115,20 +222,22 @@ impl Streaming {
                 if let Some(chunk) = self.chunks.finished(usage) {
                     self.tail(Tail::Usage, chunk);
                 }
-                self.tail(Tail::Done, "[DONE]".to_owned());
+                if let Some(last) = self.chunks.last() {
+                    self.tail(Tail::Done, last);
+                }
                 self.record.end("200");
             }
             // Its successor tells the rest.
             Err(Broken::Superseded) => self.record.end(StatusCode::CONFLICT.as_str()),
             // Not the request has failed, but this server: the client asks again, here or elsewhere.
             Err(Broken::Failed(RequestError::Unavailable(reason))) if self.numbering.is_some() => {
-                self.ready
-                    .push_back(Event::default().comment(format!("ask again: {}", reason.replace(['\r', '\n'], " "))));
+                self.ready.push_back(Ready::Comment(format!("ask again: {}", reason.replace(['\r', '\n'], " "))));
                 self.record.end(StatusCode::SERVICE_UNAVAILABLE.as_str());
             }
             Err(error) => {
                 let error = self.record.span().in_scope(|| ApiError::from(error));
-                self.ready.push_back(Event::default().data(json(&error.object())));
+                let payload = self.chunks.failed(&error);
+                self.ready.push_back(Ready::Payload { payload, id: None });
                 self.record.end(error.status().as_str());
             }
         }
@@ -140,26 +249,26 @@ impl Streaming {
         let chunks = self.chunks.output(prompt_idx, output);
         let Some(numbering) = &mut self.numbering else {
             self.ready.extend(chunks.into_iter().map(|chunk| match chunk {
-                Chunk::Head(json) | Chunk::Body(json) => Event::default().data(json),
+                Chunk::Head(payload) | Chunk::Body(payload) => Ready::Payload { payload, id: None },
             }));
             return;
         };
         for chunk in chunks {
-            let (json, n_tokens) = match chunk {
-                Chunk::Head(json) => (json, 0),
-                Chunk::Body(json) => (json, std::mem::take(&mut n_new)),
+            let (payload, n_tokens) = match chunk {
+                Chunk::Head(payload) => (payload, 0),
+                Chunk::Body(payload) => (payload, std::mem::take(&mut n_new)),
             };
-            self.ready.extend(numbering.chunk(index, n_tokens, json));
+            self.ready.extend(numbering.chunk(index, n_tokens, payload));
         }
         numbering.silent(index, n_new);
     }
 
-    fn tail(&mut self, tail: Tail, json: String) {
+    fn tail(&mut self, tail: Tail, payload: Payload) {
         match &mut self.numbering {
-            None => self.ready.push_back(Event::default().data(json)),
+            None => self.ready.push_back(Ready::Payload { payload, id: None }),
             Some(numbering) => {
                 if numbering.has.reach_tail(tail) {
-                    self.ready.push_back(numbering.event(json));
+                    self.ready.push_back(numbering.ready(payload));
                 }
             }
         }
@@ -168,10 +277,10 @@ impl Streaming {
 
 impl Numbering {
     /// A chunk's event, unless the client has it.
-    fn chunk(&mut self, index: usize, n_tokens: usize, json: String) -> Option<Event> {
+    fn chunk(&mut self, index: usize, n_tokens: usize, payload: Payload) -> Option<Ready> {
         let walked = self.walked.get_mut(index)?;
         *walked = walked.step(n_tokens);
-        self.has.reach(index, *walked).then(|| self.event(json))
+        self.has.reach(index, *walked).then(|| self.ready(payload))
     }
 
     /// Tokens that nothing shows yet.
@@ -182,8 +291,8 @@ impl Numbering {
         }
     }
 
-    fn event(&mut self, json: String) -> Event {
-        let event = Event::default().id(self.has.to_string()).data(json);
-        if std::mem::replace(&mut self.has_begun, true) { event } else { event.retry(RETRY) }
+    fn ready(&mut self, payload: Payload) -> Ready {
+        let is_first = !std::mem::replace(&mut self.has_begun, true);
+        Ready::Payload { payload, id: Some((self.has.to_string(), is_first)) }
     }
 }

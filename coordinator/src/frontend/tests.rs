@@ -1,8 +1,13 @@
 //! All endpoints over a scheduler that says what its script says.
 
+mod anthropic;
 mod chat;
 mod completions;
 mod endpoints;
 mod errors;
 pub(super) mod fake;
+mod ollama;
+mod responses;
+mod resuming;
 mod security;
+mod tgi;

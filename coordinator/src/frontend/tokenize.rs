@@ -1,4 +1,4 @@
-//! `POST /tokenize` and `POST /detokenize`, as vLLM has them.
+//! `POST /tokenize` and `POST /detokenize` as vLLM has them, `POST /apply-template` as llama.cpp's server does.
 
 use axum::{Json, extract::State};
 use phalanx_cluster::id::TokenId;
@@ -10,8 +10,7 @@ use super::{
     fields::{Fields, Integer},
     json_body::JsonBody,
     messages,
-    neutral::take_template_variables,
-    prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    prompt::{Prompt, Rendering, SpecialTokens},
 };
 
 /// Token ids of a text.
@@ -40,11 +39,7 @@ fn tokens_of(state: &FrontendState, mut fields: Fields) -> Result<Tokenized, Api
     let (text, field, default) = match (fields.take::<String>("prompt")?, fields.take("messages")?) {
         (Some(text), None) => (text, "prompt", true),
         (None, Some(messages)) => {
-            let rendering = Rendering {
-                messages: messages::parse(messages)?,
-                ending: Ending::take(&mut fields)?,
-                variables: take_template_variables(&mut fields)?,
-            };
+            let rendering = Rendering::take(&mut fields, messages::parse(messages)?, state)?;
             (state.render(&rendering)?, "messages", false)
         }
         (None, None) => return Err(ApiError::missing("prompt")),
@@ -68,6 +63,25 @@ pub async fn detokenize(State(state): State<FrontendState>, body: JsonBody) -> R
         fields.finish()?;
         let ids = state.encode(&Prompt::Ids(tokens), SpecialTokens::Leave, "tokens")?;
         Ok(Detokenized { prompt: state.model.tokenizer.decode(&ids, false) })
+    };
+    state.blocking(work).await.map(Json)
+}
+
+/// A chat as the model reads it.
+#[derive(Debug, Serialize)]
+pub struct Rendered {
+    prompt: String,
+}
+
+/// What chat completions make of the same messages.
+pub async fn apply_template(State(state): State<FrontendState>, body: JsonBody) -> Result<Json<Rendered>, ApiError> {
+    let work = move |state: &FrontendState| {
+        let mut fields = body.parse()?;
+        state.check_model(fields.take::<String>("model")?.as_deref())?;
+        let messages = messages::parse(fields.require("messages")?)?;
+        let rendering = Rendering::take(&mut fields, messages, state)?;
+        fields.finish()?;
+        Ok(Rendered { prompt: state.render(&rendering)? })
     };
     state.blocking(work).await.map(Json)
 }

@@ -66,6 +66,10 @@ pub struct Sampling {
     seed: u64,
     min_tokens: u32,
     suppressed_token_ids: Vec<u32>,
+    /// Ascending; none are all.
+    allowed_token_ids: Vec<u32>,
+    /// Each at least one token long.
+    bad_words: Vec<Vec<u32>>,
 }
 
 impl Sampling {
@@ -84,6 +88,8 @@ impl Sampling {
             seed: 0,
             min_tokens: 0,
             suppressed_token_ids: Vec::new(),
+            allowed_token_ids: Vec::new(),
+            bad_words: Vec::new(),
         }
     }
 
@@ -113,6 +119,8 @@ impl Sampling {
             && self.frequency_penalty == 0.0
             && self.logit_bias.is_empty()
             && (self.min_tokens == 0 || self.suppressed_token_ids.is_empty())
+            && self.allowed_token_ids.is_empty()
+            && self.bad_words.is_empty()
     }
 }
 
@@ -149,6 +157,15 @@ impl TryFrom<&SamplingParams> for Sampling {
             seed: params.seed,
             min_tokens: params.min_tokens,
             suppressed_token_ids: params.suppressed_token_ids.clone(),
+            allowed_token_ids: {
+                let mut ids = params.allowed_token_ids.clone();
+                ids.sort_unstable();
+                ids
+            },
+            bad_words: {
+                let runs = params.bad_words.iter().map(|run| run.token_ids.clone());
+                runs.filter(|run| !run.is_empty()).collect()
+            },
         })
     }
 }

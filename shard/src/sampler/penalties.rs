@@ -1,4 +1,5 @@
-//! What changes logits before a token is chosen: repetition, presence and frequency penalties, biases, held-back tokens.
+//! What changes logits before a token is chosen: repetition, presence and frequency penalties, biases, and tokens that may
+//! not be chosen.
 
 use std::collections::BTreeMap;
 
@@ -9,14 +10,14 @@ use super::Sampling;
 pub struct TokenCounts {
     /// Tokens of prompt or output, with their number in the output.
     in_output: BTreeMap<u32, u32>,
-    output_len: u64,
+    output: Vec<u32>,
 }
 
 impl TokenCounts {
     /// Counts the known tokens of a sequence.
     #[must_use]
     pub fn new(prompt: &[u32], output: &[u32]) -> Self {
-        let mut counts = Self { in_output: prompt.iter().map(|token_id| (*token_id, 0)).collect(), output_len: 0 };
+        let mut counts = Self { in_output: prompt.iter().map(|token_id| (*token_id, 0)).collect(), output: Vec::new() };
         output.iter().for_each(|token_id| counts.push(*token_id));
         counts
     }
@@ -25,13 +26,13 @@ impl TokenCounts {
     pub fn push(&mut self, token_id: u32) {
         let count = self.in_output.entry(token_id).or_insert(0);
         *count = count.saturating_add(1);
-        self.output_len += 1;
+        self.output.push(token_id);
     }
 
     /// Number of tokens in the output.
     #[must_use]
     pub fn output_len(&self) -> u64 {
-        self.output_len
+        self.output.len() as u64
     }
 }
 
@@ -44,7 +45,8 @@ impl TokenCounts {
 /// 2. frequency and presence penalties: tokens of the output get `logit - n * frequency - presence`, where they occur
 ///    `n` times (the `OpenAI` API's definition);
 /// 3. biases are added;
-/// 4. until the output has `min_tokens` tokens, held-back ones get minus infinity.
+/// 4. minus infinity get: until the output has `min_tokens` tokens, those held back so long; all but the allowed ones, if
+///    these are named; and what would complete a bad word.
 pub fn apply(sampling: &Sampling, counts: &TokenCounts, vocab_start: u32, logits: &mut [f32]) {
     let vocab_end = vocab_start.saturating_add(u32::try_from(logits.len()).unwrap_or(u32::MAX));
     let vocab = vocab_start..vocab_end;
@@ -62,8 +64,32 @@ pub fn apply(sampling: &Sampling, counts: &TokenCounts, vocab_start: u32, logits
     for (token_id, bias) in sampling.logit_bias.iter().filter(|(token_id, _)| vocab.contains(token_id)) {
         logits[(token_id - vocab_start) as usize] += bias;
     }
-    for token_id in sampling.held_back(counts.output_len).iter().filter(|token_id| vocab.contains(token_id)) {
+    for token_id in sampling.held_back(counts.output_len()).iter().filter(|token_id| vocab.contains(token_id)) {
         logits[(token_id - vocab_start) as usize] = f32::NEG_INFINITY;
+    }
+    if !sampling.allowed_token_ids.is_empty() {
+        keep_only(&sampling.allowed_token_ids, vocab_start, logits);
+    }
+    for run in &sampling.bad_words {
+        let Some((last, before)) = run.split_last() else { continue };
+        if vocab.contains(last) && counts.output.ends_with(before) {
+            logits[(last - vocab_start) as usize] = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// Gives minus infinity to all tokens but these, which are in ascending order.
+fn keep_only(allowed: &[u32], vocab_start: u32, logits: &mut [f32]) {
+    let from = allowed.partition_point(|token_id| *token_id < vocab_start);
+    let mut next = allowed[from..].iter().peekable();
+    for (token_id, logit) in (vocab_start..).zip(logits) {
+        let mut is_allowed = false;
+        while next.next_if_eq(&&token_id).is_some() {
+            is_allowed = true;
+        }
+        if !is_allowed {
+            *logit = f32::NEG_INFINITY;
+        }
     }
 }
 
@@ -116,6 +142,37 @@ mod tests {
         let mut logits = [0.0; 8];
         apply(&sampling(), &counts, 0, &mut logits);
         assert_eq!(logits[7], 0.0);
+    }
+
+    #[test]
+    fn only_allowed_tokens_stay() {
+        let sampling = Sampling { allowed_token_ids: vec![0, 2, 2, 5, 90], ..Sampling::greedy() };
+        assert!(!sampling.keeps_logits());
+        let mut logits = [1.0; 7];
+        apply(&sampling, &TokenCounts::default(), 0, &mut logits);
+        let none = f32::NEG_INFINITY;
+        assert_eq!(logits, [1.0, none, 1.0, none, none, 1.0, none]);
+        let mut slice = [1.0; 3];
+        apply(&sampling, &TokenCounts::default(), 4, &mut slice);
+        assert_eq!(slice, [none, 1.0, none]);
+    }
+
+    #[test]
+    fn a_bad_word_is_never_completed() {
+        let bad_words = vec![vec![3], vec![1, 2], vec![2, 2, 0]];
+        let sampling = Sampling { bad_words, ..Sampling::greedy() };
+        assert!(!sampling.keeps_logits());
+        let forbidden = |prompt: &[u32], output: &[u32]| {
+            let mut logits = [0.0; 5];
+            apply(&sampling, &TokenCounts::new(prompt, output), 0, &mut logits);
+            (0..5).filter(|id| logits[*id] == f32::NEG_INFINITY).collect::<Vec<_>>()
+        };
+        assert_eq!(forbidden(&[], &[]), [3], "a word of one token");
+        assert_eq!(forbidden(&[1], &[]), [3], "the prompt's tokens begin no word of the output");
+        assert_eq!(forbidden(&[], &[4, 1]), [2, 3]);
+        assert_eq!(forbidden(&[], &[1, 4]), [3], "the word was left");
+        assert_eq!(forbidden(&[], &[2, 2]), [0, 3]);
+        assert_eq!(forbidden(&[], &[2]), [3], "an output shorter than the word");
     }
 
     #[test]

@@ -200,8 +200,9 @@ fn check_blocks(sequence: u32, blocks: &[u32], limits: &Limits) -> Result<(), Pl
 
 /// Token ids in the sampling parameters; [`Sequence::new`] checks the numbers.
 fn check_sampled_ids(s: &SamplingParams, limits: &Limits) -> Result<(), String> {
+    let runs = s.bad_words.iter().flat_map(|run| &run.token_ids);
     let ids = s.logit_bias.iter().map(|bias| &bias.token_id).chain(&s.suppressed_token_ids);
-    match ids.into_iter().find(|id| **id as usize >= limits.vocab) {
+    match ids.chain(&s.allowed_token_ids).chain(runs).find(|id| **id as usize >= limits.vocab) {
         Some(id) => Err(format!("token {id} is not below {}", limits.vocab)),
         None => Ok(()),
     }

@@ -1,7 +1,7 @@
 //! The same bits, however the work is cut: ranks, rows, chunks, restarts.
 
 use phalanx_kernels::ops::Precision;
-use phalanx_proto::v1::{Chunk, LogitBias, SamplingParams, SequenceStart, StepPlan};
+use phalanx_proto::v1::{Chunk, LogitBias, SamplingParams, SequenceStart, StepPlan, TokenRun};
 use phalanx_shard::offline::{LocalConfig, LocalGroup, LocalOutput, LocalRequest, greedy};
 
 use crate::tiny::{TinyModel, prompt, small};
@@ -24,6 +24,11 @@ fn requests() -> Vec<LocalRequest> {
         SamplingParams { temperature: 0.7, top_k: 20, top_p: 0.9, min_p: 0.01, seed: 1, ..penalized },
         SamplingParams { logprobs: Some(2), prompt_logprobs: Some(2), seed: 2, ..drawn.clone() },
         SamplingParams { prompt_logprobs: Some(0), ..greedy() },
+        SamplingParams {
+            allowed_token_ids: (3..90).collect(),
+            bad_words: (3..40).map(|id| TokenRun { token_ids: vec![id + 1, id] }).collect(),
+            ..greedy()
+        },
         SamplingParams { min_tokens: 4, suppressed_token_ids: (0..150).collect(), ..greedy() },
     ]
     .into_iter()

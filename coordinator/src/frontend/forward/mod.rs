@@ -24,7 +24,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes, to_bytes},
-    response::{IntoResponse, Response},
+    response::Response,
 };
 use futures::{FutureExt, future::BoxFuture};
 use http::{HeaderName, HeaderValue, Method, Request, header};
@@ -39,7 +39,7 @@ use self::{
     relay::{no_leader, relay, while_leading},
     upstream::{Ask, Upstreams},
 };
-use super::{Limits, error::ApiError};
+use super::{Limits, error::ApiError, family};
 use crate::leadership::LeadershipView;
 
 /// Header by which a client names a request that it may ask again.
@@ -48,8 +48,6 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const RESUME_KEY: HeaderName = HeaderName::from_static("x-phalanx-resume-key");
 /// Paths that say something about this very process.
 const OWN_PATHS: &[&str] = &["/health", "/livez", "/ping", "/ready", "/readyz", "/startupz", "/metrics", "/version"];
-/// Paths of generations.
-const RESUMABLE_PATHS: &[&str] = &["/v1/chat/completions", "/v1/completions"];
 
 /// Counts requests that are under way.
 #[derive(Clone)]
@@ -126,7 +124,7 @@ impl Gateway {
         if request.headers().contains_key(FORWARDED) {
             return self.answer_forwarded(request).await;
         }
-        let is_generation = request.method() == Method::POST && RESUMABLE_PATHS.contains(&path);
+        let is_generation = request.method() == Method::POST && family::is_generation(path);
         if let Some(local) = self.upstreams.finder.here().filter(|_| !self.is_shared || !is_generation) {
             return call(local.endpoints, request).await;
         }
@@ -134,8 +132,9 @@ impl Gateway {
         let (parts, body) = request.into_parts();
         let body = match self.read(body, parts.headers.get(header::CONTENT_LENGTH)).await {
             Ok(body) => body,
-            Err(error) => return error.into_response(),
+            Err(error) => return family::refuse(parts.uri.path(), &error),
         };
+        let form = family::of(parts.uri.path());
         let mut ask = Ask::new(&parts, body);
         if is_generation && self.is_shared && !ask.headers.contains_key(&IDEMPOTENCY_KEY) {
             let key = uuid::Uuid::new_v4().to_string();
@@ -143,7 +142,7 @@ impl Gateway {
                 ask.headers.insert(RESUME_KEY, key);
             }
         }
-        relay(self.upstreams, ask, busy).await
+        relay(self.upstreams, ask, form, busy).await
     }
 
     /// Somebody else's client: that one looks for the next leader if this one ceases to be it.
@@ -188,6 +187,7 @@ impl Service<Request<Body>> for Gateway {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        self.clone().answer(request).map(Ok).boxed()
+        let form = family::of(request.uri().path());
+        self.clone().answer(request).map(|response| Ok(family::shape(form, response))).boxed()
     }
 }

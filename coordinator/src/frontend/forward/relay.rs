@@ -20,7 +20,11 @@ use super::{
     finder::Over,
     upstream::{Ask, Upstream, Upstreams},
 };
-use crate::frontend::{error::ApiError, sse};
+use crate::frontend::{
+    error::ApiError,
+    family::Family,
+    sse::{self, Framing, Payload},
+};
 
 /// Header that says after which event a stream is to go on.
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
@@ -34,7 +38,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 const QUEUE: usize = 64;
 
 /// Asks until somebody answers, then passes the answer on: event by event if it is a stream, else whole.
-pub async fn relay(upstreams: Upstreams, ask: Ask, busy: Busy) -> Response {
+pub async fn relay(upstreams: Upstreams, ask: Ask, form: &'static Family, busy: Busy) -> Response {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match timeout_at(deadline, upstreams.ask(&ask)).await {
@@ -42,7 +46,7 @@ pub async fn relay(upstreams: Upstreams, ask: Ask, busy: Busy) -> Response {
             Ok(Err(reason)) => tracing::debug!(reason, "asking for a leader again"),
             Ok(Ok(upstream)) => {
                 if is_stream(&upstream.response) {
-                    return stream(upstreams, ask, upstream, busy);
+                    return stream(upstreams, ask, form, upstream, busy);
                 }
                 match whole(upstream).await {
                     Ok(response) => return response,
@@ -77,10 +81,13 @@ async fn whole(upstream: Upstream) -> Result<Response, String> {
     }
 }
 
-fn stream(upstreams: Upstreams, ask: Ask, upstream: Upstream, busy: Busy) -> Response {
-    let (parts, body) = upstream.response.into_parts();
+fn stream(upstreams: Upstreams, ask: Ask, form: &'static Family, upstream: Upstream, busy: Busy) -> Response {
+    let (mut parts, body) = upstream.response.into_parts();
+    if form.framing == Framing::Lines {
+        parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(sse::LINES_TYPE));
+    }
     let (client, events) = mpsc::channel(QUEUE);
-    let relay = Relay { upstreams, ask, client, last_id: None, has_said: false, _busy: busy };
+    let relay = Relay { upstreams, ask, form, client, last_id: None, has_said: false, _busy: busy };
     let source = Source { body: body.into_data_stream().boxed(), over: upstream.over };
     tokio::spawn(relay.run(source));
     Response::from_parts(parts, Body::from_stream(ReceiverStream::new(events).map(Ok::<_, Infallible>)))
@@ -100,10 +107,18 @@ enum End {
     Broken(String),
 }
 
+/// What an event carries, as a line; nothing if it carries nothing.
+fn line(event: &[u8]) -> Bytes {
+    let carried = event.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"data: "));
+    carried.map_or_else(Bytes::new, |carried| Bytes::from([carried, b"\n"].concat()))
+}
+
 /// Passes one answer on.
 struct Relay {
     upstreams: Upstreams,
     ask: Ask,
+    /// Whose streams the client reads.
+    form: &'static Family,
     client: mpsc::Sender<Bytes>,
     /// What the client has.
     last_id: Option<String>,
@@ -152,7 +167,11 @@ impl Relay {
                 if event.kind == Kind::AskAgain {
                     return End::Broken("its server ends".to_owned());
                 }
-                if self.client.send(event.raw).await.is_err() {
+                let raw = match self.form.framing {
+                    Framing::Events => event.raw,
+                    Framing::Lines => line(&event.raw),
+                };
+                if !raw.is_empty() && self.client.send(raw).await.is_err() {
                     return End::ClientGone;
                 }
                 self.has_said |= event.kind != Kind::Comment;
@@ -169,9 +188,11 @@ impl Relay {
         let deadline = Instant::now() + PATIENCE;
         let client = self.client.clone();
         let pings = async {
+            // Nothing can be said between lines: their client hears of its connection's end only.
+            let ping: &[u8] = if self.form.framing == Framing::Events { b": waiting for a leader\n\n" } else { b"" };
             loop {
                 sleep(PING).await;
-                if client.send(Bytes::from_static(b": waiting for a leader\n\n")).await.is_err() {
+                if !ping.is_empty() && client.send(Bytes::from_static(ping)).await.is_err() {
                     return;
                 }
             }
@@ -198,9 +219,8 @@ impl Relay {
         match said {
             // As the endpoints end a stream that fails: with the error's object.
             Ok(error) => {
-                let event = [b"data: ", error.as_ref(), b"\n\n"].concat();
-                // A client that has gone needs none.
-                let _ = self.client.send(Bytes::from(event)).await;
+                let text = String::from_utf8_lossy(&error).into_owned();
+                self.say(Payload { text, ..(self.form.failure)(&ApiError::not_ready("")) }).await;
             }
             Err(reason) => self.fail(&ApiError::not_ready(&reason)).await,
         }
@@ -224,9 +244,17 @@ impl Relay {
     }
 
     async fn fail(&self, error: &ApiError) {
-        let event = format!("data: {}\n\n", sse::json(&error.object()));
+        self.say((self.form.failure)(error)).await;
+    }
+
+    async fn say(&self, payload: Payload) {
+        let text = match (self.form.framing, payload.name) {
+            (Framing::Lines, _) => format!("{}\n", payload.text),
+            (Framing::Events, None) => format!("data: {}\n\n", payload.text),
+            (Framing::Events, Some(name)) => format!("event: {name}\ndata: {}\n\n", payload.text),
+        };
         // A client that has gone needs none.
-        let _ = self.client.send(Bytes::from(event)).await;
+        let _ = self.client.send(Bytes::from(text)).await;
     }
 }
 

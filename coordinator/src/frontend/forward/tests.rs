@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use axum::{extract::State, routing::any};
+use axum::{extract::State, response::IntoResponse, routing::any};
 use futures::StreamExt;
 use http::{HeaderMap, StatusCode};
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
@@ -352,4 +352,46 @@ async fn a_clients_own_key_is_kept() {
     assert_eq!((asked.header("idempotency-key"), asked.header("x-phalanx-resume-key")), (Some("mine"), None));
     asked.with("{}".into_response());
     assert_eq!(answer.await.unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn lines_go_on_with_the_next_leader() {
+    let (mut first, mut second) = (FakeLeader::start("first").await, FakeLeader::start("second").await);
+    let standby = standby(first.leads(1));
+    let request = Request::post("/api/chat").header("content-type", "application/json").body(Body::from("{}")).unwrap();
+    let answer = standby.send(request);
+    let asked = first.asked().await;
+    assert!(asked.headers.contains_key("x-phalanx-resume-key"));
+    let pieces = asked.with_stream();
+    pieces.send(piece("id: 1\nretry: 250\ndata: {\"a\":1}\n\n: ping\n\nid: 2\ndata: {\"a\":2}\n\n")).unwrap();
+    let answer = answer.await.unwrap();
+    assert_eq!(answer.headers()["content-type"], "application/x-ndjson");
+    let mut body = answer.into_body().into_data_stream();
+    assert_eq!(read_until(&mut body, "2}\n").await, "{\"a\":1}\n{\"a\":2}\n");
+
+    pieces.send(broken()).unwrap();
+    standby.view.send_replace(second.leads(2));
+    let asked = tokio::select! {
+        asked = second.asked() => asked,
+        // Asked again before its successor was known.
+        asked = first.asked() => { drop(asked); second.asked().await }
+    };
+    assert_eq!(asked.header("last-event-id"), Some("2"));
+    let pieces = asked.with_stream();
+    pieces.send(piece("id: 3;1\ndata: {\"done\":true}\n\n")).unwrap();
+    drop(pieces);
+    assert_eq!(read_until(&mut body, "\n").await, "{\"done\":true}\n");
+    assert!(timeout(PATIENCE, body.next()).await.unwrap().is_none(), "and then it ends");
+}
+
+#[tokio::test]
+async fn refusals_have_the_form_of_their_api() {
+    let standby = standby(FakeLeader::start("nobody").await.leads(1));
+    for (path, member) in [("/v1/messages", "type"), ("/api/chat", "error"), ("/generate", "error_type")] {
+        let long = Request::post(path).body(Body::from("x".repeat(2000))).unwrap();
+        let answer = standby.send(long).await.unwrap();
+        assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
+        let error: serde_json::Value = serde_json::from_str(&text(answer).await).unwrap();
+        assert!(error[member].is_string(), "{path}: {error}");
+    }
 }

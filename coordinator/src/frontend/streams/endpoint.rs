@@ -47,5 +47,5 @@ pub async fn read(
     if has.tail() == Tail::Done {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    state.deliver(generation, &reply, Some(has), record).await
+    state.deliver(generation, &reply, Some(has), false, record).await
 }

@@ -72,6 +72,11 @@ impl Keyed {
         Self { key: owned(&self.key, principal), ..self }
     }
 
+    /// Whether a coordinator gave the key that passes the request on, not a client.
+    pub fn is_forwarders(&self) -> bool {
+        self.patience.is_zero()
+    }
+
     /// A part of answers' names: every coordinator gives the same to the same request.
     pub fn name(&self) -> String {
         let digest = self.digest("name");

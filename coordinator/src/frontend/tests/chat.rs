@@ -205,3 +205,61 @@ async fn prompt_scores_and_token_ids_are_added_if_asked_for() {
     let second = &scores[1][prompt[1].to_string()];
     assert_eq!((second["logprob"].as_f64(), second["rank"].as_u64()), (Some(-1.25), Some(3)));
 }
+
+#[tokio::test]
+async fn chunks_count_as_they_come() {
+    let server = Server::saying(" one two three");
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let events = server.post(PATH, &ask(json!({"stream": true, "stream_options": options}))).await.events();
+    let counts: Vec<u64> = events.iter().map(|e| e["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+    assert!(counts.is_sorted() && counts.len() > 3, "{counts:?}");
+    assert_eq!(counts.iter().max(), counts.last());
+    let n_prompt = server.last_request().prompt.len();
+    assert!(events.iter().all(|e| e["usage"]["prompt_tokens"] == n_prompt));
+    let alone = json!({"stream": true, "stream_options": {"continuous_usage_stats": true}});
+    let refused = server.post(PATH, &ask(alone)).await;
+    assert_eq!(refused.json()["error"]["param"], "stream_options.continuous_usage_stats");
+}
+
+#[tokio::test]
+async fn requests_bring_their_template_and_their_name() {
+    let server = Server::saying("x");
+    let more = json!({"chat_template": "{{ messages[0].content }}!{{ reasoning_effort }}", "reasoning_effort": "low",
+                      "request_id": "job-7"});
+    let answer = server.post(PATH, &ask(more)).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.json()["id"], "chatcmpl-job-7");
+    assert_eq!(server.tokenizer.decode(&server.last_request().prompt, false), "hi!low");
+    let documents = json!({"chat_template": "{{ documents[0].text }}", "documents": [{"text": "facts"}]});
+    server.post(PATH, &ask(documents)).await;
+    assert_eq!(server.tokenizer.decode(&server.last_request().prompt, false), "facts");
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": false});
+    assert_eq!(server.post("/apply-template", &body).await.json(), json!({"prompt": "<turn>user: hi\n"}));
+}
+
+#[tokio::test]
+async fn an_echo_is_the_last_message() {
+    let server = Server::saying(" here");
+    let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am"}]);
+    let more = json!({"messages": messages, "continue_final_message": true, "echo": true});
+    let whole = server.post(PATH, &ask(more.clone())).await.json();
+    assert_eq!(whole["choices"][0]["message"]["content"], "I am here");
+    let mut body = ask(more);
+    body["stream"] = json!(true);
+    let events = server.post(PATH, &body).await.events();
+    let joined: String = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(joined, "I am here");
+    let plain = server.post(PATH, &ask(json!({"echo": true}))).await.json();
+    assert_eq!(plain["choices"][0]["message"]["content"], " here", "a user's message is not the answer's beginning");
+}
+
+#[tokio::test]
+async fn tokens_can_be_named_by_their_ids() {
+    let server = Server::saying(" one");
+    let more =
+        json!({"logprobs": true, "top_logprobs": 1, "return_tokens_as_token_ids": true, "return_token_ids": true});
+    let choice = server.post(PATH, &ask(more)).await.json()["choices"][0].clone();
+    let entry = &choice["logprobs"]["content"][0];
+    assert_eq!(entry["token"], format!("token_id:{}", choice["token_ids"][0]));
+    assert_eq!(entry["top_logprobs"][0]["token"], "token_id:10");
+}

@@ -1,6 +1,7 @@
 use serde_json::{Value, json};
 
-use super::fake::Server;
+use super::fake::{Server, folder, reply};
+use crate::request::{Finish, RequestEvent};
 
 const PATH: &str = "/v1/completions";
 
@@ -150,5 +151,66 @@ async fn prompt_logprobs_are_per_choice() {
         let scores = choice["prompt_logprobs"].as_array().unwrap();
         assert_eq!(scores.len(), request.prompt.len());
         assert!((2..=3).contains(&scores[1].as_object().unwrap().len()));
+    }
+}
+
+#[tokio::test]
+async fn the_last_tokens_of_a_prompt_are_read() {
+    let server = Server::saying("x");
+    let ids: Vec<u32> = (5..15).collect();
+    let body = |n: i64| json!({"prompt": ids, "truncate_prompt_tokens": n, "echo": true, "max_tokens": 60});
+    let answer = server.post(PATH, &body(3)).await.json();
+    assert_eq!(server.last_request().prompt, ids[7..]);
+    let echoed = server.tokenizer.decode(&ids[7..], true);
+    assert!(answer["choices"][0]["text"].as_str().unwrap().starts_with(&echoed), "{answer}");
+    server.post(PATH, &body(-1)).await;
+    assert_eq!(server.last_request().prompt, ids[6..], "what leaves room for the output");
+    server.post(PATH, &body(50)).await;
+    assert_eq!(server.last_request().prompt.len(), 10 - 6, "the prompt is shorter, but it must fit");
+}
+
+#[tokio::test]
+async fn tokens_are_allowed_and_words_forbidden() {
+    let server = Server::saying("x");
+    let body = json!({"prompt": "a", "allowed_token_ids": [9, 5, 9], "bad_words": ["cat"]});
+    assert_eq!(server.post(PATH, &body).await.status, 200);
+    let sampling = server.last_request().sampling;
+    assert_eq!(sampling.allowed_token_ids, [5, 9]);
+    let runs: Vec<Vec<u32>> = sampling.bad_words.into_iter().map(|run| run.token_ids).collect();
+    for text in ["cat", " cat"] {
+        assert!(runs.contains(&server.tokenizer.encode(text, false).unwrap()), "{text}: {runs:?}");
+    }
+    let guided = json!({"prompt": "a", "bad_words": ["cat"], "guided_regex": "a+"});
+    assert_eq!(server.post(PATH, &guided).await.json()["error"]["param"], "bad_words", "beside a grammar");
+    let eos = server.tokenizer.eos_ids()[0];
+    let none_left = json!({"prompt": "a", "allowed_token_ids": [eos], "min_tokens": 1});
+    let refused = server.post(PATH, &none_left).await;
+    assert_eq!(refused.json()["error"]["param"], "allowed_token_ids", "{}", refused.body);
+}
+
+#[tokio::test]
+async fn the_best_of_several_choices_are_told() {
+    let tokenizer = phalanx_cluster::tokenizer::Tokenizer::from_folder(folder()).unwrap();
+    let server = Server::with(move |request| {
+        let mut events = reply(&tokenizer, request, " one", &Finish::EndOfSequence);
+        for event in &mut events {
+            if let RequestEvent::Output(output) = event {
+                // The later the choice, the more probable; its text says which it is.
+                output.scores.iter_mut().for_each(|score| score.logprob = -9.0 + output.index as f32);
+                output.text = output.index.to_string();
+            }
+        }
+        Ok(events)
+    });
+    let answer = server.post(PATH, &json!({"prompt": "a", "best_of": 4, "n": 2})).await.json();
+    assert_eq!((server.last_request().n, server.last_request().sampling.logprobs), (4, Some(0)));
+    let choices = answer["choices"].as_array().unwrap();
+    let begins: Vec<&str> = choices.iter().map(|c| &c["text"].as_str().unwrap()[..1]).collect();
+    assert_eq!(begins, ["3", "2"]);
+    assert!(choices.iter().enumerate().all(|(i, c)| c["index"] == i && c["logprobs"].is_null()));
+    let n_all = server.last_request().n as u64;
+    assert_eq!(answer["usage"]["completion_tokens"].as_u64().unwrap() % n_all, 0, "all that were made are counted");
+    for wrong in [json!({"prompt": "a", "best_of": 2, "stream": true}), json!({"prompt": "a", "best_of": 1, "n": 2})] {
+        assert_eq!(server.post(PATH, &wrong).await.json()["error"]["param"], "best_of");
     }
 }

@@ -70,7 +70,9 @@ async fn requests_keep_their_names() {
     assert_eq!(server.send(named("job-17")).await.headers["x-request-id"], "job-17");
     let forged = server.send(named("a b")).await;
     assert_eq!(forged.headers["x-request-id"].len(), 32, "a name with a space is replaced");
-    assert_eq!(server.get("/no/such").await.headers["x-request-id"].len(), 32);
+    let missing = server.get("/no/such").await;
+    assert_eq!(missing.headers["x-request-id"].len(), 32);
+    assert!(missing.headers["openai-processing-ms"].to_str().unwrap().parse::<u64>().is_ok());
 }
 
 /// One token, and then nothing for ever.

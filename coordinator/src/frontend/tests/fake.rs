@@ -98,6 +98,28 @@ impl Answer {
         assert_eq!(data.pop(), Some("[DONE]"), "{}", self.body);
         data.into_iter().map(|d| serde_json::from_str(d).unwrap()).collect()
     }
+
+    /// Events with their names, which may be missing.
+    pub fn named_events(&self) -> Vec<(String, Value)> {
+        let event = |event: &str| {
+            let mut name = "";
+            let mut data = "";
+            for line in event.lines() {
+                match line.split_once(": ") {
+                    Some(("event", value)) => name = value,
+                    Some(("data", value)) => data = value,
+                    other => panic!("{other:?} in {event}"),
+                }
+            }
+            (name.to_owned(), serde_json::from_str(data).unwrap_or_else(|e| panic!("{e}: {event}")))
+        };
+        self.body.split_terminator("\n\n").map(event).collect()
+    }
+
+    /// A JSON value per line.
+    pub fn lines(&self) -> Vec<Value> {
+        self.body.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+    }
 }
 
 pub fn folder() -> &'static Path {
@@ -132,6 +154,14 @@ impl Server {
             chat_template: Some(Arc::new(template)),
             eos: tokenizer.eos_ids().to_vec(),
             created: 1_700_000_000,
+            facts: crate::model_facts::ModelFacts {
+                architecture: "llama".to_owned(),
+                format: "gguf",
+                identity: "ab".repeat(32),
+                bytes: 1 << 20,
+                n_weights: 1_500_000,
+                weight_type: "Q4_0".to_owned(),
+            },
         };
         let metrics = prometheus::recorder().unwrap().build_recorder().handle();
         let state = FrontendState::new(Arc::clone(&fake) as Arc<dyn Submit>, model, limits, metrics);

@@ -44,22 +44,39 @@ async fn complete(server: &Server, key: &str, body: &Value) -> Answer {
 
 /// Every path of every router, as its source spells it, with names for what is variable.
 fn all_paths() -> BTreeSet<String> {
-    let sources = [include_str!("../mod.rs"), include_str!("../../admin/http.rs")];
-    let routes = sources.iter().flat_map(|source| source.split(".route(").skip(1));
-    let path = |route: &str| match route.trim_start().strip_prefix('"') {
-        Some(literal) => literal.split('"').next().unwrap().replace(['{', '}', '*'], ""),
-        None if route.trim_start().starts_with("chat::PATH") => chat::PATH.to_owned(),
-        None if route.trim_start().starts_with("completions::PATH") => completions::PATH.to_owned(),
-        None => panic!("which path is {}?", &route[..route.len().min(60)]),
+    let sources = [
+        include_str!("../mod.rs"),
+        include_str!("../family.rs"),
+        include_str!("../anthropic/mod.rs"),
+        include_str!("../ollama/mod.rs"),
+        include_str!("../tgi/mod.rs"),
+        include_str!("../responses/mod.rs"),
+        include_str!("../../admin/http.rs"),
+    ];
+    let path = |source: &str, route: &str| {
+        let route = route.trim_start();
+        if let Some(literal) = route.strip_prefix('"') {
+            return literal.split('"').next().unwrap().replace(['{', '}', '*'], "");
+        }
+        let name = route.split(',').next().unwrap().trim();
+        let known = [("chat::PATH", chat::PATH), ("completions::PATH", completions::PATH)];
+        if let Some((_, path)) = known.iter().find(|(known, _)| *known == name) {
+            return (*path).to_owned();
+        }
+        let declared = source.split_once(&format!("const {name}: &str = \""));
+        declared.unwrap_or_else(|| panic!("which path is {name}?")).1.split('"').next().unwrap().to_owned()
     };
-    routes.map(path).collect()
+    let routes = |source: &'static str| source.split(".route(").skip(1).map(move |route| path(source, route));
+    sources.iter().copied().flat_map(routes).collect()
 }
 
 #[tokio::test]
 async fn nothing_but_probes_answers_without_a_key() {
     let (server, _) = Server::saying("x").with_keys(keys());
     let mut paths = all_paths();
-    assert!(paths.len() > 12 && paths.contains("/admin/drain") && paths.contains("/v1/models"), "{paths:?}");
+    for known in ["/admin/drain", "/v1/models", "/v1/messages", "/api/chat", "/generate", "/v1/responses"] {
+        assert!(paths.contains(known), "{paths:?}");
+    }
     paths.extend(["/", "/no/such/path", "/docs", "/invocations"].map(str::to_owned));
     for path in &paths {
         for method in ["GET", "POST", "OPTIONS", "DELETE", "HEAD"] {

@@ -1,0 +1,74 @@
+//! `POST /v1/responses`, OpenAI's newer API, without memory: nothing is stored, each request brings all that was said.
+
+mod answer;
+mod ask;
+
+use std::sync::Arc;
+
+use axum::{Extension, extract::State, response::Response, routing::post};
+use http::HeaderMap;
+use serde_json::{Value, json};
+
+use self::{
+    answer::{Answer, ResponseReply},
+    ask::ResponseAsk,
+};
+use super::{
+    FrontendState,
+    error::ApiError,
+    family::{self, Family},
+    generation::unix_seconds,
+    json_body::JsonBody,
+    observe::Record,
+    prompt::{Prompt, SpecialTokens},
+    reply::Call,
+    sse::{Framing, Payload},
+    streams::Prepared,
+};
+
+/// Where it is.
+const PATH: &str = "/v1/responses";
+
+/// The API.
+pub static FAMILY: Family = Family {
+    owns: |path| path == PATH,
+    routes: |router| router.route(PATH, post(create)),
+    generations: &[PATH],
+    framing: Framing::Events,
+    error: family::openai_error,
+    failure: |error| Payload::named("error", &error_event(error, 0)),
+    request_id: None,
+};
+
+/// The event that ends a stream that fails.
+fn error_event(error: &ApiError, sequence_number: u64) -> Value {
+    json!({
+        "type": "error",
+        "code": error.code(),
+        "message": error.message(),
+        "param": error.param(),
+        "sequence_number": sequence_number,
+    })
+}
+
+/// The endpoint.
+async fn create(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
+        let ask = ResponseAsk::parse(body.parse()?, state)?;
+        let text = Prompt::Text(state.render(&ask.rendering)?);
+        let prompt = state.encode(&text, SpecialTokens::Leave, "input")?;
+        let request =
+            ask.params.request(format!("resp_{}", call.name), "input", prompt, &state.model, call.deadline)?;
+        let answer =
+            Answer { name: call.name, created_at: unix_seconds(), model: Arc::clone(&state.model), echo: ask.echo };
+        let has_seed = ask.params.has_seed();
+        let reply = ResponseReply { answer: Arc::new(answer), delivery: ask.delivery };
+        Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })
+    };
+    state.answer(PATH, &headers, record, body, prepare).await
+}

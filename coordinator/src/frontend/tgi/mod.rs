@@ -1,0 +1,148 @@
+//! The API of Hugging Face's text-generation-inference: `POST /generate`, `POST /generate_stream`, `POST /`, `GET /info`.
+
+mod answer;
+mod ask;
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::Response,
+    routing::{get, post},
+};
+use http::{HeaderMap, StatusCode};
+use serde_json::{Value, json};
+
+use self::{
+    answer::{Answer, Form, TgiReply},
+    ask::Ask,
+};
+use super::{
+    FrontendState,
+    error::ApiError,
+    family::Family,
+    json_body::JsonBody,
+    observe::Record,
+    params::{MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS},
+    reply::Call,
+    sse::{Framing, json as text_of},
+    streams::Prepared,
+};
+
+const GENERATE: &str = "/generate";
+const GENERATE_STREAM: &str = "/generate_stream";
+const ROOT: &str = "/";
+const INFO: &str = "/info";
+
+/// The API.
+pub static FAMILY: Family = Family {
+    owns: |path| matches!(path, GENERATE | GENERATE_STREAM | ROOT | INFO),
+    routes: |router| {
+        router
+            .route(GENERATE, post(generate))
+            .route(GENERATE_STREAM, post(generate_stream))
+            .route(ROOT, post(generate_either))
+            .route(INFO, get(info))
+    },
+    generations: &[GENERATE, GENERATE_STREAM, ROOT],
+    framing: Framing::Events,
+    error: |error| (status(error), error_object(error)),
+    failure: |error| text_of(&error_object(error)).into(),
+    request_id: None,
+};
+
+fn status(error: &ApiError) -> StatusCode {
+    match error.status() {
+        StatusCode::BAD_REQUEST => StatusCode::UNPROCESSABLE_ENTITY,
+        status => status,
+    }
+}
+
+fn error_object(error: &ApiError) -> Value {
+    let kind = match error.status() {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "authentication",
+        StatusCode::TOO_MANY_REQUESTS => "overloaded",
+        StatusCode::SERVICE_UNAVAILABLE => "unhealthy",
+        status if status.is_server_error() => "generation",
+        _ => "validation",
+    };
+    json!({"error": error.message(), "error_type": kind})
+}
+
+/// `POST /generate`.
+async fn generate(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    respond(state, record, headers, body, GENERATE, Form::Object).await
+}
+
+/// `POST /generate_stream`.
+async fn generate_stream(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    respond(state, record, headers, body, GENERATE_STREAM, Form::Events).await
+}
+
+/// `POST /`: whole, as a list of one, or streamed, as the body says.
+async fn generate_either(
+    State(state): State<FrontendState>,
+    Extension(record): Extension<Arc<Record>>,
+    headers: HeaderMap,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
+    respond(state, record, headers, body, ROOT, Form::AsAsked).await
+}
+
+async fn respond(
+    state: FrontendState,
+    record: Arc<Record>,
+    headers: HeaderMap,
+    body: JsonBody,
+    path: &'static str,
+    form: Form,
+) -> Result<Response, ApiError> {
+    let prepare = move |state: &FrontendState, body: &JsonBody, call: Call| {
+        let ask = Ask::parse(body.parse()?, state, form)?;
+        let (mut request, prompt) = ask.request(state, format!("tgi-{}", call.name), call.deadline)?;
+        if !ask.params.has_seed() {
+            // Answers tell their seed: it is one that every coordinator finds, and that JSON's readers can hold.
+            request.sampling.seed = call.name.get(..12).and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0);
+        }
+        let answer = Answer {
+            model: Arc::clone(&state.model),
+            prompt,
+            wants: ask.wants,
+            seed: ask.params.draws().then_some(request.sampling.seed),
+        };
+        let reply = TgiReply { answer: Arc::new(answer) };
+        Ok(Prepared { requests: vec![request], has_seed: true, reply: Some(Arc::new(reply)) })
+    };
+    state.answer(path, &headers, record, body, prepare).await
+}
+
+/// `GET /info`: what is served, within which bounds.
+async fn info(State(state): State<FrontendState>) -> Json<Value> {
+    let facts = &state.model.facts;
+    Json(json!({
+        "model_id": state.model.name(),
+        "model_sha": facts.identity,
+        "model_dtype": facts.weight_type,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": state.limits.max_prompts,
+        "max_best_of": MAX_N,
+        "max_stop_sequences": MAX_STOP_STRINGS,
+        "max_top_n_tokens": MAX_LOGPROBS,
+        "max_input_tokens": state.model.max_model_len.saturating_sub(1),
+        "max_total_tokens": state.model.max_model_len,
+        "max_client_batch_size": 1,
+        "router": "phalanx",
+        "version": env!("CARGO_PKG_VERSION"),
+    }))
+}
