@@ -175,8 +175,12 @@ impl Iterator for SseStream {
 
 /// Sum of a metric over all its label sets, from `/metrics`; 0 if it is not there yet.
 pub fn metric(http: &str, name: &str) -> f64 {
-    let Ok(answer) = get(&format!("{http}/metrics")) else { return 0.0 };
+    metric_values(http, name).iter().sum()
+}
+
+/// Values of a metric, one for each set of labels; none if nobody answers.
+pub fn metric_values(http: &str, name: &str) -> Vec<f64> {
+    let Ok(answer) = get(&format!("{http}/metrics")) else { return Vec::new() };
     let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
-    let values = answer.body.lines().filter(of_name).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok());
-    values.sum()
+    answer.body.lines().filter(of_name).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).collect()
 }

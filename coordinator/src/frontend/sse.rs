@@ -74,9 +74,9 @@ impl Payload {
         Self { name: Some(name), text: json(object) }
     }
 
-    fn event(self) -> Event {
-        // Some clients read lines rather than events: the name comes first.
-        self.name.into_iter().fold(Event::default(), Event::event).data(self.text)
+    /// Adds it to an event that may have an id. Some clients read lines rather than events: id and name come first.
+    fn add_to(self, event: Event) -> Event {
+        self.name.into_iter().fold(event, Event::event).data(self.text)
     }
 }
 
@@ -133,9 +133,9 @@ impl Ready {
     fn event(self) -> Event {
         match self {
             Self::Comment(text) => Event::default().comment(text),
-            Self::Payload { payload, id: None } => payload.event(),
+            Self::Payload { payload, id: None } => payload.add_to(Event::default()),
             Self::Payload { payload, id: Some((id, is_first)) } => {
-                let event = payload.event().id(id);
+                let event = payload.add_to(Event::default().id(id));
                 if is_first { event.retry(RETRY) } else { event }
             }
         }
@@ -179,7 +179,7 @@ pub fn respond(
     });
     let still_there = KeepAlive::new().interval(keep_alive);
     let still_there = match chunks.keep_alive() {
-        Some(payload) => still_there.event(payload.event()),
+        Some(payload) => still_there.event(payload.add_to(Event::default())),
         None => still_there,
     };
     let streaming = Streaming { generation, chunks, numbering, ready: VecDeque::new(), is_over: false, record };

@@ -24,7 +24,7 @@ use super::{
     state_dir::StateDir,
 };
 use crate::{
-    client::{get, metric},
+    client::{get, metric, metric_values},
     process::{Process, children, is_alive, signal_pid},
 };
 
@@ -299,9 +299,10 @@ impl Deployment {
 
     /// Steps whose KV rows the mirrors lack; `None` while nobody has a whole copy.
     pub fn mirror_lag(&self) -> Option<u64> {
-        let lag = self.metric("phalanx_mirror_lag_steps");
-        // A gauge without a value is no number.
-        (lag >= 0.0).then_some(lag as u64)
+        let leader = self.leader().ok()?;
+        let of_groups = metric_values(&self.coordinators[leader].http, "phalanx_mirror_lag_steps");
+        // The gauge of a group without copies is no number.
+        of_groups.into_iter().filter(|lag| *lag >= 0.0).map(|lag| lag as u64).max()
     }
 
     /// The greatest epoch that any coordinator tells.
