@@ -178,9 +178,14 @@ pub fn metric(http: &str, name: &str) -> f64 {
     metric_values(http, name).iter().sum()
 }
 
-/// Values of a metric, one for each set of labels; none if nobody answers.
+/// Values of a metric, one for each set of labels, or of those with the label that the name has behind it in braces; none if
+/// nobody answers.
 pub fn metric_values(http: &str, name: &str) -> Vec<f64> {
     let Ok(answer) = get(&format!("{http}/metrics")) else { return Vec::new() };
-    let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+    let (name, label) = name.split_once('{').map_or((name, ""), |(name, labels)| (name, labels.trim_end_matches('}')));
+    let of_name = |line: &&str| {
+        let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
+        rest.is_some_and(|rest| rest.contains(label))
+    };
     answer.body.lines().filter(of_name).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).collect()
 }
