@@ -373,7 +373,8 @@ pub fn form(epoch: u64, path: &Path) -> Form {
         model_hash: checkpoint::open(path).expect("a good file").identity().to_owned(),
         dtype: "auto".to_owned(),
         peers: vec![Peer { rank: 0, host_id: "here".to_owned(), weight: 1.0, ..Peer::default() }],
-        collective_secret: vec![1; 16],
+        // Of each test its own, as its file is: ranks of two tests that know the same secret would meet.
+        collective_secret: path.as_os_str().as_encoded_bytes().to_vec(),
         block_size: 16,
         kv_cache_bytes: 65_536,
         max_step_rows: 64,
