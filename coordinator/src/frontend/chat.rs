@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
-    extract::State,
+    Json,
     response::{IntoResponse, Response},
 };
-use http::HeaderMap;
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
@@ -15,17 +13,16 @@ use serde_json::Value;
 
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     fields::{Fields, Integer},
     generation::{Collected, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
-    json_body::JsonBody,
     logprobs::{ChatLogprobs, TokenNames, prompt_logprobs},
     messages,
     neutral::{self, Delivery, StreamedUsage},
-    observe::Record,
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::{Prompt, Rendering, SpecialTokens},
-    reply::{Call, Reply},
+    reply::Reply,
     sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
 };
@@ -113,14 +110,9 @@ fn take_max_completion_tokens(fields: &mut Fields, raw: &mut RawParams) -> Resul
 }
 
 /// The endpoint.
-pub async fn create(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
-        let chat = ChatRequest::parse(body.parse()?, state)?;
+pub async fn create(asked: Asked) -> Result<Response, ApiError> {
+    let prepare = |state: &FrontendState, fields: Fields, call: Call| {
+        let chat = ChatRequest::parse(fields, state)?;
         let text = Prompt::Text(state.render(&chat.rendering)?);
         let prompt = state.encode(&text, chat.special_tokens, "messages")?;
         let id = format!("chatcmpl-{}", chat.name.as_ref().unwrap_or(&call.name));
@@ -146,7 +138,7 @@ pub async fn create(
         let has_seed = chat.params.has_seed();
         Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })
     };
-    state.answer(PATH, &headers, record, body, prepare).await
+    asked.answer(PATH, prepare).await
 }
 
 /// What all parts of an answer share.

@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
-    extract::State,
+    Json,
     response::{IntoResponse, Response},
 };
-use http::HeaderMap;
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
@@ -15,16 +13,15 @@ use serde_json::Value;
 
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     fields::Fields,
     generation::{Collected, Collection, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
-    json_body::JsonBody,
     logprobs::{LegacyLogprobs, LegacyWriter, TokenNames, prompt_logprobs},
     neutral::{self, Delivery, StreamedUsage},
-    observe::Record,
     params::{MAX_LOGPROBS, MAX_N, Params, RawParams, in_range},
     prompt::{Prompt, Prompts, SpecialTokens},
-    reply::{Call, Reply},
+    reply::Reply,
     sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
 };
@@ -161,14 +158,9 @@ struct Encoded {
 }
 
 /// The endpoint.
-pub async fn create(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
-        let completion = CompletionRequest::parse(body.parse()?, state)?;
+pub async fn create(asked: Asked) -> Result<Response, ApiError> {
+    let prepare = |state: &FrontendState, fields: Fields, call: Call| {
+        let completion = CompletionRequest::parse(fields, state)?;
         let id = format!("cmpl-{}", completion.name.as_ref().unwrap_or(&call.name));
         // Clients may give the same name twice; here each request has its own.
         let (requests, prompts) = completion.prepare(state, &format!("cmpl-{}", call.name), call.deadline)?;
@@ -179,7 +171,7 @@ pub async fn create(
         let has_seed = completion.params.has_seed();
         Ok(Prepared { requests, has_seed, reply: Some(Arc::new(reply)) })
     };
-    state.answer(PATH, &headers, record, body, prepare).await
+    asked.answer(PATH, prepare).await
 }
 
 /// What all parts of an answer share.

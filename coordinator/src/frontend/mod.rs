@@ -5,6 +5,7 @@
 //! collects, [`reply`] answers, [`sse`] streams. [`streams`] keeps what can be asked for again.
 
 pub mod anthropic;
+pub mod asked;
 pub mod chat;
 pub mod completions;
 pub mod connections;

@@ -5,8 +5,8 @@ mod ask;
 
 use std::sync::Arc;
 
-use axum::{Extension, Json, extract::State, response::Response, routing::post};
-use http::{HeaderMap, HeaderName, StatusCode};
+use axum::{Json, extract::State, response::Response, routing::post};
+use http::{HeaderName, StatusCode};
 use serde_json::{Value, json};
 
 use self::{
@@ -15,11 +15,11 @@ use self::{
 };
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     family::Family,
+    fields::Fields,
     json_body::JsonBody,
-    observe::Record,
-    reply::Call,
     sse::{Framing, Payload},
     streams::Prepared,
 };
@@ -56,14 +56,9 @@ fn error_object(error: &ApiError) -> Value {
 }
 
 /// `POST /v1/messages`.
-async fn create(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
-        let ask = MessageAsk::parse(body.parse()?, state)?;
+async fn create(asked: Asked) -> Result<Response, ApiError> {
+    let prepare = |state: &FrontendState, fields: Fields, call: Call| {
+        let ask = MessageAsk::parse(fields, state)?;
         let prompt = ask.prompting.tokens(state)?;
         let id = format!("msg_{}", call.name);
         let request = ask.params.request(id.clone(), "messages", prompt, &state.model, call.deadline)?;
@@ -71,7 +66,7 @@ async fn create(
         let reply = MessageReply { answer: Arc::new(answer), delivery: ask.delivery };
         Ok(Prepared { requests: vec![request], has_seed: false, reply: Some(Arc::new(reply)) })
     };
-    state.answer(PATH, &headers, record, body, prepare).await
+    asked.answer(PATH, prepare).await
 }
 
 /// `POST /v1/messages/count_tokens`.

@@ -8,12 +8,10 @@ mod options;
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
-    extract::State,
+    Json,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use http::HeaderMap;
 use serde_json::{Value, json};
 
 use self::{
@@ -22,11 +20,10 @@ use self::{
 };
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     family::Family,
-    json_body::JsonBody,
-    observe::Record,
-    reply::Call,
+    fields::Fields,
     sse::{Framing, json as text_of},
     streams::Prepared,
 };
@@ -61,42 +58,27 @@ fn error_object(error: &ApiError) -> Value {
 }
 
 /// `POST /api/chat`.
-async fn chat(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    respond(state, record, headers, body, Form::Chat).await
+async fn chat(asked: Asked) -> Result<Response, ApiError> {
+    respond(asked, Form::Chat).await
 }
 
 /// `POST /api/generate`.
-async fn generate(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    respond(state, record, headers, body, Form::Generate).await
+async fn generate(asked: Asked) -> Result<Response, ApiError> {
+    respond(asked, Form::Generate).await
 }
 
-async fn respond(
-    state: FrontendState,
-    record: Arc<Record>,
-    headers: HeaderMap,
-    body: JsonBody,
-    form: Form,
-) -> Result<Response, ApiError> {
-    let arrived_at = record.arrived_at();
+async fn respond(asked: Asked, form: Form) -> Result<Response, ApiError> {
+    let arrived_at = asked.record.arrived_at();
     // Asking for nothing is how clients have a model loaded.
-    let looked_at = body.clone();
-    let is_empty = state.blocking(move |_| Ok(ask::asks_for_nothing(looked_at.parse()?, form))).await?;
+    let body = asked.body.clone();
+    let is_empty = asked.state.blocking(move |_| Ok(ask::asks_for_nothing(body.parse()?, form))).await?;
     if is_empty {
-        let name = state.blocking(move |state| ask::Ask::check_empty(body.parse()?, state, form)).await?;
+        let Asked { state, body, .. } = asked;
+        let name = state.blocking(move |state| Ask::check_empty(body.parse()?, state, form)).await?;
         return Ok(Json(answer::loaded(&name, form)).into_response());
     }
-    let prepare = move |state: &FrontendState, body: &JsonBody, call: Call| {
-        let ask = Ask::parse(body.parse()?, state, form)?;
+    let prepare = move |state: &FrontendState, fields: Fields, call: Call| {
+        let ask = Ask::parse(fields, state, form)?;
         let field = form.prompt_field();
         let prompt = ask.input.tokens(state, field)?;
         let request =
@@ -117,7 +99,7 @@ async fn respond(
         let reply = OllamaReply { answer: Arc::new(answer), delivery: ask.delivery };
         Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })
     };
-    state.answer(form.path(), &headers, record, body, prepare).await
+    asked.answer(form.path(), prepare).await
 }
 
 /// `GET /api/version`.

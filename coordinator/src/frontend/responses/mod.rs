@@ -5,8 +5,7 @@ mod ask;
 
 use std::sync::Arc;
 
-use axum::{Extension, extract::State, response::Response, routing::post};
-use http::HeaderMap;
+use axum::{response::Response, routing::post};
 use serde_json::{Value, json};
 
 use self::{
@@ -15,13 +14,12 @@ use self::{
 };
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     family::{self, Family},
+    fields::Fields,
     generation::unix_seconds,
-    json_body::JsonBody,
-    observe::Record,
     prompt::{Prompt, SpecialTokens},
-    reply::Call,
     sse::{Framing, Payload},
     streams::Prepared,
 };
@@ -52,14 +50,9 @@ fn error_event(error: &ApiError, sequence_number: u64) -> Value {
 }
 
 /// The endpoint.
-async fn create(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    let prepare = |state: &FrontendState, body: &JsonBody, call: Call| {
-        let ask = ResponseAsk::parse(body.parse()?, state)?;
+async fn create(asked: Asked) -> Result<Response, ApiError> {
+    let prepare = |state: &FrontendState, fields: Fields, call: Call| {
+        let ask = ResponseAsk::parse(fields, state)?;
         let text = Prompt::Text(state.render(&ask.rendering)?);
         let prompt = state.encode(&text, SpecialTokens::Leave, "input")?;
         let request =
@@ -70,5 +63,5 @@ async fn create(
         let reply = ResponseReply { answer: Arc::new(answer), delivery: ask.delivery };
         Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })
     };
-    state.answer(PATH, &headers, record, body, prepare).await
+    asked.answer(PATH, prepare).await
 }

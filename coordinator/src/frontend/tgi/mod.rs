@@ -6,12 +6,12 @@ mod ask;
 use std::sync::Arc;
 
 use axum::{
-    Extension, Json,
+    Json,
     extract::State,
     response::Response,
     routing::{get, post},
 };
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use serde_json::{Value, json};
 
 use self::{
@@ -20,12 +20,11 @@ use self::{
 };
 use super::{
     FrontendState,
+    asked::{Asked, Call},
     error::ApiError,
     family::Family,
-    json_body::JsonBody,
-    observe::Record,
+    fields::Fields,
     params::{MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS},
-    reply::Call,
     sse::{Framing, json as text_of},
     streams::Prepared,
 };
@@ -71,45 +70,23 @@ fn error_object(error: &ApiError) -> Value {
 }
 
 /// `POST /generate`.
-async fn generate(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    respond(state, record, headers, body, GENERATE, Form::Object).await
+async fn generate(asked: Asked) -> Result<Response, ApiError> {
+    respond(asked, GENERATE, Form::Object).await
 }
 
 /// `POST /generate_stream`.
-async fn generate_stream(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    respond(state, record, headers, body, GENERATE_STREAM, Form::Events).await
+async fn generate_stream(asked: Asked) -> Result<Response, ApiError> {
+    respond(asked, GENERATE_STREAM, Form::Events).await
 }
 
 /// `POST /`: whole, as a list of one, or streamed, as the body says.
-async fn generate_either(
-    State(state): State<FrontendState>,
-    Extension(record): Extension<Arc<Record>>,
-    headers: HeaderMap,
-    body: JsonBody,
-) -> Result<Response, ApiError> {
-    respond(state, record, headers, body, ROOT, Form::AsAsked).await
+async fn generate_either(asked: Asked) -> Result<Response, ApiError> {
+    respond(asked, ROOT, Form::AsAsked).await
 }
 
-async fn respond(
-    state: FrontendState,
-    record: Arc<Record>,
-    headers: HeaderMap,
-    body: JsonBody,
-    path: &'static str,
-    form: Form,
-) -> Result<Response, ApiError> {
-    let prepare = move |state: &FrontendState, body: &JsonBody, call: Call| {
-        let ask = Ask::parse(body.parse()?, state, form)?;
+async fn respond(asked: Asked, path: &'static str, form: Form) -> Result<Response, ApiError> {
+    let prepare = move |state: &FrontendState, fields: Fields, call: Call| {
+        let ask = Ask::parse(fields, state, form)?;
         let (mut request, prompt) = ask.request(state, format!("tgi-{}", call.name), call.deadline)?;
         if !ask.params.has_seed() {
             // Answers tell their seed: it is one that every coordinator finds, and that JSON's readers can hold.
@@ -124,7 +101,7 @@ async fn respond(
         let reply = TgiReply { answer: Arc::new(answer) };
         Ok(Prepared { requests: vec![request], has_seed: true, reply: Some(Arc::new(reply)) })
     };
-    state.answer(path, &headers, record, body, prepare).await
+    asked.answer(path, prepare).await
 }
 
 /// `GET /info`: what is served, within which bounds.
