@@ -3,6 +3,7 @@
 //! [`Flags`] is what was typed: everything may be absent. [`Config`] is what the process runs with: resolved and checked.
 //! Flags come before `PHALANX_*` variables, those before the file, the file before defaults.
 
+mod choices;
 mod flags;
 mod join_token;
 mod security;
@@ -27,7 +28,8 @@ use phalanx_cluster::{
 use phalanx_proto::dial::Dialer;
 
 pub use self::{
-    flags::{CollectiveChoice, Dtype, Flags, KvMirror, LogFormat},
+    choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
+    flags::Flags,
     join_token::JoinToken,
 };
 use crate::{

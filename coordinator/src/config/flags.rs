@@ -6,14 +6,18 @@ use std::{
     path::PathBuf,
 };
 
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{CommandFactory, Parser};
 use figment::{
     Figment,
     providers::{Format, Serialized, Toml},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{ByteSize, ConfigError, wrong};
+use super::{
+    ByteSize, ConfigError,
+    choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
+    wrong,
+};
 use crate::{admin::http::AdminHttp, security::audit::OnError};
 
 /// Variables that other parts of the program read.
@@ -424,75 +428,6 @@ pub struct Flags {
     #[arg(long)]
     #[serde(skip)]
     pub print_config: bool,
-}
-
-/// How activations and KV cache are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// The fast path.
-    #[default]
-    Auto,
-    /// Everything in float32, weights exactly as stored.
-    Float32,
-}
-
-impl Dtype {
-    /// As messages spell it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Float32 => "float32",
-        }
-    }
-}
-
-/// Where ranks copy their KV rows to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KvMirror {
-    /// To a spare shard, if there is one.
-    #[default]
-    Spare,
-    /// Each rank to the next one.
-    Buddy,
-    /// Nowhere.
-    Off,
-}
-
-/// How each line of the log looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// A JSON object.
-    Json,
-}
-
-/// How ranks exchange sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CollectiveChoice {
-    /// Shared memory where all ranks are on one host, else TCP.
-    #[default]
-    Auto,
-    /// Shared memory; ranks must be on one host.
-    Shm,
-    /// TCP even on one host.
-    Tcp,
-}
-
-impl CollectiveChoice {
-    /// As flags spell it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Shm => "shm",
-            Self::Tcp => "tcp",
-        }
-    }
 }
 
 impl Flags {
