@@ -13,7 +13,10 @@ use axum::{
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use tracing::{Instrument, Span, field::Empty};
 
-use super::{chat, completions, family, grpc};
+use super::{
+    family::{self, FAMILIES},
+    grpc,
+};
 use crate::{
     metrics as names,
     security::{audit::Account, keys::Principal},
@@ -153,14 +156,15 @@ pub fn begin_to_count() {
     let http = |path: &'static str| (path, ["200", "400", "429", "499", "500", "503", "504"].as_slice());
     let grpc =
         ["ok", "cancelled", "deadline_exceeded", "invalid_argument", "internal", "resource_exhausted", "unavailable"];
-    let endpoints = [http(chat::PATH), http(completions::PATH), (grpc::ENDPOINT, grpc.as_slice())];
+    let generations = || FAMILIES.iter().flat_map(|family| family.generations).copied();
+    let endpoints = generations().map(http).chain([(grpc::ENDPOINT, grpc.as_slice())]);
     for (endpoint, statuses) in endpoints {
         drop(metrics::histogram!(names::LATENCY, "endpoint" => endpoint));
         for status in statuses {
             drop(metrics::counter!(names::REQUESTS, "endpoint" => endpoint, "status" => *status));
         }
     }
-    for handler in [chat::PATH, completions::PATH] {
+    for handler in generations() {
         for status in ["2xx", "4xx", "5xx"] {
             drop(metrics::counter!(names::HTTP_REQUESTS, "handler" => handler, "method" => "POST", "status" => status));
         }

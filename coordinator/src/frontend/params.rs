@@ -95,8 +95,8 @@ pub struct RawParams {
 }
 
 impl RawParams {
-    /// Takes the fields that completions and chat completions have in common.
-    pub fn take_shared(fields: &mut Fields) -> Result<Self, ApiError> {
+    /// Takes the fields that say how tokens are drawn, which all of OpenAI's APIs have in common.
+    pub fn take_drawing(fields: &mut Fields) -> Result<Self, ApiError> {
         Ok(Self {
             temperature: fields.take("temperature")?,
             top_k: fields.take("top_k")?,
@@ -105,8 +105,15 @@ impl RawParams {
             repetition_penalty: fields.take("repetition_penalty")?,
             presence_penalty: fields.take("presence_penalty")?,
             frequency_penalty: fields.take("frequency_penalty")?,
-            logit_bias: fields.take::<BiasMap>("logit_bias")?.unwrap_or_default().0,
             seed: fields.take("seed")?,
+            ..Self::default()
+        })
+    }
+
+    /// Takes the fields that completions and chat completions have in common.
+    pub fn take_shared(fields: &mut Fields) -> Result<Self, ApiError> {
+        Ok(Self {
+            logit_bias: fields.take::<BiasMap>("logit_bias")?.unwrap_or_default().0,
             n: fields.take("n")?,
             priority: fields.take("priority")?,
             max_tokens: fields.take("max_tokens")?,
@@ -121,7 +128,7 @@ impl RawParams {
             allowed_token_ids: fields.take("allowed_token_ids")?,
             bad_words: fields.take("bad_words")?.unwrap_or_default(),
             truncate_prompt_tokens: fields.take("truncate_prompt_tokens")?,
-            ..Self::default()
+            ..Self::take_drawing(fields)?
         })
     }
 }

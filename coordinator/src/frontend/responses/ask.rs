@@ -106,15 +106,7 @@ impl ResponseAsk {
         let mut raw = RawParams {
             max_tokens: fields.take("max_output_tokens")?,
             max_tokens_field: "max_output_tokens",
-            temperature: fields.take("temperature")?,
-            top_p: fields.take("top_p")?,
-            top_k: fields.take("top_k")?,
-            min_p: fields.take("min_p")?,
-            seed: fields.take("seed")?,
-            presence_penalty: fields.take("presence_penalty")?,
-            frequency_penalty: fields.take("frequency_penalty")?,
-            repetition_penalty: fields.take("repetition_penalty")?,
-            ..RawParams::default()
+            ..RawParams::take_drawing(&mut fields)?
         };
         let top_logprobs = in_range("top_logprobs", fields.take("top_logprobs")?, 0..=MAX_LOGPROBS)?;
         let mut wants_scores = false;
