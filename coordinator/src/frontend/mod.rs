@@ -2,7 +2,8 @@
 //!
 //! Each API is a file or folder and a line in [`family::FAMILIES`]. [`fields`] reads JSON, [`params`] is the one way from raw
 //! parameters to checked ones, [`prompt`] turns texts, token ids and chats into tokens, [`generation`] submits and
-//! collects, [`reply`] answers, [`sse`] streams. [`streams`] keeps what can be asked for again.
+//! collects, [`asked`] takes a request to its answer, [`reply`] says how that looks, [`sse`] streams. [`streams`] keeps what
+//! can be asked for again.
 
 pub mod anthropic;
 pub mod asked;
