@@ -9,7 +9,7 @@ use phalanx_kernels::RowMath;
 
 use super::{
     Sampling,
-    select::{Candidate, largest},
+    select::{Candidate, candidates, largest},
 };
 
 /// Up to so many tokens are sorted right away.
@@ -121,22 +121,45 @@ impl Bucket {
 
 /// The token at `draw`, a point in `[0, 1)`.
 pub(super) fn draw(filter: &Filter, best: Candidate, logits: &[f32], draw: f64, scratch: &mut Scratch) -> u32 {
-    let Some(k) = filter.top_k.filter(|k| *k < logits.len()) else {
-        // An index is below the length of the row, and ids are 32 bits wide.
-        return draw_bucketed(filter, best, logits, |idx| idx as u32, draw, scratch);
-    };
-    if k <= FEW {
-        largest(logits, k, &mut scratch.bucket.tokens);
-        return draw_sorted(filter, best, draw, scratch);
-    }
     let mut kept = std::mem::take(&mut scratch.kept);
-    largest(logits, k, &mut kept);
+    match filter.top_k.filter(|k| *k < logits.len()) {
+        Some(k) if k <= FEW => {
+            scratch.kept = kept;
+            largest(logits, k, &mut scratch.bucket.tokens);
+            return draw_sorted(filter, best, draw, scratch);
+        }
+        Some(k) => largest(logits, k, &mut kept),
+        None if is_sparse(logits) => possible(logits, &mut kept),
+        None => {
+            scratch.kept = kept;
+            // An index is below the length of the row, and ids are 32 bits wide.
+            return draw_bucketed(filter, best, logits, |idx| idx as u32, draw, scratch);
+        }
+    }
     let mut kept_logits = std::mem::take(&mut scratch.kept_logits);
     kept_logits.clear();
     kept_logits.extend(kept.iter().map(|token| token.logit));
     let token_id = draw_bucketed(filter, best, &kept_logits, |idx| kept[idx].token_id, draw, scratch);
     (scratch.kept, scratch.kept_logits) = (kept, kept_logits);
     token_id
+}
+
+/// Whether most tokens can't be chosen, as under a grammar: to put these into a bucket costs most, for each sum waits for the
+/// last one.
+fn is_sparse(logits: &[f32]) -> bool {
+    let n_possible = |chunk: &[f32]| chunk.iter().map(|logit| u8::from(*logit > f32::NEG_INFINITY)).sum::<u8>();
+    logits.chunks(CHUNK).map(|chunk| usize::from(n_possible(chunk))).sum::<usize>() < logits.len() / 2
+}
+
+/// The tokens that can be chosen, in order of their ids. Others have no weight, so that what is drawn is the same without them.
+fn possible(logits: &[f32], tokens: &mut Vec<Candidate>) {
+    tokens.clear();
+    for (first, logits) in (0..).step_by(CHUNK).zip(logits.chunks(CHUNK)) {
+        // Most chunks have none, which vector code sees at once.
+        if logits.iter().fold(false, |any, logit| any | (*logit > f32::NEG_INFINITY)) {
+            tokens.extend(candidates(logits).map(|token| Candidate { token_id: first + token.token_id, ..token }));
+        }
+    }
 }
 
 /// Draws from the few tokens in the scratch's bucket.

@@ -58,7 +58,18 @@ fn row(vocab_size: usize, salt: u64) -> Vec<f32> {
 
 #[test]
 fn large_rows_give_what_sorting_them_gives() {
-    let logits = row(20_000, 1);
+    let full = row(20_000, 1);
+    // As a grammar leaves rows: one with few tokens, one with most.
+    let without = |share: f64| -> Vec<f32> {
+        let keeps = |idx: usize| rng::uniform(2, idx as u64, 0) >= share;
+        full.iter().enumerate().map(|(idx, logit)| if keeps(idx) { *logit } else { f32::NEG_INFINITY }).collect()
+    };
+    for logits in [without(0.999), without(0.6), without(0.1), full.clone()] {
+        large_row_gives_what_sorting_it_gives(&logits);
+    }
+}
+
+fn large_row_gives_what_sorting_it_gives(logits: &[f32]) {
     let mut scratch = Scratch::default();
     for (temperature, top_k, top_p, min_p) in [
         (1.0, 0, 1.0, 0.0),
@@ -76,8 +87,8 @@ fn large_rows_give_what_sorting_them_gives() {
     ] {
         let sampling = sampling(temperature, top_k, top_p, min_p);
         for output_idx in 0..60 {
-            let got = choose(&sampling, output_idx, &logits, &mut scratch).expect("there are candidates");
-            assert_eq!(got, reference(&sampling, output_idx, &logits), "{sampling:?} at {output_idx}");
+            let got = choose(&sampling, output_idx, logits, &mut scratch).expect("there are candidates");
+            assert_eq!(got, reference(&sampling, output_idx, logits), "{sampling:?} at {output_idx}");
         }
     }
 }
@@ -207,7 +218,8 @@ fn parameters_out_of_range_are_named() {
 proptest! {
     #[test]
     fn any_row_gives_what_sorting_it_gives(
-        logits in proptest::collection::vec((-80_i32..40).prop_map(|eighth| eighth as f32 / 8.0), 1..3000),
+        mut logits in proptest::collection::vec((-80_i32..40).prop_map(|eighth| eighth as f32 / 8.0), 1..3000),
+        n_left_of_ten in 1_usize..=10,
         temperature in 0.05_f32..5.0,
         top_k in 0_u32..2500,
         top_p in 0.01_f32..=1.0,
@@ -215,6 +227,8 @@ proptest! {
         output_idx in any::<u64>(),
     ) {
         let sampling = sampling(temperature, top_k, top_p, min_p);
+        let taken_away = logits.iter_mut().enumerate().filter(|(idx, _)| idx * 7 % 10 >= n_left_of_ten);
+        taken_away.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
         let got = choose(&sampling, output_idx, &logits, &mut Scratch::default());
         prop_assert_eq!(got, Ok(reference(&sampling, output_idx, &logits)));
     }
