@@ -10,6 +10,7 @@
 
 use crate::{
     collective::Collective,
+    cpu::RowMath,
     error::KernelError,
     pages::KvPages,
     slots::{KvRange, SlotSet},
@@ -213,6 +214,11 @@ pub trait Ops: Send {
     /// Threads of the host that weights may be read and packed with.
     fn host_threads(&self) -> usize {
         1
+    }
+
+    /// What sampling computes of rows in the host's memory.
+    fn row_math(&self) -> RowMath {
+        RowMath::default()
     }
 
     /// A buffer of `len` f32, zeroed.

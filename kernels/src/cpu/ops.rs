@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    CpuOps, Shared,
+    CpuOps, RowMath, Shared,
     buffers::{check_distinct, product},
     generic::{attention::AttentionTask, linear::Out},
     kv::{self, KvCache},
@@ -67,6 +67,10 @@ impl Ops for CpuOps {
 
     fn host_threads(&self) -> usize {
         self.pool.n_threads()
+    }
+
+    fn row_math(&self) -> RowMath {
+        RowMath::new(self.isa)
     }
 
     fn alloc(&mut self, len: usize) -> Result<Buf, KernelError> {

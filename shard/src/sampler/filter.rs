@@ -72,6 +72,14 @@ pub struct Scratch {
     sums: Vec<f64>,
 }
 
+impl Scratch {
+    /// For sampling with these functions.
+    #[must_use]
+    pub fn new(math: RowMath) -> Self {
+        Self { math, ..Self::default() }
+    }
+}
+
 /// Tokens, best first.
 #[derive(Debug, Default)]
 struct Bucket {

@@ -94,12 +94,13 @@ impl Executor {
     /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already, with what
     /// `seals` say.
     pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, seals: Seals, limits: Limits) -> Self {
+        let sampling = sampling::Scratches::new(ops.row_math());
         Self {
             residual: scratch.residual,
             ops,
             model,
             scratch,
-            host: HostScratch::default(),
+            host: HostScratch { sampling, ..HostScratch::default() },
             rows: StepRows::default(),
             wanted_rows: WantedRows::default(),
             limits,

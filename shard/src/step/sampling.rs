@@ -2,6 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use phalanx_cluster::grammar::Mask;
+use phalanx_kernels::RowMath;
 use phalanx_proto::v1::{TokenScore, TopToken};
 
 use super::{grammar::Refusal, sequence::Sequence};
@@ -46,6 +47,13 @@ pub(super) struct Scratches {
     pub sampler: Scratch,
     /// A row with penalties.
     adjusted: Vec<f32>,
+}
+
+impl Scratches {
+    /// For sampling with these functions.
+    pub fn new(math: RowMath) -> Self {
+        Self { sampler: Scratch::new(math), ..Self::default() }
+    }
 }
 
 /// Applies penalties and biases to the logits of the vocabulary from `vocab_start` on.
