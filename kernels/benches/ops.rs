@@ -114,6 +114,33 @@ fn bench_decode(ops: &mut CpuOps) -> Result<()> {
     Ok(())
 }
 
+/// Some rows through more weights than caches hold, in matrices of a small model's size.
+fn bench_batches(ops: &mut CpuOps, name: &str) -> Result<()> {
+    let (n_out, n_in, n_matrices) = (1536, 576, if name == "q8" { 80 } else { 160 });
+    let quants4: Vec<u8> = (0..n_out * n_in).map(|i| (i * 7 % 16) as u8).collect();
+    let quants8: Vec<i8> = (0..n_out * n_in).map(|i| (i * 37 % 256) as u8 as i8).collect();
+    let scales = vec![0.5; n_out * n_in / 32];
+    let data = match name {
+        "q8" => WeightData::Q8 { quants: &quants8, group: 32, scales: &scales, mins: None },
+        _ => WeightData::Q4 { quants: &quants4, scales: &scales, mins: &scales },
+    };
+    let source = LinearSource { n_out, n_in, data, bias: None, slice_width: None, activations: ActivationLevels::One };
+    let load = |ops: &mut CpuOps| ops.load_linear(LinearSource { ..source });
+    let weights = (0..n_matrices).map(|_| load(ops)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let (x, out) = (vector(ops, 128 * n_in)?, ops.alloc(128 * n_out)?);
+    for n_rows in [1, 4, 8, 16, 32, 64, 128] {
+        let cold = time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x, n_rows, &[(*weight, out)])?)))?;
+        let warm = time(|| weights.iter().try_for_each(|_| Ok(ops.linear(x, n_rows, &[(weights[0], out)])?)))?;
+        let speed = |seconds: f64| (n_matrices * n_out * n_in * n_rows) as f64 / seconds / 1e9;
+        println!(
+            "  {name} {n_out} x {n_in} {n_rows:>4} rows: {:.1} GMAC/s from memory, {:.1} from the cache",
+            speed(cold),
+            speed(warm)
+        );
+    }
+    Ok(())
+}
+
 fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Result<()> {
     let (block_size, max, n_sequences) = (16, 2048, 64);
     let n_blocks = n_sequences * max / block_size;
@@ -189,6 +216,10 @@ fn main() -> Result<()> {
     }
     if "decode".starts_with(filter) {
         bench_decode(&mut device()?)?;
+    }
+    if "batches".starts_with(filter) {
+        bench_batches(&mut device()?, "q4")?;
+        bench_batches(&mut device()?, "q8")?;
     }
     if "attention".starts_with(filter) {
         bench_attention(&mut device()?, 9, 3, 64)?;

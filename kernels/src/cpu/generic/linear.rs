@@ -137,8 +137,15 @@ impl LinearTask {
     }
 }
 
+const CACHE_LINE: usize = 64;
+
 /// Activations that blocks of rows which meet an unpacked tile one after another may have: they stay in the second-level cache.
 const GROUP_BYTES: usize = 256 << 10;
+
+/// Activations that blocks of rows may have which meet each tile one after another as it is: they stay in the first-level cache.
+const NEAR_BYTES: usize = 32 << 10;
+/// Blocks that are worth it: fewer would ask for too much of the next tile at once.
+const MANY_BLOCKS: usize = 4;
 
 /// Does a task.
 ///
@@ -147,16 +154,23 @@ const GROUP_BYTES: usize = 256 << 10;
 #[inline(always)]
 pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
     let mut blocks = task.row_blocks.clone();
+    let n_full = (task.n_rows / S::ROWS).min(blocks.end);
+    let block_bytes = (S::ROWS * task.n_steps * task.n_levels * K::X_BYTES).max(1);
     if K::UNPACKS && !task.unpacked.is_null() {
-        let n_full = (task.n_rows / S::ROWS).min(blocks.end);
-        let block_bytes = S::ROWS * task.n_steps * task.n_levels * K::X_BYTES;
-        let most = (GROUP_BYTES / block_bytes.max(1)).max(S::UNPACK_BLOCKS);
+        let most = (GROUP_BYTES / block_bytes).max(S::UNPACK_BLOCKS);
         while blocks.start.saturating_add(S::UNPACK_BLOCKS) <= n_full {
             let group = blocks.start..n_full.min(blocks.start + most);
             blocks.start = group.end;
             // SAFETY: the contract above; these blocks have `ROWS` rows.
-            unsafe { unpacked::<S, K>(task, group) };
+            unsafe { tile_by_tile::<S, K, true>(task, group) };
         }
+    }
+    let most = NEAR_BYTES / block_bytes;
+    while most >= MANY_BLOCKS && blocks.start.saturating_add(MANY_BLOCKS) <= n_full {
+        let group = blocks.start..n_full.min(blocks.start + most);
+        blocks.start = group.end;
+        // SAFETY: the contract above; these blocks have `ROWS` rows.
+        unsafe { tile_by_tile::<S, K, false>(task, group) };
     }
     for index in blocks {
         let block = Block::new(task.n_rows, S::ROWS, index);
@@ -173,27 +187,80 @@ pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
     }
 }
 
-/// Unpacks one tile after another, for blocks of `ROWS` rows.
+/// A tile on its way from memory while another one is computed with: else each would be waited for.
+struct Ahead {
+    at: *const u8,
+    end: *const u8,
+    /// Bytes to ask for at a time.
+    share: usize,
+}
+
+impl Ahead {
+    /// The tile with this number, if there is one, in `n_shares` parts.
+    fn new(task: &LinearTask, tile: usize, n_shares: usize) -> Self {
+        let len = if tile < task.n_out.div_ceil(LANES) { task.tile_bytes } else { 0 };
+        let at = task.weights.wrapping_add(tile * task.tile_bytes);
+        Self { at, end: at.wrapping_add(len), share: len.div_ceil(n_shares.max(1)).next_multiple_of(CACHE_LINE) }
+    }
+
+    /// Asks for the next part.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&mut self) {
+        let end = self.end.min(self.at.wrapping_add(self.share));
+        while self.at < end {
+            // SAFETY: the contract above; nothing is read.
+            unsafe { S::prefetch(self.at) };
+            self.at = self.at.wrapping_add(CACHE_LINE);
+        }
+    }
+}
+
+/// Blocks of `ROWS` rows, each tile's products for all of them before the next tile's.
 ///
 /// # Safety
-/// As [`linear`]; `task.unpacked` has room for a tile, and nobody else touches it.
+/// As [`linear`]. If tiles are unpacked: `task.unpacked` has room for one, and nobody else touches it.
 #[inline(always)]
-unsafe fn unpacked<S: Apart, K: Tile>(task: &LinearTask, blocks: Range<usize>) {
+unsafe fn tile_by_tile<S: Apart, K: Tile, const UNPACKS: bool>(task: &LinearTask, blocks: Range<usize>) {
     for tile in task.tiles.clone() {
-        // SAFETY: the contract above. Arms but that of `ROWS` are never taken.
+        let mut ahead = Ahead::new(task, tile + 1, blocks.len());
+        // SAFETY: the contract above.
         unsafe {
-            K::unpack::<S>(task.weights(tile), task.unpacked);
-            let w = Weights { tile: task.unpacked, tile_bytes: 0, n_steps: task.n_steps };
+            let packed = task.weights(tile);
+            let unpacked = Weights { tile: task.unpacked, tile_bytes: 0, n_steps: task.n_steps };
+            if UNPACKS {
+                K::unpack::<S>(packed, task.unpacked);
+            }
             for index in blocks.clone() {
+                ahead.fetch::<S>();
                 let first_row = index * S::ROWS;
-                match S::ROWS {
-                    1 => tiles::<S, K::Unpacked, 1, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
-                    2 => tiles::<S, K::Unpacked, 2, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
-                    4 => tiles::<S, K::Unpacked, 4, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
-                    8 => tiles::<S, K::Unpacked, 8, 1>(task, w, task.inputs::<K>(first_row), first_row, tile),
-                    n => unreachable!("a block of {n} rows"),
+                let x = task.inputs::<K>(first_row);
+                if UNPACKS {
+                    full_block::<S, K::Unpacked>(task, unpacked, x, first_row, tile);
+                } else {
+                    full_block::<S, K>(task, packed, x, first_row, tile);
                 }
             }
+        }
+    }
+}
+
+/// One tile for a block of `ROWS` rows.
+///
+/// # Safety
+/// As [`tiles`].
+#[inline(always)]
+unsafe fn full_block<S: Apart, K: Tile>(task: &LinearTask, w: Weights, x: Inputs, first_row: usize, tile: usize) {
+    // SAFETY: the contract above. Arms but that of `ROWS` are never taken.
+    unsafe {
+        match S::ROWS {
+            1 => tiles::<S, K, 1, 1>(task, w, x, first_row, tile),
+            2 => tiles::<S, K, 2, 1>(task, w, x, first_row, tile),
+            4 => tiles::<S, K, 4, 1>(task, w, x, first_row, tile),
+            8 => tiles::<S, K, 8, 1>(task, w, x, first_row, tile),
+            n => unreachable!("a block of {n} rows"),
         }
     }
 }
