@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, date_time_ymd,
@@ -59,6 +59,11 @@ enum CertsError {
     Name { name: String, error: rcgen::Error },
     #[error("no certificate can be made: {0}")]
     Making(#[from] rcgen::Error),
+}
+
+/// The command line.
+pub fn spec() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command; `args` begins with the program's name.

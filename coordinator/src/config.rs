@@ -35,7 +35,7 @@ pub use self::{
 use crate::{
     admin::http::AdminHttp,
     security::{SecurityConfig, tls::SslFiles},
-    trace::Destination,
+    trace::destination::{Destination, DestinationError, Variables},
 };
 
 /// What the process runs with.
@@ -152,6 +152,9 @@ pub enum ConfigError {
         /// What may have been meant.
         hint: String,
     },
+    /// A collector of traces.
+    #[error(transparent)]
+    Traces(#[from] DestinationError),
     /// A value, alone or beside another.
     #[error("--{option} {value}: {reason}")]
     Value {
@@ -200,6 +203,8 @@ pub struct Machine {
     pub state_home: Option<PathBuf>,
     /// The store's user and password.
     pub store_credentials: Option<(String, String)>,
+    /// What OpenTelemetry's variables say.
+    pub otel: Variables,
 }
 
 impl Machine {
@@ -214,6 +219,10 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
             state_home,
             store_credentials: text("PHALANX_ETCD_USER").zip(text("PHALANX_ETCD_PASSWORD")),
+            otel: std::env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+                .filter(|(name, _)| name.starts_with("OTEL_"))
+                .collect(),
         }
     }
 }
@@ -341,12 +350,8 @@ impl Config {
         let log_level = flags.log_level.unwrap_or_else(|| "info".to_owned());
         tracing_subscriber::EnvFilter::try_new(&log_level)
             .map_err(|e| wrong("log-level", &log_level, e.to_string()))?;
-        let otlp_traces_endpoint = match flags.otlp_traces_endpoint {
-            Some(url) => {
-                Some(url.parse::<Destination>().map_err(|e| wrong("otlp-traces-endpoint", &url, e.to_string()))?)
-            }
-            None => None,
-        };
+        let (url, protocol) = (flags.otlp_traces_endpoint.as_deref(), flags.otlp_traces_protocol);
+        let otlp_traces_endpoint = Destination::resolve(url, protocol, &machine.otel)?;
         let otlp_sample_ratio = flags.otlp_sample_ratio.unwrap_or(1.0);
         if !(0.0..=1.0).contains(&otlp_sample_ratio) {
             return Err(wrong("otlp-sample-ratio", otlp_sample_ratio, "want 0 to 1"));
@@ -476,6 +481,7 @@ impl Config {
             log_level: Some(self.log_level.clone()),
             log_format: Some(self.log_format),
             otlp_traces_endpoint: self.otlp_traces_endpoint.as_ref().map(ToString::to_string),
+            otlp_traces_protocol: self.otlp_traces_endpoint.as_ref().map(|to| to.protocol),
             otlp_sample_ratio: Some(self.otlp_sample_ratio),
             ..security::to_flags(&self.security, self.ssl.as_ref())
         }

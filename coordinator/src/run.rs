@@ -4,9 +4,10 @@ mod announcement;
 mod gate;
 mod incoming;
 mod parts;
+mod renewal;
 mod servers;
 
-use std::{collections::BTreeSet, ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, ffi::OsString, fmt, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use futures::future::select_all;
@@ -28,7 +29,7 @@ use tracing_subscriber::EnvFilter;
 use self::{
     announcement::Announcement,
     parts::{Foundation, Parts},
-    servers::{Servers, bind},
+    servers::{Servers, bind, https},
 };
 use crate::{
     config::{Config, Flags, LogFormat, Machine},
@@ -153,8 +154,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     // Before a model is fetched for minutes: is there room for us at all?
     let (http_listener, http) = bind("port", config.http_address)?;
     let (grpc_listener, grpc) = bind("grpc-port", config.grpc_address)?;
-    // Without TLS: what is said then is no secret, but who expects TLS can't read it.
-    let opening_probes = if config.ssl.is_none() { Some(Opening::start(&http_listener)?) } else { None };
+    let opening_probes = Opening::start(&http_listener, config.client_write_timeout, https(&tls))?;
     let options = OpenOptions {
         state_dir: config.state_dir.clone(),
         credentials: config.store_credentials.clone(),
@@ -208,12 +208,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     if let Some(destination) = base.config.otlp_traces_endpoint.clone() {
         let (ratio, instance, model) = (base.config.otlp_sample_ratio, http.to_string(), base.model.served.name());
         tracing::info!(to = %destination, ratio, "tracing requests");
-        trace::install(trace::Settings { destination, ratio, instance, model }).context("no thread for traces")?;
+        trace::install(trace::Settings { destination, ratio, instance, model }).context("traces")?;
     }
     tokio::spawn(follower::follow(base.dialer.clone(), base.leadership.clone(), base.journal.clone()));
     let servers = Servers::start(&base, http_listener, grpc_listener)?;
     drop(opening_probes);
-    println!("phalanx listening http://{http} grpc://{grpc}");
+    let addresses = Addresses { http, grpc, https: base.tls.is_for_clients() };
+    println!("phalanx listening {addresses}");
     tracing::info!(%http, %grpc, "listening");
 
     let (fatal, fatals) = mpsc::unbounded_channel();
@@ -222,8 +223,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         servers,
         parts: None,
         local: None,
-        http,
-        grpc,
+        addresses,
         fatal,
         fatals,
         announcement: Announcement::default(),
@@ -243,8 +243,7 @@ struct Process {
     parts: Option<Parts>,
     /// Started with the first leadership. They outlive it: they find the next leader.
     local: Option<LocalShards>,
-    http: SocketAddr,
-    grpc: SocketAddr,
+    addresses: Addresses,
     fatal: mpsc::UnboundedSender<String>,
     fatals: mpsc::UnboundedReceiver<String>,
     announcement: Announcement,
@@ -309,7 +308,7 @@ impl Process {
             metrics::gauge!(names::IS_LEADER).set(1.0);
             metrics::gauge!(names::TERM).set(session.term as f64);
             if self.local.is_none() {
-                self.local = Some(LocalShards::start(&self.base.config, self.grpc, &self.fatal));
+                self.local = Some(LocalShards::start(&self.base.config, self.addresses.grpc, &self.fatal));
             }
         }
         Ok(())
@@ -329,7 +328,7 @@ impl Process {
     fn prepare_announcement(&mut self, epoch: Epoch, shards: &[ShardId]) {
         let Some(parts) = &self.parts else { return };
         let name = self.base.model.served.names.first().cloned().unwrap_or_default();
-        let line = ready_line(self.http, self.grpc, &name, epoch, shards);
+        let line = ready_line(self.addresses, &name, epoch, shards);
         self.announcement.prepare(line, parts.schedulers.iter().map(SchedulerHandle::watch_readiness).collect());
     }
 
@@ -405,11 +404,27 @@ async fn a_standby_answers(dialer: &Dialer, view: &View) -> bool {
     answers.iter().any(Option::is_some)
 }
 
+/// Where this process listens, as the lines on stdout say it.
+#[derive(Clone, Copy)]
+struct Addresses {
+    http: SocketAddr,
+    grpc: SocketAddr,
+    /// Whether clients are shown a certificate.
+    https: bool,
+}
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.https { "https" } else { "http" };
+        write!(f, "{scheme}://{} grpc://{}", self.http, self.grpc)
+    }
+}
+
 /// What tests and scripts read from stdout.
-fn ready_line(http: SocketAddr, grpc: SocketAddr, model: &str, epoch: Epoch, shards: &[ShardId]) -> String {
+fn ready_line(addresses: Addresses, model: &str, epoch: Epoch, shards: &[ShardId]) -> String {
     let tp = shards.len();
     let shards = shards.iter().map(|s| s.0.as_str()).collect::<Vec<_>>().join(",");
-    format!("phalanx ready http://{http} grpc://{grpc} model={model} tp={tp} shards={shards} epoch={epoch}")
+    format!("phalanx ready {addresses} model={model} tp={tp} shards={shards} epoch={epoch}")
 }
 
 #[cfg(test)]
@@ -420,10 +435,13 @@ mod tests {
     fn the_ready_line_has_its_documented_form() {
         let address = |a: &str| a.parse().unwrap();
         let shards = [ShardId("local-0".to_owned()), ShardId("local-1".to_owned())];
-        let line = ready_line(address("127.0.0.1:8000"), address("127.0.0.1:50051"), "m", Epoch::from_raw(3), &shards);
-        assert_eq!(
-            line,
-            "phalanx ready http://127.0.0.1:8000 grpc://127.0.0.1:50051 model=m tp=2 shards=local-0,local-1 epoch=3"
-        );
+        for (https, scheme) in [(false, "http"), (true, "https")] {
+            let addresses = Addresses { http: address("127.0.0.1:8000"), grpc: address("127.0.0.1:50051"), https };
+            let rest = "://127.0.0.1:8000 grpc://127.0.0.1:50051 model=m tp=2 shards=local-0,local-1 epoch=3";
+            assert_eq!(
+                ready_line(addresses, "m", Epoch::from_raw(3), &shards),
+                format!("phalanx ready {scheme}{rest}")
+            );
+        }
     }
 }

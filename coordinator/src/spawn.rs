@@ -275,7 +275,8 @@ mod tests {
 
     #[test]
     fn shards_are_told_where_to_join() {
-        let machine = Machine { cores: 4, state_home: None, store_credentials: None };
+        let machine =
+            Machine { cores: 4, state_home: None, store_credentials: None, otel: std::collections::BTreeMap::new() };
         let config = Config::resolve(Flags::default(), &machine).unwrap();
         let text = |address: &str| {
             let args = arguments(&config, address.parse().unwrap(), 1);

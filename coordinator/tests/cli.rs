@@ -81,6 +81,70 @@ fn help_explains_every_option() {
 }
 
 #[test]
+fn a_shell_completes_what_the_program_knows() {
+    // bash asks a script as it does when the tabulator key is hit.
+    let candidates = |program: &str, words: &[&str]| {
+        let words: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
+        let script = format!(
+            "source <(\"$1\" {program} completions bash)\n\
+             spec=$(complete -p {name}) || exit 3\n\
+             COMP_WORDS=({words}) COMP_CWORD=$(({n} - 1)) COMP_LINE= COMP_POINT=0\n\
+             COMP_TYPE=9 _{name} {name} \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD - 1]}}\"\n\
+             printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            name = if program.is_empty() { "coordinator" } else { program },
+            words = words.join(" "),
+            n = words.len(),
+        );
+        let binary = env!("CARGO_BIN_EXE_coordinator");
+        let output = Command::new("bash").args(["--norc", "-c", &script, "bash", binary]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout).lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let has = |found: &[String], word: &str| found.iter().any(|candidate| candidate == word);
+    let found = candidates("", &["coordinator", "--tensor"]);
+    assert!(has(&found, "--tensor-parallel-size"), "{found:?}");
+    let found = candidates("", &["coordinator", "key", "add", "--con"]);
+    assert!(has(&found, "--concurrency"), "{found:?}");
+    let found = candidates("", &["coordinator", "drain", "--clu"]);
+    assert!(has(&found, "--cluster-cert"), "{found:?}");
+    let found = candidates("shard", &["shard", "--lea"]);
+    assert!(has(&found, "--leave-timeout"), "{found:?}");
+    let found = candidates("cluster", &["cluster", "dr"]);
+    assert!(has(&found, "drain"), "{found:?}");
+    for shell in ["zsh", "fish", "elvish", "powershell"] {
+        let output = coordinator(&["completions", shell], &[]);
+        assert!(output.status.success() && text(&output.stdout).contains("tensor-parallel-size"), "{shell}");
+    }
+    assert_eq!(coordinator(&["completions", "dos"], &[]).status.code(), Some(2));
+    assert_eq!(coordinator(&["completions"], &[]).status.code(), Some(2));
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("man1");
+    for program in [&["man"][..], &["shard", "man"], &["cluster", "man"]] {
+        let output = coordinator(&[program, &[folder.to_str().unwrap()]].concat(), &[]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    for (page, words) in [
+        ("coordinator.1", "tensor\\-parallel\\-size"),
+        ("coordinator-shard.1", "leave\\-timeout"),
+        ("coordinator-key-add.1", "concurrency"),
+        ("coordinator-certs-init.1", "dir"),
+        ("coordinator-bench.1", "rounds"),
+        ("coordinator-rollout-restart.1", "timeout"),
+        ("shard.1", "leave\\-timeout"),
+        ("cluster.1", "PHALANX_COORDINATOR"),
+        ("cluster-status.1", "watch"),
+    ] {
+        let text = fs::read_to_string(folder.join(page)).unwrap_or_else(|e| panic!("{page}: {e}"));
+        assert!(text.contains(".TH") && text.contains(words), "{page}: no {words}");
+    }
+    assert!(!folder.join("coordinator-grammar-trial.1").exists());
+}
+
+#[test]
 fn the_program_is_a_shard_too() {
     let output = coordinator(&["shard", "--help"], &[]);
     assert!(output.status.success());

@@ -1,16 +1,28 @@
 //! How coordinators are dialled: in plain text, or over TLS with certificates on both sides.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Error, Identity};
 
 /// Longest wait for a TLS handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(2);
 
-/// Everybody who dials a coordinator does it with one of these. Without certificates it speaks plain text.
+/// Everybody who dials a coordinator does it with one of these. Without certificates it speaks plain text. Clones are the
+/// same: certificates that one gets are those of all.
 #[derive(Clone, Debug, Default)]
 pub struct Dialer {
-    tls: Option<ClientTlsConfig>,
+    tls: Option<Arc<RwLock<Shown>>>,
+}
+
+/// What is trusted and shown.
+#[derive(Debug)]
+struct Shown {
+    tls: ClientTlsConfig,
+    /// How often that was renewed.
+    generation: u64,
 }
 
 impl Dialer {
@@ -19,12 +31,25 @@ impl Dialer {
     /// # Errors
     /// If they can't be used, or key and certificate don't belong together.
     pub fn with_certificates(ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<Self, Error> {
-        let identity = Identity::from_pem(certificate, key);
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).identity(identity);
-        let dialer = Self { tls: Some(tls.timeout(HANDSHAKE_LIMIT)) };
-        // They are read only when they are used: do it now.
-        dialer.endpoint("localhost:1")?;
-        Ok(dialer)
+        let tls = tls_config(ca, certificate, key)?;
+        Ok(Self { tls: Some(Arc::new(RwLock::new(Shown { tls, generation: 0 }))) })
+    }
+
+    /// Trusts and shows these from now on, as all clones do. Endpoints that were made before go on with what they have.
+    ///
+    /// # Errors
+    /// If they can't be used: then nothing changes.
+    pub fn renew(&self, ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<(), Error> {
+        let Some(shown) = &self.tls else { return Ok(()) };
+        let tls = tls_config(ca, certificate, key)?;
+        let mut shown = shown.write().unwrap_or_else(PoisonError::into_inner);
+        *shown = Shown { tls, generation: shown.generation + 1 };
+        Ok(())
+    }
+
+    /// How often certificates were renewed: what keeps an endpoint for long makes a new one when this changes.
+    pub fn generation(&self) -> u64 {
+        self.tls.as_ref().map_or(0, |shown| shown.read().unwrap_or_else(PoisonError::into_inner).generation)
     }
 
     /// What the URLs of coordinators begin with.
@@ -43,7 +68,8 @@ impl Dialer {
             Some(tls) => {
                 // Certificates name IPv6 addresses without brackets.
                 let host = endpoint.uri().host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-                endpoint.tls_config(tls.clone().domain_name(host))
+                let tls = tls.read().unwrap_or_else(PoisonError::into_inner).tls.clone();
+                endpoint.tls_config(tls.domain_name(host))
             }
             None => Ok(endpoint),
         }
@@ -54,6 +80,15 @@ impl Dialer {
         let known: &[(&str, &str)] = if self.tls.is_some() { TLS_ADVICE } else { PLAIN_ADVICE };
         known.iter().find(|(sign, _)| reason.contains(sign)).map(|(_, advice)| *advice)
     }
+}
+
+fn tls_config(ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<ClientTlsConfig, Error> {
+    let identity = Identity::from_pem(certificate, key);
+    let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca)).identity(identity);
+    let tls = tls.timeout(HANDSHAKE_LIMIT);
+    // They are read only when they are used: do it now.
+    Endpoint::from_static("https://localhost:1").tls_config(tls.clone())?;
+    Ok(tls)
 }
 
 /// What rustls says, and what that means here.

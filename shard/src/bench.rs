@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use phalanx_cluster::source;
 use phalanx_kernels::{Isa, ops::Precision};
 use phalanx_proto::v1::{Chunk, SequenceStart, StepPlan};
@@ -68,6 +68,11 @@ struct Contestant {
     name: String,
     prefill: Vec<f64>,
     decode: Vec<Vec<f64>>,
+}
+
+/// The command line.
+pub fn spec() -> clap::Command {
+    BenchArgs::command()
 }
 
 /// Measures as the arguments (program name first) say, and prints a table to stdout.

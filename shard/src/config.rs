@@ -47,12 +47,16 @@ pub struct Config {
     pub join_token: String,
     /// How coordinators are dialled.
     pub dialer: Dialer,
+    /// What it shows them, if it does.
+    pub cluster_tls: Option<ClusterTls>,
     /// Longest wait for leave.
     pub leave_timeout: Duration,
     /// Most bytes of copies of other ranks' rows; 0 for no copies, `None` for a share of what is free.
     pub mirror_memory: Option<u64>,
     /// Where they are taken in.
     pub mirror_listen: SocketAddr,
+    /// Where probes are answered, if anywhere.
+    pub health: Option<SocketAddr>,
     /// Stable name.
     pub shard_id: String,
     /// Collective; `None` for the fastest that fits.
@@ -144,7 +148,13 @@ impl Merged {
             Addresses::List(texts) => texts,
             Addresses::Text(text) => text.split(',').map(str::to_owned).collect(),
         };
-        let dialer = dialer(self.cluster_ca, self.cluster_cert, self.cluster_key)?;
+        let refused = |ClusterTlsError { option, value, reason }| ConfigError::Value { option, value, reason };
+        let cluster_tls = ClusterTls::read(self.cluster_ca, self.cluster_cert, self.cluster_key).map_err(refused)?;
+        let dialer = match &cluster_tls {
+            Some(tls) => Dialer::with_certificates(&tls.ca, &tls.certificate, &tls.key)
+                .map_err(|error| refused(tls.unusable(with_causes(&error))))?,
+            None => Dialer::default(),
+        };
         let coordinators =
             texts.iter().map(|text| coordinator(text.trim(), dialer.scheme())).collect::<Result<Vec<_>, _>>()?;
         if coordinators.is_empty() {
@@ -167,6 +177,7 @@ impl Merged {
             Some(text) => socket("mirror-listen", text)?,
             None => SocketAddr::new(listen.ip(), 0),
         };
+        let health = health(self.health_port, self.health_host.as_deref())?;
         let join_token = join_token(self.join_token, self.join_token_file)?;
         let kinds: Vec<&str> = collective::KINDS.iter().map(|kind| kind.name).collect();
         let collective = match self.collective.as_str() {
@@ -186,9 +197,11 @@ impl Merged {
             advertise,
             join_token,
             dialer,
+            cluster_tls,
             leave_timeout: Duration::from_secs(u64::from(self.leave_timeout)),
             mirror_memory,
             mirror_listen,
+            health,
             shard_id,
             collective,
             log_format: self.log_format,
@@ -219,6 +232,19 @@ fn listen(text: Option<&str>, advertise: Option<&Advertised>) -> Result<SocketAd
 
 fn socket(option: &'static str, text: &str) -> Result<SocketAddr, ConfigError> {
     SocketAddr::from_str(text).map_err(|_| value(option, text, "want ADDRESS:PORT, such as 10.0.0.5:7000"))
+}
+
+fn health(port: Option<u16>, host: Option<&str>) -> Result<Option<SocketAddr>, ConfigError> {
+    let ip = match host {
+        Some("localhost") | None => IpAddr::from(Ipv4Addr::LOCALHOST),
+        Some(text) => IpAddr::from_str(text)
+            .map_err(|_| value("health-host", text, "want an IP address such as 127.0.0.1, 0.0.0.0 or ::"))?,
+    };
+    match (port, host) {
+        (Some(port), _) => Ok(Some(SocketAddr::new(ip, port))),
+        (None, Some(host)) => Err(value("health-host", host, "needs --health-port too")),
+        (None, None) => Ok(None),
+    }
 }
 
 fn mirror_memory(size: MirrorMemory) -> Result<u64, ConfigError> {
@@ -268,15 +294,6 @@ fn join_token(token: Option<String>, file: Option<PathBuf>) -> Result<String, Co
             Err(error) => Err(value("join-token-file", file.display().to_string(), error.to_string())),
         },
         (None, None) => Ok(String::new()),
-    }
-}
-
-fn dialer(ca: Option<PathBuf>, certificate: Option<PathBuf>, key: Option<PathBuf>) -> Result<Dialer, ConfigError> {
-    let refused = |ClusterTlsError { option, value, reason }| ConfigError::Value { option, value, reason };
-    match ClusterTls::read(ca, certificate, key).map_err(refused)? {
-        Some(tls) => Dialer::with_certificates(&tls.ca, &tls.certificate, &tls.key)
-            .map_err(|error| refused(tls.unusable(with_causes(&error)))),
-        None => Ok(Dialer::default()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! - [`model`]: families of models, loading a rank's slice. [`layer`]: what layers are made of.
 //! - [`step`]: from a plan to tokens. [`sampler`]: from logits to a token.
 //! - [`engine`]: epochs, the thread that computes. [`link`]: the stream to the coordinator.
+//! - `health`: a port for probes.
 //! - [`mirror`]: copies of KV rows at a spare.
 //! - [`offline`]: a group in one process, for tests and for [`mod@bench`].
 
@@ -13,6 +14,7 @@ pub mod config;
 pub mod device;
 pub mod engine;
 mod failpoint;
+mod health;
 mod heartbeat;
 mod host;
 pub mod layer;
@@ -26,4 +28,4 @@ pub mod sampler;
 pub mod step;
 pub mod weights;
 
-pub use run::main_from;
+pub use run::{main_from, spec};

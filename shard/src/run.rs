@@ -1,6 +1,7 @@
 //! The process: configuration, log, engine, link, and how it ends.
 
 use std::{
+    convert::Infallible,
     ffi::OsString,
     io,
     net::{SocketAddr, TcpListener},
@@ -9,6 +10,8 @@ use std::{
 };
 
 use anyhow::Context;
+use clap::CommandFactory;
+use phalanx_cluster::{error_text::with_causes, manual};
 use phalanx_kernels::ops::Precision;
 use phalanx_proto::v1::Hello;
 use rustix::{
@@ -23,12 +26,12 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    config::{Advertised, Config, LogFormat},
+    config::{Advertised, Config, Flags, LogFormat},
     engine::{
         RankConfig,
         actor::{self, EngineHandle},
     },
-    host,
+    health, host,
     link::{End, Link},
     memory,
     mirror::{Receiver, Store},
@@ -39,10 +42,19 @@ const ENGINE_END_LIMIT: Duration = Duration::from_secs(2);
 /// Time that a last message has to leave.
 const FLUSH: Duration = Duration::from_millis(200);
 
+/// The command line of the program `shard`.
+pub fn spec() -> clap::Command {
+    manual::with_commands(Flags::command())
+}
+
 /// Runs a shard: what the program `shard` does, for programs that embed it. `args` begins with the program's name.
 ///
 /// The process is called `shard` in the process list from then on.
 pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.get(1).is_some_and(|word| manual::is_command(word)) {
+        return manual::main_from(spec(), args);
+    }
     // Not being renamed hurts nobody.
     let _unnamed = rustix::thread::set_name(c"shard");
     let config = match Config::from_args(args) {
@@ -105,8 +117,10 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
     })
     .await?;
 
+    let health = health(&config, &hello, &engine)?;
     let (leave, told_to_leave) = watch::channel(None);
     let (coordinators, dialer) = (&config.coordinators, config.dialer.clone());
+    follow_certificates(&config)?;
     let link = Link::new(coordinators, dialer, hello, &engine, told_to_leave, config.leave_timeout)
         .context("no thread for heartbeats")?;
     let signals = async {
@@ -128,10 +142,48 @@ async fn run(config: Config) -> anyhow::Result<ExitCode> {
         },
         signal = signals => format!("{signal} again"),
         () = parent_gone => "the parent process has ended".to_owned(),
+        never = health => match never {},
         () = thread_ended(&engine) => "the engine has ended".to_owned(),
     };
     tracing::info!("ending: {ended}");
     Ok(end(engine).await)
+}
+
+/// Dials with new certificates when their files change; the stream that is there goes on.
+fn follow_certificates(config: &Config) -> anyhow::Result<()> {
+    let Some(tls) = &config.cluster_tls else { return Ok(()) };
+    let dialer = config.dialer.clone();
+    let watching = tls.watch(
+        |_, _| {},
+        move |renewed| {
+            let taken = dialer.renew(&renewed.ca, &renewed.certificate, &renewed.key);
+            taken.map_err(|error| with_causes(&error))
+        },
+    );
+    watching.context("--cluster-ca, --cluster-cert, --cluster-key can't be followed")
+}
+
+/// Answers probes, if there is a port for them; never ends.
+fn health(
+    config: &Config,
+    hello: &Hello,
+    engine: &EngineHandle,
+) -> anyhow::Result<impl Future<Output = Infallible> + use<>> {
+    let serving = match config.health {
+        Some(address) => {
+            let listener =
+                health::bind(address).with_context(|| format!("--health-port: can't listen on {address}"))?;
+            tracing::info!(address = %listener.local_addr()?, "probes are answered");
+            Some(health::serve(listener, health::Shard::new(hello, engine)))
+        }
+        None => None,
+    };
+    Ok(async move {
+        match serving {
+            Some(serving) => serving.await,
+            None => std::future::pending().await,
+        }
+    })
 }
 
 /// Where copies of other ranks' rows are taken in, if any are.

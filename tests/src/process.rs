@@ -222,7 +222,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 pub struct Cluster {
     /// The coordinator.
     pub process: Process,
-    /// `http://HOST:PORT` of the OpenAI API.
+    /// `http://HOST:PORT` of the OpenAI API, `https://` with a certificate.
     pub http: String,
     /// `http://HOST:PORT` of gRPC.
     pub grpc: String,
@@ -265,14 +265,10 @@ impl Cluster {
     }
 
     fn take_addresses(&mut self, line: &str) {
-        let word = |prefix: &str| {
-            line.split_whitespace()
-                .find_map(|w| w.strip_prefix(prefix))
-                .unwrap_or_else(|| panic!("no {prefix} in {line:?}"))
-                .to_owned()
-        };
-        self.http = format!("http://{}", word("http://"));
-        self.grpc = format!("http://{}", word("grpc://"));
+        let word = |prefix: &str| line.split_whitespace().find_map(|w| w.strip_prefix(prefix));
+        let http = ["http", "https"].map(|scheme| Some(format!("{scheme}://{}", word(&format!("{scheme}://"))?)));
+        self.http = http.into_iter().flatten().next().unwrap_or_else(|| panic!("no URL in {line:?}"));
+        self.grpc = format!("http://{}", word("grpc://").unwrap_or_else(|| panic!("no gRPC in {line:?}")));
     }
 
     /// Process ids of the shards that the coordinator started.

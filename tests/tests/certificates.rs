@@ -97,6 +97,71 @@ async fn ask(channel: Channel) -> Answer {
     generate_over(channel, greedy(&PROMPT, 16)).await.unwrap().essence()
 }
 
+/// Copies what one folder has over another one's files, as a renewal does.
+fn renew(ours: &Certificates, next: &Certificates) {
+    for file in ["ca.pem", "coordinator-key.pem", "coordinator.pem", "shard-key.pem", "shard.pem"] {
+        fs::write(ours.path(file), next.read(file)).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_renewed_while_the_cluster_serves() {
+    let (ours, next) = (Certificates::init(), Certificates::init());
+    let old = tempfile::tempdir().unwrap();
+    fs::write(old.path().join("ca.pem"), ours.read("ca.pem")).unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let start = || {
+        let fixed = ["--local-shards", "0", "--tensor-parallel-size", "1", "--kv-cache-memory", "64MiB"];
+        let mut args: Vec<String> = fixed.iter().chain(&PATIENT).map(|a| (*a).to_owned()).collect();
+        // The same place again: the shard knows no other.
+        args.extend(["--grpc-port".to_owned(), port.clone()]);
+        args.extend(["--state-dir".to_owned(), state.path().display().to_string()]);
+        args.extend(ours.options("coordinator"));
+        Cluster::launch(&model(SMOLLM2), &args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let mut cluster = start();
+    cluster.wait_listening();
+    let shard = shard(&secure(&cluster.grpc), "east", &ours.options("shard"));
+    cluster.wait_ready();
+    let before = ours.connect(&cluster.grpc, None).await;
+    let expected = ask(before.clone()).await;
+
+    renew(&ours, &next);
+    let trusting = async |ca: Vec<u8>| {
+        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
+        Endpoint::from_shared(secure(&cluster.grpc)).unwrap().tls_config(tls).unwrap().connect().await
+    };
+    let mut renewed = trusting(next.read("ca.pem")).await;
+    while renewed.is_err() {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        renewed = trusting(next.read("ca.pem")).await;
+    }
+    assert!(trusting(fs::read(old.path().join("ca.pem")).unwrap()).await.is_err(), "the old authority is gone");
+    assert_eq!(ask(renewed.unwrap()).await, expected);
+    assert_eq!(ask(before).await, expected, "a connection that was there goes on");
+    assert_eq!(shard.log().matches("attached").count(), 1, "and so does the shard's: {}", shard.log());
+    wait_until("the shard has read its files", || shard.log().contains("cluster certificate read again"));
+    let counted = "phalanx_reloads_total{of=\"cluster certificate\"}";
+    assert!(metric(&cluster.http, counted) >= 1.0);
+
+    // A pair that does not fit is not taken.
+    fs::write(ours.path("coordinator-key.pem"), ours.read("shard-key.pem")).unwrap();
+    let failures = "phalanx_reload_failures_total{of=\"cluster certificate\"}";
+    wait_until("the broken pair is seen", || metric(&cluster.http, failures) >= 1.0);
+    assert_eq!(ask(trusting(next.read("ca.pem")).await.unwrap()).await, expected);
+    fs::write(ours.path("coordinator-key.pem"), next.read("coordinator-key.pem")).unwrap();
+
+    // The next connection of the shard is made with the new ones: the coordinator that it finds knows no others.
+    cluster.process.signal(Signal::KILL);
+    cluster.process.wait();
+    let mut again = start();
+    again.wait_ready();
+    assert_eq!(ask(next.connect(&again.grpc, None).await).await, expected);
+    drop(shard);
+    assert!(again.interrupt().success());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_who_has_a_certificate_joins() {
     let (ours, others) = (Certificates::init(), Certificates::init());

@@ -1,6 +1,13 @@
 //! Keys, limits, TLS and the audit log of a running cluster, as clients and operators meet them.
 
-use std::{fs, io::Read, path::Path, time::Duration};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpListener,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use phalanx_proto::v1::inference_client::InferenceClient;
 use phalanx_tests::{
@@ -9,7 +16,7 @@ use phalanx_tests::{
     model_cache::{SMOLLM2, model},
     process::{Cluster, Process, wait_until},
 };
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SigningKey};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tonic::{
@@ -155,6 +162,84 @@ async fn keys_open_limit_and_close() {
     assert!(first["prompt_tokens"].as_u64() > Some(0) && first["client"].as_str().unwrap().starts_with("127.0.0.1:"));
 }
 
+/// Answers every request with the same JSON, which may change.
+fn serve_json(text: &Arc<Mutex<String>>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/jwks.json", listener.local_addr().unwrap());
+    let text = Arc::clone(text);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut line = String::new();
+            while reader.read_line(&mut line).is_ok_and(|n| n > 2) {
+                line.clear();
+            }
+            let body = text.lock().unwrap().clone();
+            let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+            let _gone = stream.write_all(format!("{head}{body}").as_bytes());
+        }
+    });
+    url
+}
+
+fn base64url(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let word = chunk.iter().enumerate().fold(0_u32, |word, (at, byte)| word | u32::from(*byte) << (16 - 8 * at));
+        text.extend((0..=chunk.len()).map(|at| char::from(LETTERS[(word >> (18 - 6 * at)) as usize & 63])));
+    }
+    text
+}
+
+/// An issuer of tokens.
+struct Signer {
+    name: &'static str,
+    key: KeyPair,
+}
+
+impl Signer {
+    fn new(name: &'static str) -> Self {
+        Self { name, key: KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap() }
+    }
+
+    fn keys(&self) -> String {
+        let x = base64url(self.key.public_key_raw());
+        json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "kid": self.name, "x": x}]}).to_string()
+    }
+
+    fn token(&self, audience: &str) -> String {
+        let header = json!({"alg": "EdDSA", "kid": self.name}).to_string();
+        let claims = json!({"sub": "robot", "aud": audience, "exp": 4_000_000_000_u64}).to_string();
+        let signed = format!("{}.{}", base64url(header.as_bytes()), base64url(claims.as_bytes()));
+        let signature = self.key.sign(signed.as_bytes()).unwrap();
+        format!("{signed}.{}", base64url(&signature))
+    }
+}
+
+#[test]
+fn tokens_are_checked_with_the_keys_at_an_address() {
+    let (first, second) = (Signer::new("k1"), Signer::new("k2"));
+    let served = Arc::new(Mutex::new(first.keys()));
+    let options = ["--tensor-parallel-size", "1", "--kv-cache-memory", "64MiB", "--jwt-audience", "phalanx"];
+    let cluster = Cluster::start(&model(SMOLLM2), &[&["--jwks", &serve_json(&served)][..], &options].concat());
+    let with = |token: &str| Client { http: &cluster.http, key: Some(token) }.get("/v1/models");
+    assert_eq!(Client { http: &cluster.http, key: None }.get("/v1/models"), 401);
+    assert_eq!(with(&first.token("phalanx")), 200);
+    assert_eq!(with(&first.token("others")), 401);
+    assert_eq!(with(&second.token("phalanx")), 401);
+    assert_eq!(with(&Signer::new("k1").token("phalanx")), 401, "another key of that name");
+    // A token of a key that is not known has the address asked again.
+    *served.lock().unwrap() = second.keys();
+    wait_until("the new key is known", || with(&second.token("phalanx")) == 200);
+    assert_eq!(with(&first.token("phalanx")), 401, "the old one is gone");
+    *served.lock().unwrap() = "nonsense".to_owned();
+    assert_eq!(with(&first.token("phalanx")), 401);
+    wait_until("the nonsense is seen", || cluster.process.log().contains("those before stay in force"));
+    assert_eq!(with(&second.token("phalanx")), 200);
+    assert!(cluster.interrupt().success());
+}
+
 /// An authority, and what it has issued for `localhost`, as PEM.
 struct Issued {
     authority: String,
@@ -195,12 +280,13 @@ async fn clients_get_tls_and_certificates_are_renewed() {
     let files = ["--ssl-certfile", certificate.to_str().unwrap(), "--ssl-keyfile", key.to_str().unwrap()];
     let options = ["--tensor-parallel-size", "1", "--kv-cache-memory", "64MiB"];
     let cluster = Cluster::start(&model(SMOLLM2), &[&files[..], &options].concat());
-    let https = cluster.http.replace("http://127.0.0.1", "https://localhost");
+    let https = cluster.http.replace("127.0.0.1", "localhost");
     let ready = format!("{https}/ready");
     assert_eq!(secure_get(&ready, &first.authority).unwrap(), 200);
     let other = issue("other");
     assert!(secure_get(&ready, &other.authority).is_err());
-    assert!(agent().get(format!("{}/health", cluster.http)).call().is_err(), "plain text");
+    let plain = cluster.http.replace("https://", "http://");
+    assert!(agent().get(format!("{plain}/health")).call().is_err(), "plain text");
 
     // Clients over gRPC get TLS; the shard, which has no certificate, has come by plain text.
     let connect = async |authority: &str| -> Result<Channel, tonic::transport::Error> {
@@ -263,7 +349,7 @@ async fn what_a_standby_passes_on_counts_once() {
 
     let agent = trusting(&public.authority);
     let ask = |to: &Cluster, key: &str| {
-        let url = to.http.replace("http://127.0.0.1", "https://localhost");
+        let url = to.http.replace("127.0.0.1", "localhost");
         let request = agent.post(format!("{url}/v1/completions")).header("authorization", format!("Bearer {key}"));
         let body = json!({"prompt": "Once", "max_tokens": 1}).to_string();
         request.header("content-type", "application/json").send(body.as_bytes()).unwrap()
@@ -288,6 +374,32 @@ async fn what_a_standby_passes_on_counts_once() {
     assert!(at_leader.iter().all(|l| l["key"] == "team" && l["output_tokens"] == 1));
     assert_eq!(at_standby.len(), 1, "{at_standby:?}");
     assert_eq!((&at_standby[0]["status"], &at_standby[0]["key"]), (&json!("401"), &Value::Null));
+}
+
+#[test]
+fn probes_are_answered_over_tls_while_a_model_is_fetched() {
+    // An index that never answers.
+    let index = TcpListener::bind("127.0.0.1:0").unwrap();
+    let variables = ["env".to_owned(), format!("PHALANX_PYPI_INDEX=http://{}/simple/", index.local_addr().unwrap())];
+    let dir = tempfile::tempdir().unwrap();
+    let (certificate, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+    let public = issue("public");
+    fs::write(&certificate, &public.certificate).unwrap();
+    fs::write(&key, &public.key).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let files = ["--ssl-certfile", certificate.to_str().unwrap(), "--ssl-keyfile", key.to_str().unwrap()];
+    let args = [&["pypi:phalanx-no-such-model", "--port", &port, "--grpc-port", "0"][..], &files].concat();
+    let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
+    let mut coordinator = Process::start_in(&variables, "coordinator", &args);
+    let url = |path: &str| format!("https://localhost:{port}{path}");
+    wait_until("the process says that it lives", || {
+        secure_get(&url("/livez"), &public.authority).is_ok_and(|s| s == 200)
+    });
+    assert_eq!(secure_get(&url("/readyz"), &public.authority).unwrap(), 503);
+    assert!(secure_get(&url("/livez"), &issue("other").authority).is_err());
+    assert!(agent().get(format!("http://localhost:{port}/livez")).call().is_err(), "plain text");
+    coordinator.signal(Signal::TERM);
+    assert!(coordinator.wait().success());
 }
 
 #[test]

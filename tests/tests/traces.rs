@@ -11,10 +11,15 @@ use std::{
 use phalanx_tests::{
     client::metric,
     golden,
-    process::{Cluster, wait_until},
+    process::{Cluster, Process, wait_until},
 };
 use prost::Message;
+use rustix::process::Signal;
 use serde_json::json;
+use tonic::{
+    codegen::{BoxFuture, Service, http},
+    server::{NamedService, UnaryService},
+};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT: &str = "00f067aa0ba902b7";
@@ -27,6 +32,19 @@ mod wire {
     pub struct Request {
         #[prost(message, repeated, tag = "1")]
         pub resources: Vec<ResourceSpans>,
+    }
+    /// Unset: everything was taken.
+    #[derive(Message)]
+    pub struct Answer {
+        #[prost(message, optional, tag = "1")]
+        pub partial: Option<Partial>,
+    }
+    #[derive(Message)]
+    pub struct Partial {
+        #[prost(int64, tag = "1")]
+        pub rejected: i64,
+        #[prost(string, tag = "2")]
+        pub reason: String,
     }
     #[derive(Message)]
     pub struct ResourceSpans {
@@ -94,8 +112,7 @@ impl Collector {
                     let mut reader = BufReader::new(stream);
                     while let Some(body) = read_request(&mut reader) {
                         let request = wire::Request::decode(&body[..]).expect("spans are well formed");
-                        let spans = request.resources.into_iter().flat_map(|r| r.scopes).flat_map(|s| s.spans);
-                        taken.lock().expect("no reader panics").extend(spans);
+                        taken.lock().expect("no reader panics").extend(spans_of(request));
                         let answer =
                             b"HTTP/1.1 200 OK\r\ncontent-type: application/x-protobuf\r\ncontent-length: 0\r\n\r\n";
                         if reader.get_mut().write_all(answer).is_err() {
@@ -110,11 +127,78 @@ impl Collector {
 
     /// What came of a trace, by name.
     fn of(&self, trace: &str) -> BTreeMap<String, Vec<wire::Span>> {
-        let mut found: BTreeMap<String, Vec<wire::Span>> = BTreeMap::new();
-        for span in self.spans.lock().expect("no reader panics").iter().filter(|span| hex(&span.trace_id) == trace) {
-            found.entry(span.name.clone()).or_default().push(span.clone());
-        }
-        found
+        by_name(&self.spans, trace)
+    }
+}
+
+/// Spans of a trace, by name.
+fn by_name(spans: &Mutex<Vec<wire::Span>>, trace: &str) -> BTreeMap<String, Vec<wire::Span>> {
+    let mut found: BTreeMap<String, Vec<wire::Span>> = BTreeMap::new();
+    for span in spans.lock().expect("no reader panics").iter().filter(|span| hex(&span.trace_id) == trace) {
+        found.entry(span.name.clone()).or_default().push(span.clone());
+    }
+    found
+}
+
+fn spans_of(request: wire::Request) -> impl Iterator<Item = wire::Span> {
+    request.resources.into_iter().flat_map(|r| r.scopes).flat_map(|s| s.spans)
+}
+
+/// A collector's service, as opentelemetry-proto's `trace_service.proto` names it.
+#[derive(Clone, Default)]
+struct TraceService {
+    spans: Arc<Mutex<Vec<wire::Span>>>,
+    /// The header `x-key` of each call.
+    keys: Arc<Mutex<Vec<String>>>,
+    /// Spans of each call that it refuses.
+    refuses: i64,
+}
+
+impl TraceService {
+    /// Takes spans until the runtime ends. Returns where.
+    async fn start(self) -> String {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tokio::spawn(tonic::transport::Server::builder().add_service(self).serve_with_incoming(incoming));
+        url
+    }
+}
+
+impl NamedService for TraceService {
+    const NAME: &'static str = "opentelemetry.proto.collector.trace.v1.TraceService";
+}
+
+impl Service<http::Request<tonic::body::Body>> for TraceService {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = std::convert::Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        assert_eq!(request.uri().path(), format!("/{}/Export", Self::NAME));
+        let export = Export(self.clone());
+        Box::pin(async move {
+            Ok(tonic::server::Grpc::new(tonic_prost::ProstCodec::default()).unary(export, request).await)
+        })
+    }
+}
+
+struct Export(TraceService);
+
+impl UnaryService<wire::Request> for Export {
+    type Response = wire::Answer;
+    type Future = BoxFuture<tonic::Response<wire::Answer>, tonic::Status>;
+
+    fn call(&mut self, request: tonic::Request<wire::Request>) -> Self::Future {
+        let key = request.metadata().get("x-key").and_then(|key| key.to_str().ok()).unwrap_or_default().to_owned();
+        self.0.keys.lock().expect("no reader panics").push(key);
+        self.0.spans.lock().expect("no reader panics").extend(spans_of(request.into_inner()));
+        let partial = wire::Partial { rejected: self.0.refuses, reason: "it is full".to_owned() };
+        Box::pin(async move { Ok(tonic::Response::new(wire::Answer { partial: Some(partial) })) })
     }
 }
 
@@ -147,16 +231,17 @@ fn integer(span: &wire::Span, key: &str) -> i64 {
     found.unwrap_or_else(|| panic!("{} has no {key}: {:?}", span.name, span.attributes)).integer
 }
 
-fn start(collector: &str) -> Cluster {
+fn start(collector: &str, options: &[&str]) -> Cluster {
     let args = ["--kv-cache-memory", "32MiB", "--otlp-traces-endpoint", collector, "--otlp-sample-ratio", "0"];
+    let args = [&args[..], options].concat();
     Cluster::start(&golden::tiny("llama"), &args)
 }
 
 /// A completion of eight tokens, of a trace of the client's.
-fn complete(cluster: &Cluster, trace: &str, flags: &str) {
+fn complete(http: &str, trace: &str, flags: &str) {
     let agent: ureq::Agent = ureq::Agent::config_builder().build().into();
     let body = json!({"prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": true}).to_string();
-    let request = agent.post(format!("{}/v1/completions", cluster.http)).header("content-type", "application/json");
+    let request = agent.post(format!("{http}/v1/completions")).header("content-type", "application/json");
     let answer = request.header("traceparent", format!("00-{trace}-{CLIENT}-{flags}")).send(body.as_bytes());
     assert_eq!(answer.expect("it is answered").status().as_u16(), 200);
 }
@@ -164,10 +249,10 @@ fn complete(cluster: &Cluster, trace: &str, flags: &str) {
 #[test]
 fn a_client_s_trace_goes_on_through_queue_prefill_decode_and_ranks() {
     let collector = Collector::start();
-    let cluster = start(&collector.url);
+    let cluster = start(&collector.url, &[]);
     let unsampled = TRACE.replace('4', "5");
-    complete(&cluster, &unsampled, "00");
-    complete(&cluster, TRACE, "01");
+    complete(&cluster.http, &unsampled, "00");
+    complete(&cluster.http, TRACE, "01");
     wait_until("all spans have come", || collector.of(TRACE).values().map(Vec::len).sum::<usize>() >= 6);
     let mut spans = collector.of(TRACE);
     let names: Vec<&str> = spans.keys().map(String::as_str).collect();
@@ -192,15 +277,61 @@ fn a_client_s_trace_goes_on_through_queue_prefill_decode_and_ranks() {
     assert!(cluster.interrupt().success());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_over_grpc_as_opentelemetry_s_variables_say() {
+    let service = TraceService { refuses: 1, ..TraceService::default() };
+    let url = service.clone().start().await;
+    let variables = [
+        "env".to_owned(),
+        format!("OTEL_EXPORTER_OTLP_ENDPOINT={url}"),
+        "OTEL_EXPORTER_OTLP_PROTOCOL=grpc".to_owned(),
+        "OTEL_EXPORTER_OTLP_HEADERS=x-key=a%20secret".to_owned(),
+    ];
+    let model = golden::tiny("llama").display().to_string();
+    let args = [
+        &model,
+        "--port",
+        "0",
+        "--grpc-port",
+        "0",
+        "--tensor-parallel-size",
+        "1",
+        "--threads-per-shard",
+        "1",
+        "--kv-cache-memory",
+        "32MiB",
+        "--otlp-sample-ratio",
+        "0",
+    ];
+    let mut coordinator = Process::start_in(&variables, "coordinator", &args.map(str::to_owned));
+    let ready = coordinator.wait_for_line("phalanx ready ");
+    let http = ready.split_whitespace().find(|word| word.starts_with("http://")).expect("an address").to_owned();
+    complete(&http, TRACE, "01");
+    wait_until("all spans have come", || by_name(&service.spans, TRACE).values().map(Vec::len).sum::<usize>() >= 5);
+    let names: Vec<String> = by_name(&service.spans, TRACE).into_keys().collect();
+    assert_eq!(names, ["POST /v1/completions", "decode", "prefill", "queue", "shard"]);
+    let keys = service.keys.lock().expect("no reader panics").clone();
+    assert!(!keys.is_empty() && keys.iter().all(|key| key == "a secret"), "{keys:?}");
+    let told = |outcome: &str| metric(&http, &format!("phalanx_trace_spans_total{{outcome=\"{outcome}\"}}"));
+    wait_until("spans that were refused are counted", || told("failed") >= 1.0);
+    assert!(told("failed") + told("exported") >= 5.0);
+    let log = coordinator.log();
+    assert!(log.contains("it is full") && !log.contains("secret"), "{log}");
+    coordinator.signal(Signal::INT);
+    assert!(coordinator.wait().success());
+}
+
 #[test]
 fn a_collector_that_is_away_costs_spans_and_nothing_else() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let gone = format!("http://{}", listener.local_addr().expect("it is bound"));
     drop(listener);
-    let cluster = start(&gone);
-    complete(&cluster, TRACE, "01");
-    let lost = || metric(&cluster.http, "phalanx_trace_spans_total{outcome=\"failed\"}");
-    wait_until("its spans are counted as lost", || lost() >= 6.0);
-    complete(&cluster, TRACE, "01");
-    assert!(cluster.interrupt().success());
+    for protocol in ["http/protobuf", "grpc"] {
+        let cluster = start(&gone, &["--otlp-traces-protocol", protocol]);
+        complete(&cluster.http, TRACE, "01");
+        let lost = || metric(&cluster.http, "phalanx_trace_spans_total{outcome=\"failed\"}");
+        wait_until("its spans are counted as lost", || lost() >= 6.0);
+        complete(&cluster.http, TRACE, "01");
+        assert!(cluster.interrupt().success());
+    }
 }

@@ -22,7 +22,7 @@ use std::{
 };
 
 use clap::{Arg, ArgMatches, error::ErrorKind};
-use phalanx_cluster::{error_text::with_causes, tls::ClusterTls};
+use phalanx_cluster::{error_text::with_causes, manual, tls::ClusterTls};
 use phalanx_proto::dial::Dialer;
 
 use self::connect::{CallError, Coordinators, DEFAULT_COORDINATOR};
@@ -94,7 +94,11 @@ pub fn is_command(argument: &OsStr) -> bool {
 ///
 /// Exit codes: 0 if the command worked; 2 for wrong options; 1 for everything else.
 pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let matches = match spec().try_get_matches_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.get(1).is_some_and(|word| manual::is_command(word)) {
+        return manual::main_from(spec(), args);
+    }
+    let matches = match own_spec().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => return CliError::from(error).report(),
     };
@@ -149,7 +153,19 @@ fn file_option(name: &'static str, variable: &'static str, help: &'static str) -
     arg.value_parser(clap::value_parser!(PathBuf)).help(help)
 }
 
-fn spec() -> clap::Command {
+/// The program's command line.
+pub fn spec() -> clap::Command {
+    manual::with_commands(own_spec())
+}
+
+/// Its commands, each with the options that all of them have.
+pub fn commands() -> Vec<clap::Command> {
+    let whole = own_spec();
+    let shared: Vec<Arg> = whole.get_arguments().cloned().collect();
+    whole.get_subcommands().map(|command| command.clone().args(&shared)).collect()
+}
+
+fn own_spec() -> clap::Command {
     clap::Command::new(CLUSTER)
         .version(env!("CARGO_PKG_VERSION"))
         .about("Shows and changes a running cluster: members and ranks, draining, rolling restarts")

@@ -18,7 +18,7 @@ use super::{
     choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
     wrong,
 };
-use crate::{admin::http::AdminHttp, security::audit::OnError};
+use crate::{admin::http::AdminHttp, security::audit::OnError, trace::destination::Protocol};
 
 /// Variables that other parts of the program read.
 const OTHER_VARIABLES: &[&str] =
@@ -39,10 +39,12 @@ const OTHER_VARIABLES: &[&str] =
                   `coordinator cluster --help` shows and changes a running cluster: status, drain, undrain, rollout, plan.\n\
                   `coordinator certs --help` makes certificates for the cluster's own connections.\n\
                   `coordinator key --help` makes, lists and revokes API keys.\n\
-                  `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\n\
+                  `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\
+                  `coordinator completions SHELL` and `coordinator man FOLDER` write completions and manual pages.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
                   phalanx listening http://HOST:PORT grpc://HOST:PORT\n  \
-                  phalanx ready http://HOST:PORT grpc://HOST:PORT model=NAME tp=N shards=ID,ID epoch=E"
+                  phalanx ready http://HOST:PORT grpc://HOST:PORT model=NAME tp=N shards=ID,ID epoch=E\n\
+                  with https:// where clients get TLS."
 )]
 // The comments of fields are help texts: brackets there are no links.
 #[allow(rustdoc::broken_intra_doc_links)]
@@ -408,11 +410,18 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_format: Option<LogFormat>,
 
-    /// Collector that is sent traces of requests, by OTLP over HTTP, as http://HOST:4318; /v1/traces is added where there is
-    /// no path [default: none]
+    /// Collector that is sent traces of requests, by OTLP, as http://HOST:4318, or for gRPC http://HOST:4317; over HTTP
+    /// /v1/traces is added where there is no path [default: what OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or
+    /// OTEL_EXPORTER_OTLP_ENDPOINT says, else none]
     #[arg(long, env = "PHALANX_OTLP_TRACES_ENDPOINT", value_name = "URL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub otlp_traces_endpoint: Option<String>,
+
+    /// How traces are sent [default: what OTEL_EXPORTER_OTLP_TRACES_PROTOCOL or OTEL_EXPORTER_OTLP_PROTOCOL says, else
+    /// http/protobuf]
+    #[arg(long, env = "PHALANX_OTLP_TRACES_PROTOCOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp_traces_protocol: Option<Protocol>,
 
     /// Share of the requests that are traced, 0 to 1, where the client does not say with `traceparent` [default: 1]
     #[arg(long, env = "PHALANX_OTLP_SAMPLE_RATIO", value_name = "SHARE")]
@@ -431,6 +440,11 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// The command line.
+    pub fn spec() -> clap::Command {
+        Self::command()
+    }
+
     /// Of a command line (program name first), this process's environment, and the file that they name.
     pub fn gather(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
         // vLLM's short form; clap knows short options of one letter only.

@@ -1,13 +1,13 @@
 //! What options mean, and which are refused.
 
-use std::ffi::OsString;
+use std::{collections::BTreeMap, ffi::OsString};
 
 use clap::CommandFactory;
 
 use super::{flags::check_variables, *};
 
 fn machine() -> Machine {
-    Machine { cores: 8, state_home: Some("/home/me/state".into()), store_credentials: None }
+    Machine { cores: 8, state_home: Some("/home/me/state".into()), store_credentials: None, otel: BTreeMap::new() }
 }
 
 fn resolve(args: &[&str]) -> Result<Config, ConfigError> {

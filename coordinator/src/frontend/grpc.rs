@@ -23,7 +23,7 @@ use tracing::Instrument;
 use super::{
     FrontendState,
     error::ApiError,
-    fields::Integer,
+    fields::{Fields, FromJson, Integer},
     generation::{Generation, Progress},
     messages,
     observe::{Record, TRACEPARENT},
@@ -109,12 +109,12 @@ impl InferenceService {
         }
         let model = Some(call.model.as_str()).filter(|name| !name.is_empty());
         self.state.check_model(model)?;
-        let (raw, prompt) = parse(call)?;
+        let (raw, prompt) = parse(call, &self.state)?;
         let params = Params::check(raw, &self.state.model)?;
         let has_seed = params.has_seed();
         let prepare = move |state: &FrontendState| -> Result<Request, ApiError> {
             let (prompt, special_tokens, field) = match prompt {
-                Source::Plain(prompt, field) => (prompt, SpecialTokens::Add, field),
+                Source::Plain(prompt, special_tokens, field) => (prompt, special_tokens, field),
                 Source::Chat(rendering) => (Prompt::Text(state.render(&rendering)?), SpecialTokens::Leave, "chat"),
             };
             let ids = state.encode(&prompt, special_tokens, field)?;
@@ -154,23 +154,27 @@ fn keyed(call: &GenerateRequest, metadata: &MetadataMap) -> Result<Option<Keyed>
 
 enum Source {
     /// With the field's name.
-    Plain(Prompt, &'static str),
+    Plain(Prompt, SpecialTokens, &'static str),
     Chat(Rendering),
 }
 
 /// From the wire's types to the common raw ones.
-fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
+fn parse(call: GenerateRequest, state: &FrontendState) -> Result<(RawParams, Source), ApiError> {
+    let framing = call.add_special_tokens;
     let source = match call.prompt {
         None => return Err(ApiError::missing("prompt")),
-        Some(WirePrompt::Text(text)) => Source::Plain(Prompt::Text(text), "text"),
+        Some(WirePrompt::Text(text)) => {
+            let special_tokens = if framing == Some(false) { SpecialTokens::Leave } else { SpecialTokens::Add };
+            Source::Plain(Prompt::Text(text), special_tokens, "text")
+        }
+        Some(_) if framing.is_some() => {
+            return Err(ApiError::invalid("add_special_tokens", "is only possible with 'text'"));
+        }
         Some(WirePrompt::TokenIds(list)) => {
-            Source::Plain(Prompt::Ids(list.ids.into_iter().map(Integer::from).collect()), "token_ids")
+            let ids = list.ids.into_iter().map(Integer::from).collect();
+            Source::Plain(Prompt::Ids(ids), SpecialTokens::Leave, "token_ids")
         }
-        Some(WirePrompt::Chat(chat)) => {
-            let message = |m: v1::ChatMessage| json!({"role": m.role, "content": m.content});
-            let messages = messages::parse(chat.messages.into_iter().map(message).collect())?;
-            Source::Chat(Rendering::plain(messages))
-        }
+        Some(WirePrompt::Chat(chat)) => Source::Chat(rendering(chat, state)?),
     };
     let raw = RawParams {
         temperature: call.temperature,
@@ -191,10 +195,29 @@ fn parse(call: GenerateRequest) -> Result<(RawParams, Source), ApiError> {
         logprobs: call.logprobs.map(Integer::from),
         prompt_logprobs: call.prompt_logprobs.map(Integer::from),
         priority: Some(call.priority.into()),
+        include_stop_str_in_output: call.include_stop_str_in_output,
+        skip_special_tokens: call.skip_special_tokens,
+        allowed_token_ids: Some(call.allowed_token_ids)
+            .filter(|ids| !ids.is_empty())
+            .map(|ids| ids.into_iter().map(Integer::from).collect()),
+        bad_words: call.bad_words,
+        truncate_prompt_tokens: call.truncate_prompt_tokens.map(Integer::from),
         structured: call.structured_output.map(structured::of_grpc).transpose()?.flatten(),
         ..RawParams::default()
     };
     Ok((raw, source))
+}
+
+/// The same as over HTTP, by way of JSON.
+fn rendering(chat: v1::ChatMessages, state: &FrontendState) -> Result<Rendering, ApiError> {
+    let message = |m: v1::ChatMessage| json!({"role": m.role, "content": m.content});
+    let messages = messages::parse(chat.messages.into_iter().map(message).collect())?;
+    let options = json!({
+        "add_generation_prompt": chat.add_generation_prompt,
+        "continue_final_message": chat.continue_final_message,
+        "reasoning_effort": chat.reasoning_effort,
+    });
+    Rendering::take(&mut Fields::from_json(options, "chat")?, messages, state)
 }
 
 #[tonic::async_trait]

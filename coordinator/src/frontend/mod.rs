@@ -25,6 +25,7 @@ pub mod models;
 pub mod neutral;
 pub mod observe;
 pub mod ollama;
+pub mod openapi;
 pub mod opening;
 pub mod params;
 pub mod prober;
@@ -222,6 +223,8 @@ pub fn http_router(state: FrontendState) -> Router {
         .route("/startupz", get(health::startupz))
         .route("/version", get(health::version))
         .route("/metrics", get(prometheus::render))
+        .route(openapi::DOCUMENT_PATH, get(openapi::document))
+        .route(openapi::PAGE_PATH, get(openapi::page))
         .fallback(|uri: Uri| async move { ApiError::unknown_path(uri.path()) })
         .method_not_allowed_fallback(
             |method: Method, uri: Uri| async move { ApiError::wrong_method(&method, uri.path()) },

@@ -1,6 +1,6 @@
 //! Answers probes while the model is being opened, which may be a download of minutes: the process lives and is not ready.
 
-use std::os::fd::AsFd;
+use std::{os::fd::AsFd, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use axum::{
@@ -12,20 +12,27 @@ use http::{HeaderValue, header};
 use serde_json::json;
 use tokio::{net::TcpListener, task::JoinHandle};
 
-use super::health;
+use super::{
+    connections::{self, progress::Patience},
+    health,
+};
+use crate::security::tls::ServingTls;
 
 /// Answers on a listener's socket until it is dropped.
 pub struct Opening(JoinHandle<std::io::Result<()>>);
 
 impl Opening {
-    /// Begins to answer.
+    /// Begins to answer, as the server that comes after it will: with `tls`, if there is some, and with as much patience
+    /// for clients that read slowly.
     ///
     /// # Errors
     /// If the socket can't be shared.
-    pub fn start(listener: &TcpListener) -> anyhow::Result<Self> {
+    pub fn start(listener: &TcpListener, write: Duration, tls: Option<Arc<ServingTls>>) -> anyhow::Result<Self> {
         let socket = listener.as_fd().try_clone_to_owned().context("the HTTP socket can't be shared")?;
         let listener = TcpListener::from_std(socket.into()).context("the HTTP socket can't be shared")?;
-        Ok(Self(tokio::spawn(axum::serve(listener, router()).into_future())))
+        // Dropping the task lets connections end after their answer.
+        let served = connections::serve(listener, router(), Patience::new(write), tls, std::future::pending());
+        Ok(Self(tokio::spawn(served)))
     }
 }
 

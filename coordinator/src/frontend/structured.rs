@@ -104,14 +104,15 @@ fn white_space(fields: &mut Fields, prefix: &str) -> Result<WhiteSpace, ApiError
     let pattern = fields.take::<String>(&format!("{prefix}whitespace_pattern"))?;
     let has_none = prefix.is_empty() && fields.flag("disable_any_whitespace")?;
     match (pattern, has_none) {
-        (Some(_), true) => Err(ApiError::invalid(
-            &fields.path("disable_any_whitespace"),
-            "and 'whitespace_pattern' contradict each other: give one of them",
-        )),
+        (Some(_), true) => Err(contradicting(&fields.path("disable_any_whitespace"))),
         (Some(pattern), false) => Ok(WhiteSpace::Pattern(pattern)),
         (None, true) => Ok(WhiteSpace::None),
         (None, false) => Ok(WhiteSpace::Some),
     }
+}
+
+fn contradicting(field: &str) -> ApiError {
+    ApiError::invalid(field, "and 'whitespace_pattern' contradict each other: give one of them")
 }
 
 /// A schema, or the text of one.
@@ -141,13 +142,23 @@ impl FrontendState {
 
 /// What a gRPC call asks for.
 pub fn of_grpc(output: StructuredOutput) -> Result<Option<Wanted>, ApiError> {
-    let Some(constraint) = output.constraint else { return Ok(None) };
     let at = |name: &str| format!("structured_output.{name}");
+    let white_space = match (output.whitespace_pattern, output.disable_any_whitespace) {
+        (Some(_), true) => return Err(contradicting(&at("disable_any_whitespace"))),
+        (Some(pattern), false) => WhiteSpace::Pattern(pattern),
+        (None, true) => WhiteSpace::None,
+        (None, false) => WhiteSpace::Some,
+    };
+    if white_space != WhiteSpace::Some && !matches!(output.constraint, Some(Constraint::JsonSchema(_))) {
+        let field = if white_space == WhiteSpace::None { "disable_any_whitespace" } else { "whitespace_pattern" };
+        return Err(ApiError::invalid(&at(field), format!("is only possible with '{}'", at("json_schema"))));
+    }
+    let Some(constraint) = output.constraint else { return Ok(None) };
     Ok(Some(match constraint {
         Constraint::JsonSchema(text) => {
             let field = at("json_schema");
             let Schema(schema) = Schema::from_json(Value::String(text), &field)?;
-            wanted(&field, Grammar::of_schema(schema, &WhiteSpace::Some))?
+            wanted(&field, Grammar::of_schema(schema, &white_space))?
         }
         Constraint::JsonObject(false) => return Ok(None),
         Constraint::JsonObject(true) => wanted(&at("json_object"), Ok(Grammar::of_any_object()))?,
@@ -243,12 +254,31 @@ mod tests {
 
     #[test]
     fn grpc_says_the_same() {
-        let grammar = |constraint| of_grpc(StructuredOutput { constraint }).unwrap();
+        let output = |constraint| StructuredOutput { constraint, ..StructuredOutput::default() };
+        let grammar = |constraint| of_grpc(output(constraint)).unwrap();
         assert_eq!(grammar(None), None);
         assert_eq!(grammar(Some(Constraint::JsonObject(false))), None);
         let wanted = grammar(Some(Constraint::JsonSchema("true".to_owned()))).unwrap();
         assert_eq!(wanted.grammar, Grammar::of_schema(json!(true), &WhiteSpace::Some).unwrap());
-        let error = of_grpc(StructuredOutput { constraint: Some(Constraint::JsonSchema("{".to_owned())) }).unwrap_err();
+        let error = of_grpc(output(Some(Constraint::JsonSchema("{".to_owned())))).unwrap_err();
         assert!(error.to_string().contains("structured_output.json_schema"), "{error}");
+        let spaced = |constraint: Constraint, pattern: Option<&str>, disable_any_whitespace| {
+            let whitespace_pattern = pattern.map(str::to_owned);
+            of_grpc(StructuredOutput { constraint: Some(constraint), whitespace_pattern, disable_any_whitespace })
+        };
+        let schema = || Constraint::JsonSchema("true".to_owned());
+        let want = |white_space| Grammar::of_schema(json!(true), &white_space).unwrap();
+        assert_eq!(spaced(schema(), None, true).unwrap().unwrap().grammar, want(WhiteSpace::None));
+        let pattern = WhiteSpace::Pattern(" ?".to_owned());
+        assert_eq!(spaced(schema(), Some(" ?"), false).unwrap().unwrap().grammar, want(pattern));
+        let regex = || Constraint::Regex("a".to_owned());
+        for (constraint, pattern, none, named) in [
+            (schema(), Some(" "), true, "disable_any_whitespace"),
+            (regex(), Some(" "), false, "whitespace_pattern"),
+            (regex(), None, true, "disable_any_whitespace"),
+        ] {
+            let error = spaced(constraint, pattern, none).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
     }
 }

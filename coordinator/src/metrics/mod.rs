@@ -52,6 +52,12 @@ pub fn describe() {
     }
 }
 
+/// Counts that a file changed that is followed: of what, and whether it was taken.
+pub fn count_reload(of: &'static str, is_taken: bool) {
+    let name = if is_taken { RELOADS } else { RELOAD_FAILURES };
+    metrics::counter!(name, "of" => of).increment(1);
+}
+
 /// Labels of what is measured of one group.
 #[derive(Debug, Clone, Default)]
 pub struct GroupLabels {

@@ -15,6 +15,7 @@ use super::{
     gate,
     incoming::{incoming, introduce},
     parts::{Foundation, Parts},
+    renewal,
 };
 use crate::{
     admin::{
@@ -35,6 +36,7 @@ use crate::{
         standby::{StandbyCluster, StandbySubmit},
         switch::Switch,
     },
+    security::tls::ServingTls,
     shard_link::ClusterService,
 };
 
@@ -49,6 +51,11 @@ pub fn bind(option: &str, address: SocketAddr) -> anyhow::Result<(tokio::net::Tc
     listener.set_nonblocking(true)?;
     let bound = listener.local_addr()?;
     Ok((tokio::net::TcpListener::from_std(listener)?, bound))
+}
+
+/// What the HTTP port shows, if it speaks TLS.
+pub fn https(tls: &Arc<ServingTls>) -> Option<Arc<ServingTls>> {
+    tls.is_for_clients().then(|| Arc::clone(tls))
 }
 
 /// The servers. They listen for the life of the process; what answers changes with leadership.
@@ -119,13 +126,13 @@ impl Servers {
             .serve_with_incoming_shutdown(incoming(grpc, base.tls.clone()), stopped());
 
         let connector = Connector::new(base.config.cluster_tls.as_ref()).context("--cluster-cert")?;
+        renewal::follow(base, &connector)?;
         let gateway = Gateway::new(base.view(), frontend::http_router(state), is_shared, &limits, connector);
         let admin = admin::http::router(Arc::new(control.clone()), base.config.admin_http);
         let router = admin.fallback_service(gateway.clone());
         let router = door::before(router, base.security.clone());
         let patience = connections::progress::Patience::new(base.config.client_write_timeout);
-        let https = base.tls.is_for_clients().then(|| base.tls.clone());
-        let http = tokio::spawn(connections::serve(http, router, patience, https, stopped()));
+        let http = tokio::spawn(connections::serve(http, router, patience, https(&base.tls), stopped()));
         Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc, control })
     }
 

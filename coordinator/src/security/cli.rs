@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, io::IsTerminal, path::PathBuf, process::ExitCode};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use comfy_table::{Table, presets};
 use jiff::{Timestamp, civil::Date, tz::TimeZone};
 
@@ -85,6 +85,11 @@ fn parse_end(text: &str) -> Result<Timestamp, String> {
     let day: Date = text.parse().map_err(wrong)?;
     let end = day.tomorrow().and_then(|next| next.to_zoned_datetime(TimeZone::UTC));
     end.map(|end| end.timestamp()).map_err(wrong)
+}
+
+/// The command line.
+pub fn spec() -> clap::Command {
+    Cli::command()
 }
 
 /// Runs the command; `args` begins with the program's name.
@@ -177,8 +182,6 @@ fn list(file: &std::path::Path, now: Timestamp) -> Result<String, KeyFileError> 
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -11,7 +11,6 @@ pub mod key_file;
 pub mod keys;
 pub mod limits;
 pub mod tls;
-pub mod watched;
 
 use std::{
     path::PathBuf,
@@ -22,6 +21,7 @@ use std::{
 use anyhow::Context;
 use http::HeaderMap;
 use jiff::Timestamp;
+use phalanx_cluster::{tls::CLUSTER_CERTIFICATES, watched::Watched};
 
 use self::{
     audit::{AuditConfig, AuditLog},
@@ -29,9 +29,8 @@ use self::{
     key_file::KeyFile,
     keys::{Denied, KeyHash, KeyRecord, KeyRing, Principal, Role},
     limits::{Counted, KeyLimits, Limiter, Refused, Standing},
-    watched::Watched,
 };
-use crate::metrics as names;
+use crate::metrics::{self as names, count_reload};
 
 /// What a file of keys is called in logs and metrics.
 const KEYS: &str = "API keys";
@@ -127,7 +126,7 @@ impl Security {
             let keys = config.is_closed().then(|| KeyRing::new(fixed));
             return Ok(Arc::new(Self { keys, tokens, audit, ..Self::default() }));
         };
-        let watched = Watched::open(KEYS, vec![path.clone()]).context("--api-keys")?;
+        let watched = Watched::open(KEYS, vec![path.clone()]).context("--api-keys")?.counted(count_reload);
         let records = in_force(&fixed, &watched.contents()[0]);
         let records = records.map_err(|e| anyhow::anyhow!("--api-keys {}: {e}", path.display()))?;
         tracing::info!(file = %path.display(), n_keys = records.len(), "API keys are needed");
@@ -225,7 +224,7 @@ pub fn begin_to_count() {
     for limit in [Counted::Requests, Counted::Tokens, Counted::Concurrency] {
         drop(metrics::counter!(names::RATE_LIMITED, "limit" => limit.name()));
     }
-    for of in [KEYS, tls::CERTIFICATE, jwt::KEYS] {
+    for of in [KEYS, tls::CERTIFICATE, jwt::KEYS, CLUSTER_CERTIFICATES] {
         drop(metrics::counter!(names::RELOADS, "of" => of));
         drop(metrics::counter!(names::RELOAD_FAILURES, "of" => of));
     }

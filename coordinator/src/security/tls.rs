@@ -2,7 +2,7 @@
 //!
 //! A connection says in its first message which name it wants. Names of the cluster's certificate, and none (an address),
 //! are answered with that; all others with the certificate for clients, if there is one. So both can be on one port, and a
-//! client's certificate is never taken for one of the cluster. Files for clients are read again when they change.
+//! client's certificate is never taken for one of the cluster. All of them may be renewed while the process runs.
 
 use std::{
     io,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context;
-use phalanx_cluster::tls::ClusterTls;
+use phalanx_cluster::{tls::ClusterTls, watched::Watched};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
     client::{
@@ -27,7 +27,7 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, server::TlsStream};
 
-use super::watched::Watched;
+use crate::metrics::count_reload;
 
 /// What its files are called in logs and metrics.
 pub(super) const CERTIFICATE: &str = "TLS certificate";
@@ -77,7 +77,9 @@ impl Shown {
     }
 }
 
-struct Cluster {
+/// The cluster's certificate, ready to be shown.
+#[derive(Clone)]
+pub struct Cluster {
     shown: Shown,
     certificate: CertificateDer<'static>,
 }
@@ -85,7 +87,9 @@ struct Cluster {
 /// Everything that is shown.
 pub struct ServingTls {
     clients: Option<RwLock<Shown>>,
-    cluster: Option<Cluster>,
+    cluster: Option<RwLock<Cluster>>,
+    /// Whether whoever asks for the cluster's name must show a certificate.
+    is_demanding: bool,
 }
 
 impl ServingTls {
@@ -94,21 +98,20 @@ impl ServingTls {
     /// # Errors
     /// If they can't be used.
     pub fn start(files: Option<&SslFiles>, cluster: Option<&ClusterTls>) -> anyhow::Result<Arc<Self>> {
-        let Some(files) = files else {
-            return Ok(Arc::new(Self {
-                clients: None,
-                cluster: cluster.map(|tls| Cluster::new(tls, false)).transpose()?,
-            }));
-        };
         // Where clients need certificates, nobody is let past that by the cluster's name.
-        let cluster = cluster.map(|tls| Cluster::new(tls, files.client_ca.is_some())).transpose()?;
+        let is_demanding = files.is_some_and(|files| files.client_ca.is_some());
+        let cluster = cluster.map(|tls| Cluster::new(tls, is_demanding)).transpose()?.map(RwLock::new);
+        let Some(files) = files else {
+            return Ok(Arc::new(Self { clients: None, cluster, is_demanding }));
+        };
         let mut paths = vec![files.certificate.clone(), files.key.clone()];
         paths.extend(files.client_ca.clone());
         let watched = Watched::open(CERTIFICATE, paths).context("--ssl-certfile, --ssl-keyfile, --ssl-ca-certs")?;
+        let watched = watched.counted(count_reload);
         let shown = for_clients(watched.contents()).with_context(|| {
             format!("--ssl-certfile {}, its --ssl-keyfile or --ssl-ca-certs", files.certificate.display())
         })?;
-        let tls = Arc::new(Self { clients: Some(RwLock::new(shown)), cluster });
+        let tls = Arc::new(Self { clients: Some(RwLock::new(shown)), cluster, is_demanding });
         let shared = Arc::clone(&tls);
         let take = move |contents: &[Vec<u8>]| {
             let shown = for_clients(contents).map_err(|e| format!("{e:#}"))?;
@@ -132,6 +135,27 @@ impl ServingTls {
         self.cluster.is_some()
     }
 
+    /// What would be shown with these certificates of the cluster.
+    ///
+    /// # Errors
+    /// If they can't be used.
+    pub fn prepare(&self, cluster: &ClusterTls) -> anyhow::Result<Cluster> {
+        Cluster::new(cluster, self.is_demanding)
+    }
+
+    /// Shows this from now on: connections that are there go on with what they were shown.
+    pub fn renew(&self, renewed: Cluster) {
+        if let Some(cluster) = &self.cluster {
+            // Replaced as a whole.
+            *cluster.write().unwrap_or_else(PoisonError::into_inner) = renewed;
+        }
+    }
+
+    fn cluster(&self) -> Option<Cluster> {
+        let cluster = self.cluster.as_ref()?;
+        Some(cluster.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+
     fn clients(&self) -> Option<Shown> {
         let clients = self.clients.as_ref()?;
         Some(clients.read().unwrap_or_else(PoisonError::into_inner).clone())
@@ -144,7 +168,7 @@ impl ServingTls {
     pub async fn accept_http<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> io::Result<TlsStream<S>> {
         let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         let wants_cluster = hello.client_hello().server_name() == Some(COORDINATOR);
-        let cluster = self.cluster.as_ref().filter(|_| wants_cluster).map(|cluster| cluster.shown.clone());
+        let cluster = self.cluster().filter(|_| wants_cluster).map(|cluster| cluster.shown);
         let shown = cluster.or_else(|| self.clients()).ok_or_else(|| io::Error::other("no certificate to show"))?;
         hello.into_stream(shown.http).await
     }
@@ -155,12 +179,12 @@ impl ServingTls {
     /// If the other side wants what we don't have, or shows what we don't trust.
     pub async fn accept_grpc<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S) -> io::Result<(TlsStream<S>, Side)> {
         let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
-        let cluster = self.cluster.as_ref().filter(|c| c.is_meant(hello.client_hello().server_name()));
+        let cluster = self.cluster().filter(|c| c.is_meant(hello.client_hello().server_name()));
         let (shown, is_cluster) = match (cluster, self.clients()) {
-            (Some(cluster), _) => (cluster.shown.clone(), true),
+            (Some(cluster), _) => (cluster.shown, true),
             (None, Some(clients)) => (clients, false),
-            (None, None) => match &self.cluster {
-                Some(cluster) => (cluster.shown.clone(), true),
+            (None, None) => match self.cluster() {
+                Some(cluster) => (cluster.shown, true),
                 None => return Err(io::Error::other("no certificate to show")),
             },
         };

@@ -168,6 +168,24 @@ async fn clients_show_certificates_where_they_must() {
 }
 
 #[tokio::test]
+async fn the_cluster_s_certificate_can_be_renewed() {
+    let (files, next) = (Files::new(), Files::new());
+    let tls = ServingTls::start(None, Some(&files.of_cluster(true))).unwrap();
+    let known = |files: &Files| (client(&files.cluster, Some(files.cluster.issue(&[], false))), name("head.lan"));
+    assert!(grpc(&tls, known(&files)).await.is_ok() && grpc(&tls, known(&next)).await.is_err());
+    let renewed = next.of_cluster(true);
+    let broken = ClusterTls { key: files.of_cluster(true).key, ..renewed.clone() };
+    assert!(tls.prepare(&broken).is_err(), "they don't belong together");
+    tls.renew(tls.prepare(&renewed).unwrap());
+    assert!(grpc(&tls, known(&next)).await.is_ok() && grpc(&tls, known(&files)).await.is_err());
+    // For a while both authorities may be in the file.
+    let both = ClusterTls { ca: [&renewed.ca[..], b"\n", &files.of_cluster(true).ca].concat(), ..renewed };
+    tls.renew(tls.prepare(&both).unwrap());
+    let member = files.cluster.issue(&[], false);
+    assert_eq!(grpc(&tls, (client(&next.cluster, Some(member)), name("head.lan"))).await.unwrap(), Side::Cluster(true));
+}
+
+#[tokio::test]
 async fn a_renewed_certificate_is_shown_and_a_broken_one_is_not() {
     let files = Files::new();
     let config = files.for_clients(None);

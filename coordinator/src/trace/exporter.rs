@@ -1,78 +1,35 @@
-//! The thread that sends spans to a collector: OTLP over HTTP, as protobuf.
+//! The thread that makes spans and sends them to a collector.
 
 use std::{
     collections::{HashMap, VecDeque},
-    fmt,
-    str::FromStr,
+    io,
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
-use http::Uri;
 use metrics::Counter;
-use prost::Message;
 
 use super::{
     Note, Settings, SpanContext,
+    carrier::{self, Carrier},
     otlp::{Export, Resource, ResourceSpans, Scope, ScopeSpans, Span, attribute},
     spans::Clock,
 };
 use crate::metrics as names;
 
-/// Path of traces at a collector (OTLP/HTTP).
-const PATH: &str = "/v1/traces";
 /// Most spans of a message.
 const MOST_SPANS: usize = 512;
 /// Longest that a span waits for others.
 const LINGER: Duration = Duration::from_secs(1);
-/// Longest wait for the collector.
-const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// Between complaints about a collector that does not take spans.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 /// Traced requests that are known; the oldest are forgotten.
 const MOST_OPEN: usize = 16_384;
 
-/// Where spans are sent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Destination(String);
-
-/// Why a URL is none of a collector.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EndpointError {
-    /// It is no URL, or has no host.
-    #[error("want http://HOST:PORT or https://HOST:PORT of a collector's OTLP over HTTP, mostly at port 4318")]
-    NoUrl,
-    /// OTLP over gRPC is not spoken.
-    #[error("spans are sent over HTTP, not gRPC: give http://HOST:4318")]
-    Grpc,
-}
-
-impl FromStr for Destination {
-    type Err = EndpointError;
-
-    fn from_str(text: &str) -> Result<Self, EndpointError> {
-        let uri: Uri = text.parse().map_err(|_| EndpointError::NoUrl)?;
-        if uri.scheme_str() == Some("grpc") {
-            return Err(EndpointError::Grpc);
-        }
-        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
-            return Err(EndpointError::NoUrl);
-        }
-        let is_bare = matches!(uri.path(), "" | "/") && uri.query().is_none();
-        Ok(Self(if is_bare { format!("{}{PATH}", text.trim_end_matches('/')) } else { text.to_owned() }))
-    }
-}
-
-impl fmt::Display for Destination {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 /// Turns messages into spans and sends them.
 pub(super) struct Exporter {
     settings: Settings,
-    agent: ureq::Agent,
+    carrier: Box<dyn Carrier>,
     clock: Clock,
     open: Open,
     spans: Vec<Span>,
@@ -109,12 +66,12 @@ impl Open {
 }
 
 impl Exporter {
-    pub(super) fn new(settings: Settings) -> Self {
+    pub(super) fn new(settings: Settings) -> io::Result<Self> {
         let outcome = |outcome: &'static str| metrics::counter!(names::TRACE_SPANS, "outcome" => outcome);
-        let agent = ureq::Agent::config_builder().timeout_global(Some(SEND_LIMIT)).build().into();
-        Self {
+        let carrier = carrier::to(&settings.destination)?;
+        Ok(Self {
             settings,
-            agent,
+            carrier,
             clock: Clock::new(),
             open: Open::default(),
             spans: Vec::new(),
@@ -122,7 +79,7 @@ impl Exporter {
             exported: outcome("exported"),
             failed: outcome("failed"),
             complained: None,
-        }
+        })
     }
 
     /// Ends with the tracer, which is at the end of the process.
@@ -168,18 +125,17 @@ impl Exporter {
         }
         let spans = std::mem::take(&mut self.spans);
         let n_spans = spans.len() as u64;
-        let body = self.message(spans).encode_to_vec();
-        let request = self.agent.post(&self.settings.destination.0).header("content-type", "application/x-protobuf");
-        match request.send(&body[..]) {
-            Ok(_) => self.exported.increment(n_spans),
-            Err(error) => {
-                self.failed.increment(n_spans);
-                if self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
-                    self.complained = Some(Instant::now());
-                    let to = &self.settings.destination;
-                    tracing::warn!(%to, n_spans, %error, "the collector does not take spans: they are dropped");
-                }
-            }
+        let message = self.message(spans);
+        let (n_refused, reason) = match self.carrier.carry(message) {
+            Ok(accepted) => accepted.refused(n_spans),
+            Err(reason) => (n_spans, reason),
+        };
+        self.exported.increment(n_spans - n_refused);
+        self.failed.increment(n_refused);
+        if n_refused > 0 && self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY) {
+            self.complained = Some(Instant::now());
+            let to = &self.settings.destination;
+            tracing::warn!(%to, n_refused, reason, "the collector does not take spans: they are dropped");
         }
     }
 
@@ -202,19 +158,6 @@ impl Exporter {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_collector_is_an_http_url() {
-        let url = |text: &str| text.parse::<Destination>().map(|to| to.0);
-        assert_eq!(url("http://localhost:4318").unwrap(), "http://localhost:4318/v1/traces");
-        assert_eq!(url("https://otlp.example/").unwrap(), "https://otlp.example/v1/traces");
-        assert_eq!(url("http://c:4318/v1/traces").unwrap(), "http://c:4318/v1/traces");
-        assert_eq!(url("https://c/otlp/v1/traces").unwrap(), "https://c/otlp/v1/traces");
-        assert_eq!(url("grpc://c:4317"), Err(EndpointError::Grpc));
-        for wrong in ["", "c:4318", "ftp://c", "http://", "not a url"] {
-            assert_eq!(url(wrong), Err(EndpointError::NoUrl), "{wrong}");
-        }
-    }
 
     #[test]
     fn open_requests_are_bounded() {

@@ -5,7 +5,9 @@
 //! when the request is over, by messages into a bounded queue that never waits: if the collector is slow or away, spans are
 //! dropped and counted, and nothing else happens.
 
+mod carrier;
 mod context;
+pub mod destination;
 mod exporter;
 mod otlp;
 pub mod ranks;
@@ -22,7 +24,7 @@ use std::{
 use metrics::Counter;
 
 pub use context::SpanContext;
-pub use exporter::{Destination, EndpointError};
+pub use destination::Destination;
 pub use ranks::{RankTotal, Work};
 
 use crate::{metrics as names, scheduler::ending::Ended};
@@ -87,7 +89,7 @@ static TRACER: OnceLock<Tracer> = OnceLock::new();
 /// Begins to trace, for the life of the process.
 ///
 /// # Errors
-/// If there is no thread for it.
+/// If there is no thread for it, or the destination's file of authorities can't be used.
 pub fn install(settings: Settings) -> std::io::Result<()> {
     let (queue, notes) = mpsc::sync_channel(QUEUE);
     let ratio = settings.ratio;
@@ -100,7 +102,7 @@ pub fn install(settings: Settings) -> std::io::Result<()> {
 }
 
 fn start(settings: Settings, notes: Receiver<Note>) -> std::io::Result<()> {
-    let exporter = exporter::Exporter::new(settings);
+    let exporter = exporter::Exporter::new(settings)?;
     std::thread::Builder::new().name("traces".to_owned()).spawn(move || exporter.run(&notes)).map(drop)
 }
 

@@ -11,6 +11,33 @@ pub struct Export {
     pub resource_spans: Vec<ResourceSpans>,
 }
 
+/// `ExportTraceServiceResponse`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Accepted {
+    /// Unset: everything was taken.
+    #[prost(message, optional, tag = "1")]
+    pub partial: Option<Partial>,
+}
+
+/// `ExportTracePartialSuccess`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Partial {
+    /// How many were not taken.
+    #[prost(int64, tag = "1")]
+    pub rejected_spans: i64,
+    /// Why; without spans that were refused, a warning.
+    #[prost(string, tag = "2")]
+    pub error_message: String,
+}
+
+impl Accepted {
+    /// How many of so many spans were refused, and why.
+    pub fn refused(self, n_spans: u64) -> (u64, String) {
+        let partial = self.partial.unwrap_or_default();
+        (u64::try_from(partial.rejected_spans).unwrap_or(0).min(n_spans), partial.error_message)
+    }
+}
+
 /// Spans of a process.
 #[derive(Clone, PartialEq, Message)]
 pub struct ResourceSpans {
@@ -156,4 +183,19 @@ impl From<f64> for Value {
 /// An attribute.
 pub fn attribute(key: &str, value: impl Into<Value>) -> KeyValue {
     KeyValue { key: key.to_owned(), value: Some(AnyValue { value: Some(value.into()) }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_collector_refuses_is_counted() {
+        let refused = |rejected_spans| {
+            let partial = Partial { rejected_spans, error_message: "full".to_owned() };
+            Accepted { partial: Some(partial) }.refused(5).0
+        };
+        assert_eq!((refused(0), refused(2), refused(9), refused(-1)), (0, 2, 5, 0));
+        assert_eq!(Accepted::decode(&[][..]).unwrap().refused(5), (0, String::new()));
+    }
 }

@@ -15,7 +15,8 @@ use crate::failpoint::Failpoint;
     version,
     after_help = "Every option can be given as an environment variable and as a key of the file (with underscores). \
                   Flags come before the environment, the environment before the file. PHALANX_LOG filters the log \
-                  (error, warn, info, debug, trace, or per target) [default: info]."
+                  (error, warn, info, debug, trace, or per target) [default: info].\n\n\
+                  `shard completions SHELL` and `shard man FOLDER` write completions and manual pages."
 )]
 pub struct Flags {
     /// Coordinators, as http://HOST:PORT, separated by commas or repeated; the one that leads is joined. The others that
@@ -89,6 +90,16 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) mirror_listen: Option<String>,
 
+    /// Port for probes and Prometheus: /livez, /readyz, /metrics; 0 takes a free one [default: none]
+    #[arg(long, env = "PHALANX_HEALTH_PORT", value_name = "PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health_port: Option<u16>,
+
+    /// IP address of that port [default: 127.0.0.1]
+    #[arg(long, env = "PHALANX_HEALTH_HOST", value_name = "ADDRESS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health_host: Option<String>,
+
     /// Stable name of this shard [default: host name and a random number]
     #[arg(long, env = "PHALANX_SHARD_ID", value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -144,6 +155,8 @@ pub(super) struct Merged {
     pub(super) leave_timeout: u32,
     pub(super) mirror_memory: Option<MirrorMemory>,
     pub(super) mirror_listen: Option<String>,
+    pub(super) health_port: Option<u16>,
+    pub(super) health_host: Option<String>,
     pub(super) shard_id: Option<String>,
     pub(super) isa: String,
     pub(super) collective: String,

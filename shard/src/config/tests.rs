@@ -48,6 +48,16 @@ fn coordinators_are_separated_or_repeated() {
 }
 
 #[test]
+fn probes_have_a_port_of_this_machine_unless_told_otherwise() {
+    let health = |args: &[&str]| config(&[&[JOIN], args].concat()).expect("good options").health.map(|a| a.to_string());
+    assert_eq!(health(&[]), None);
+    assert_eq!(health(&["--health-port", "8100"]).as_deref(), Some("127.0.0.1:8100"));
+    assert_eq!(health(&["--health-port", "8100", "--health-host", "::"]).as_deref(), Some("[::]:8100"));
+    assert!(refused(&[JOIN, "--health-host", "0.0.0.0"]).contains("--health-port"));
+    assert!(refused(&[JOIN, "--health-port", "8100", "--health-host", "shard-1"]).contains("an IP address"));
+}
+
+#[test]
 fn what_is_advertised_is_listened_for() {
     let with = |args: &[&str]| {
         let config = config(&[&[JOIN], args].concat()).expect("good options");

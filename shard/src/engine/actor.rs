@@ -10,8 +10,9 @@ use super::{
     held::Held,
     interrupt::Interrupt,
     rank::RankConfig,
+    standing::Standing,
     vitals::Vitals,
-    worker::{self, Command, EngineThread, Envelope},
+    worker::{self, Command, EngineThread, Envelope, Shown},
 };
 use crate::mirror::Store;
 
@@ -44,6 +45,8 @@ pub struct EngineHandle {
     pub interrupt: Interrupt,
     /// What it does.
     pub vitals: Vitals,
+    /// Where it stands.
+    pub standing: Standing,
     /// Which pages it has.
     pub held: Held,
     /// What it keeps of other ranks.
@@ -58,10 +61,11 @@ pub struct EngineHandle {
 /// If the system has no thread left.
 pub async fn start(config: RankConfig) -> anyhow::Result<EngineHandle> {
     let (interrupt, vitals, held) = (Interrupt::default(), Vitals::default(), Held::default());
-    let mirror = config.mirror.clone();
-    let (sender, thread) = worker::spawn(config, interrupt.clone(), vitals.clone(), held.clone())?;
+    let (mirror, standing) = (config.mirror.clone(), Standing::default());
+    let shown = Shown { vitals: vitals.clone(), held: held.clone(), standing: standing.clone() };
+    let (sender, thread) = worker::spawn(config, interrupt.clone(), shown)?;
     let (actor, _ends_with_the_process) = Actor::spawn(None, Engine, (sender, interrupt.clone())).await?;
-    Ok(EngineHandle { actor, interrupt, vitals, held, mirror, thread })
+    Ok(EngineHandle { actor, interrupt, vitals, standing, held, mirror, thread })
 }
 
 impl Actor for Engine {

@@ -16,6 +16,7 @@ mod mirrored;
 mod rank;
 mod shelf;
 mod slice;
+pub mod standing;
 pub mod vitals;
 pub mod worker;
 

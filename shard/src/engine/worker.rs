@@ -23,6 +23,7 @@ use super::{
     machine::{Action, EngineMachine, Event},
     rank::{EngineError, Rank, RankConfig, Resources},
     slice::Slices,
+    standing::Standing,
     vitals::Vitals,
 };
 use crate::{failpoint, model::LoadError};
@@ -63,6 +64,16 @@ pub struct Envelope {
     pub command: Command,
 }
 
+/// What others may look at while the engine works.
+pub struct Shown {
+    /// The step under way.
+    pub vitals: Vitals,
+    /// Which pages there are.
+    pub held: Held,
+    /// What it was told, and what came of it.
+    pub standing: Standing,
+}
+
 /// The engine thread.
 pub type EngineThread = thread::JoinHandle<Result<(), EnginePanic>>;
 
@@ -73,15 +84,13 @@ pub type EngineThread = thread::JoinHandle<Result<(), EnginePanic>>;
 pub fn spawn(
     config: RankConfig,
     interrupt: Interrupt,
-    vitals: Vitals,
-    held: Held,
+    shown: Shown,
 ) -> std::io::Result<(mpsc::Sender<Envelope>, EngineThread)> {
     let (sender, commands) = mpsc::channel();
     let mut worker = Worker {
         config,
         interrupt,
-        vitals,
-        held,
+        shown,
         machine: EngineMachine::default(),
         answers: None,
         rank: None,
@@ -104,8 +113,7 @@ pub struct EnginePanic(String);
 struct Worker {
     config: RankConfig,
     interrupt: Interrupt,
-    vitals: Vitals,
-    held: Held,
+    shown: Shown,
     machine: EngineMachine,
     answers: Option<UnboundedSender<ShardMessage>>,
     rank: Option<Rank>,
@@ -132,7 +140,7 @@ impl Worker {
             }
             // Steps change what pages hold, not which there are.
             if step.is_none() {
-                self.held.set(self.held_pages());
+                self.shown.held.set(self.held_pages());
             }
         }
         self.ahead.stop();
@@ -163,8 +171,10 @@ impl Worker {
     }
 
     fn take(&mut self, Envelope { generation, command }: Envelope) {
+        let now = Instant::now();
+        self.shown.standing.told(&command, now);
         if !matches!(command, Command::LoadedAhead(_)) {
-            self.interrupt.heed(generation, Instant::now());
+            self.interrupt.heed(generation, now);
         }
         let keeps_pages = !matches!(&command, Command::Retire(retire) if !retire.keep_kv);
         let event = match &command {
@@ -292,7 +302,7 @@ impl Worker {
 
     fn plan(&mut self, plan: StepPlan) -> Result<Message, EngineError> {
         let rank = self.rank.as_mut().ok_or_else(|| EngineError::OutOfOrder("step without a rank".to_owned()))?;
-        let _underway = self.vitals.begin(plan.epoch, plan.step, Instant::now());
+        let _underway = self.shown.vitals.begin(plan.epoch, plan.step, Instant::now());
         failpoint::step();
         rank.run(plan).map(Message::StepResult)
     }
@@ -310,6 +320,7 @@ impl Worker {
     }
 
     fn answer(&self, message: Message) {
+        self.shown.standing.said(&message, Instant::now());
         send(self.answers.as_ref(), message);
     }
 }

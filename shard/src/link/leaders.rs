@@ -61,17 +61,22 @@ pub async fn candidates(directory: &mut Directory, dialer: &Dialer) -> Vec<Uri> 
 
 /// Returns when one of these coordinators leads under a term greater than `term`.
 pub async fn newer(dialer: &Dialer, others: &[Uri], term: u64) -> Newer {
-    let oracles: Vec<Oracle> = others.iter().filter_map(|uri| Oracle::new(dialer, uri)).collect();
-    if oracles.is_empty() {
+    let oracles = || -> Vec<Oracle> { others.iter().filter_map(|uri| Oracle::new(dialer, uri)).collect() };
+    let (mut generation, mut all) = (dialer.generation(), oracles());
+    if all.is_empty() {
         return std::future::pending().await;
     }
     loop {
         time::sleep(WATCH_INTERVAL).await;
+        if dialer.generation() != generation {
+            // A connection that breaks must not come back with certificates that were renewed meanwhile.
+            (generation, all) = (dialer.generation(), oracles());
+        }
         let ask = |oracle: &Oracle| {
             let oracle = oracle.clone();
             async move { (oracle.ask(term).await, oracle.uri) }
         };
-        let mut asked: FuturesUnordered<_> = oracles.iter().map(ask).collect();
+        let mut asked: FuturesUnordered<_> = all.iter().map(ask).collect();
         while let Some((answer, uri)) = asked.next().await {
             if let Some(answer) = answer.filter(|answer| answer.is_leader && answer.term > term) {
                 return Newer { uri, term: answer.term };

@@ -32,7 +32,7 @@ fn asking(constraint: Constraint, seed: u64) -> GenerateRequest {
         temperature: Some(1.0),
         seed: Some(seed),
         max_tokens: Some(160),
-        structured_output: Some(StructuredOutput { constraint: Some(constraint) }),
+        structured_output: Some(StructuredOutput { constraint: Some(constraint), ..StructuredOutput::default() }),
         ..GenerateRequest::default()
     }
 }

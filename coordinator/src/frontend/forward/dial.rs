@@ -3,6 +3,7 @@
 use std::{
     io,
     pin::Pin,
+    sync::{Arc, PoisonError, RwLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -33,12 +34,36 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 /// Connects to `http://` and `https://` addresses of coordinators.
 #[derive(Clone)]
-pub struct Connector {
+pub struct Connector(Arc<RwLock<Way>>);
+
+/// How a connection is made.
+#[derive(Clone)]
+pub struct Way {
     tls: TlsConnector,
     name: ServerName<'static>,
 }
 
 impl Connector {
+    /// With the cluster's certificates, if it has some.
+    ///
+    /// # Errors
+    /// If they can't be used.
+    pub fn new(cluster: Option<&ClusterTls>) -> anyhow::Result<Self> {
+        Ok(Self(Arc::new(RwLock::new(Way::new(cluster)?))))
+    }
+
+    /// Connects this way from now on, as all clones do.
+    pub fn renew(&self, way: Way) {
+        // Replaced as a whole.
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = way;
+    }
+
+    fn way(&self) -> Way {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Way {
     /// With the cluster's certificates, if it has some.
     ///
     /// # Errors
@@ -70,7 +95,7 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = timeout(CONNECT_LIMIT, self.clone().connect(uri));
+        let connecting = timeout(CONNECT_LIMIT, self.way().connect(uri));
         async { connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))? }.boxed()
     }
 }

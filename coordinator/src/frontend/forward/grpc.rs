@@ -52,8 +52,8 @@ pub struct InferenceGateway {
     dialer: Dialer,
     finder: Finder<Arc<InferenceService>>,
     local: watch::Sender<Option<Local<Arc<InferenceService>>>>,
-    /// The connection to the last leader.
-    channel: Arc<Mutex<Option<(String, Channel)>>>,
+    /// The connection to the last leader, and which certificates it is made with.
+    channel: Arc<Mutex<Option<(String, u64, Channel)>>>,
     is_shared: bool,
     n_busy: watch::Sender<usize>,
 }
@@ -79,9 +79,10 @@ impl InferenceGateway {
     }
 
     fn client(&self, address: &str) -> Result<InferenceClient<Channel>, Status> {
+        let generation = self.dialer.generation();
         let mut kept = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         let channel = match &*kept {
-            Some((at, channel)) if at == address => channel.clone(),
+            Some((at, of, channel)) if at == address && *of == generation => channel.clone(),
             _ => {
                 let endpoint = self
                     .dialer
@@ -92,7 +93,7 @@ impl InferenceGateway {
                     .http2_keep_alive_interval(PING_INTERVAL)
                     .keep_alive_timeout(PING_LIMIT);
                 let channel = endpoint.connect_lazy();
-                *kept = Some((address.to_owned(), channel.clone()));
+                *kept = Some((address.to_owned(), generation, channel.clone()));
                 channel
             }
         };

@@ -138,10 +138,68 @@ async fn prompts_are_texts_ids_or_chats() {
         .unwrap();
     assert_eq!(server.last_request().prompt, [5, 6]);
     let messages = vec![ChatMessage { role: "user".to_owned(), content: "hi".to_owned() }];
-    let chat = WirePrompt::Chat(ChatMessages { messages });
+    let chat = WirePrompt::Chat(ChatMessages { messages, ..ChatMessages::default() });
     collect(&channel, GenerateRequest { prompt: Some(chat), ..Default::default() }).await.unwrap();
     let prompt = server.tokenizer.decode(&server.last_request().prompt, false);
     assert_eq!(prompt, "<turn>user: hi\n<turn>assistant: ");
+}
+
+#[tokio::test]
+async fn a_call_has_the_parameters_of_http() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let request = GenerateRequest {
+        include_stop_str_in_output: true,
+        skip_special_tokens: Some(false),
+        allowed_token_ids: vec![9, 5],
+        stop: vec!["z".to_owned()],
+        ..text("one two three")
+    };
+    collect(&channel, request).await.unwrap();
+    let whole = server.last_request();
+    assert!(whole.stop.include_in_output && !whole.stop.skip_special_tokens);
+    assert_eq!(whole.sampling.allowed_token_ids, [5, 9]);
+    collect(&channel, GenerateRequest { bad_words: vec!["of".to_owned()], ..text("one") }).await.unwrap();
+    assert!(!server.last_request().sampling.bad_words.is_empty());
+
+    collect(&channel, text("one two three")).await.unwrap();
+    let framed = server.last_request();
+    assert!(framed.sampling.allowed_token_ids.is_empty() && framed.stop.skip_special_tokens);
+    collect(&channel, GenerateRequest { add_special_tokens: Some(false), ..text("one two three") }).await.unwrap();
+    let bare = server.last_request().prompt;
+    assert_eq!(bare, server.tokenizer.encode("one two three", false).unwrap());
+    assert_eq!(framed.prompt, server.tokenizer.encode("one two three", true).unwrap());
+    collect(&channel, GenerateRequest { truncate_prompt_tokens: Some(1), ..text("one two three") }).await.unwrap();
+    assert_eq!(server.last_request().prompt, framed.prompt[framed.prompt.len() - 1..]);
+}
+
+#[tokio::test]
+async fn chats_end_as_they_are_told_to() {
+    let server = Server::saying("x");
+    let channel = serve(&server).await;
+    let message = |role: &str, content: &str| ChatMessage { role: role.to_owned(), content: content.to_owned() };
+    let messages = vec![message("user", "hi"), message("assistant", "well")];
+    let call = |chat: ChatMessages| GenerateRequest { prompt: Some(WirePrompt::Chat(chat)), ..Default::default() };
+    let whole = ChatMessages { messages, ..ChatMessages::default() };
+    for (chat, ending) in [
+        (ChatMessages { add_generation_prompt: Some(false), ..whole.clone() }, "<turn>assistant: well\n"),
+        (ChatMessages { continue_final_message: true, ..whole.clone() }, "<turn>assistant: well"),
+    ] {
+        collect(&channel, call(chat)).await.unwrap();
+        let prompt = server.tokenizer.decode(&server.last_request().prompt, false);
+        assert!(prompt.ends_with(ending), "{prompt:?}");
+    }
+    for (chat, named) in [
+        (ChatMessages { reasoning_effort: Some("much".to_owned()), ..whole.clone() }, "reasoning_effort"),
+        (
+            ChatMessages { continue_final_message: true, add_generation_prompt: Some(true), ..whole.clone() },
+            "continue_final_message",
+        ),
+    ] {
+        let refused = collect(&channel, call(chat)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains(named), "{refused}");
+    }
 }
 
 #[tokio::test]
@@ -150,7 +208,7 @@ async fn wrong_calls_have_their_code() {
     let channel = serve(&server).await;
     let chat = |role: &str| {
         let messages = vec![ChatMessage { role: role.to_owned(), content: "x".to_owned() }];
-        Some(WirePrompt::Chat(ChatMessages { messages }))
+        Some(WirePrompt::Chat(ChatMessages { messages, ..ChatMessages::default() }))
     };
     for (request, code) in [
         (GenerateRequest::default(), Code::InvalidArgument),
@@ -168,6 +226,17 @@ async fn wrong_calls_have_their_code() {
         ),
         (GenerateRequest { resume_key: "a b".to_owned(), ..text("x") }, Code::InvalidArgument),
         (GenerateRequest { resume_from: vec![3], ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { allowed_token_ids: vec![u32::MAX], ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { bad_words: vec![" ".to_owned()], ..text("x") }, Code::InvalidArgument),
+        (GenerateRequest { truncate_prompt_tokens: Some(-2), ..text("x") }, Code::InvalidArgument),
+        (
+            GenerateRequest {
+                prompt: Some(WirePrompt::TokenIds(TokenIds { ids: vec![5] })),
+                add_special_tokens: Some(true),
+                ..Default::default()
+            },
+            Code::InvalidArgument,
+        ),
         (text(""), Code::InvalidArgument),
         (GenerateRequest { prompt: chat("wizard"), ..Default::default() }, Code::InvalidArgument),
         (GenerateRequest { model: "other".to_owned(), ..text("x") }, Code::NotFound),

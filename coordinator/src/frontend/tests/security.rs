@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::fake::{Answer, Server, post};
 use crate::{
-    frontend::{chat, completions, door::PROBES},
+    frontend::{chat, completions, door::PROBES, openapi},
     request::{Output, RequestEvent},
     security::{
         Security,
@@ -59,7 +59,12 @@ fn all_paths() -> BTreeSet<String> {
             return literal.split('"').next().unwrap().replace(['{', '}', '*'], "");
         }
         let name = route.split(',').next().unwrap().trim();
-        let known = [("chat::PATH", chat::PATH), ("completions::PATH", completions::PATH)];
+        let known = [
+            ("chat::PATH", chat::PATH),
+            ("completions::PATH", completions::PATH),
+            ("openapi::DOCUMENT_PATH", openapi::DOCUMENT_PATH),
+            ("openapi::PAGE_PATH", openapi::PAGE_PATH),
+        ];
         if let Some((_, path)) = known.iter().find(|(known, _)| *known == name) {
             return (*path).to_owned();
         }

@@ -10,16 +10,23 @@ use std::{
 };
 
 use anyhow::Context;
+use phalanx_cluster::watched::Watched;
 
 use super::jwks::KeySet;
-use crate::{metrics as names, security::watched::Watched};
+use crate::metrics::{self as names, count_reload};
 
 /// As metrics name it.
 const WHAT: &str = super::KEYS;
-/// Between looks at an address.
-const REFRESH: Duration = Duration::from_secs(300);
-/// Between looks that tokens of unknown signers ask for, and after failures.
-const LEAST_PAUSE: Duration = Duration::from_secs(10);
+/// How often an address is asked.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Between looks.
+    refresh: Duration,
+    /// Between looks that tokens of unknown signers ask for, and after failures.
+    least_pause: Duration,
+}
+
+const PACE: Pace = Pace { refresh: Duration::from_secs(300), least_pause: Duration::from_secs(10) };
 /// Longest wait for an answer.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Longest document.
@@ -40,6 +47,10 @@ impl Refresher {
 
 /// Keeps the keys as they are at their source.
 pub(super) fn follow(source: &str, keys: Arc<RwLock<KeySet>>) -> anyhow::Result<Refresher> {
+    follow_at(source, keys, PACE)
+}
+
+fn follow_at(source: &str, keys: Arc<RwLock<KeySet>>, pace: Pace) -> anyhow::Result<Refresher> {
     let put = move |text: &[u8]| -> Result<(), String> {
         let set = KeySet::parse(text)?;
         // Replaced as a whole.
@@ -47,7 +58,7 @@ pub(super) fn follow(source: &str, keys: Arc<RwLock<KeySet>>) -> anyhow::Result<
         Ok(())
     };
     if !is_address(source) {
-        let watched = Watched::open(WHAT, vec![PathBuf::from(source)]).context("--jwks")?;
+        let watched = Watched::open(WHAT, vec![PathBuf::from(source)]).context("--jwks")?.counted(count_reload);
         put(&watched.contents()[0]).map_err(|e| anyhow::anyhow!("--jwks {source}: {e}"))?;
         watched.watch(move |contents| put(contents.first().map_or(&[][..], Vec::as_slice)))?;
         return Ok(Refresher(None));
@@ -60,18 +71,18 @@ pub(super) fn follow(source: &str, keys: Arc<RwLock<KeySet>>) -> anyhow::Result<
             let pause = match fetch(&url).and_then(|text| put(&text)) {
                 Ok(()) => {
                     metrics::counter!(names::RELOADS, "of" => WHAT).increment(1);
-                    REFRESH
+                    pace.refresh
                 }
                 Err(reason) => {
                     tracing::error!(url, reason, "the issuer's keys can't be read: those before stay in force");
                     metrics::counter!(names::RELOAD_FAILURES, "of" => WHAT).increment(1);
-                    LEAST_PAUSE
+                    pace.least_pause
                 }
             };
             match woken.recv_timeout(pause) {
                 Err(mpsc::RecvTimeoutError::Disconnected) => return,
                 // Whoever makes up tokens must not make us ask all the time.
-                Ok(()) => std::thread::sleep(LEAST_PAUSE.saturating_sub(read_at.elapsed())),
+                Ok(()) => std::thread::sleep(pace.least_pause.saturating_sub(read_at.elapsed())),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
         }
@@ -89,3 +100,7 @@ fn fetch(url: &str) -> Result<Vec<u8>, String> {
     let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
     answer.body_mut().with_config().limit(MOST_BYTES).read_to_vec().map_err(|e| e.to_string())
 }
+
+#[cfg(test)]
+#[path = "source_tests.rs"]
+mod tests;

@@ -2,8 +2,6 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use crate::metrics as names;
-
 /// Between looks.
 const POLL: Duration = Duration::from_millis(500);
 
@@ -15,16 +13,26 @@ pub struct Watched {
     /// What was wrong at the last look: said once.
     complaint: Option<String>,
     is_unreadable: bool,
+    count: Count,
 }
 
+/// Counts a change: of what, and whether it was taken.
+pub type Count = fn(&'static str, bool);
+
 impl Watched {
-    /// Reads the files. `what` they are is said in the log and in metrics.
+    /// Reads the files. `what` they are is said in the log.
     ///
     /// # Errors
     /// If one can't be read.
     pub fn open(what: &'static str, paths: Vec<PathBuf>) -> io::Result<Self> {
         let contents = read(&paths)?;
-        Ok(Self { what, paths, contents, complaint: None, is_unreadable: false })
+        Ok(Self { what, paths, contents, complaint: None, is_unreadable: false, count: |_, _| {} })
+    }
+
+    /// Has changes counted too.
+    #[must_use]
+    pub fn counted(self, count: Count) -> Self {
+        Self { count, ..self }
     }
 
     /// What is in them, in their order.
@@ -56,13 +64,13 @@ impl Watched {
         match outcome {
             Ok(()) => {
                 tracing::info!(files = ?self.paths, "{} read again", self.what);
-                metrics::counter!(names::RELOADS, "of" => self.what).increment(1);
+                (self.count)(self.what, true);
                 self.complaint = None;
             }
             Err(reason) if self.complaint.as_ref() == Some(&reason) => {}
             Err(reason) => {
                 tracing::error!(files = ?self.paths, reason, "{} can't be used: those before stay in force", self.what);
-                metrics::counter!(names::RELOAD_FAILURES, "of" => self.what).increment(1);
+                (self.count)(self.what, false);
                 self.complaint = Some(reason);
             }
         }
