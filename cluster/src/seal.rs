@@ -22,24 +22,47 @@ impl Seal {
     /// Of no tokens.
     pub const EMPTY: Self = Self([0; SEAL_BYTES]);
 
+    /// Of no tokens, in a room of its own: what begins with another salt, or with none, has other seals.
+    pub fn root(salt: &str) -> Self {
+        let mut hasher = Sha256::new();
+        hasher.update(Sha256::digest(salt));
+        // A chain's links are a seal and whole tokens: none is as long as this.
+        hasher.update([0]);
+        Self::cut(&hasher.finalize())
+    }
+
+    fn cut(digest: &[u8]) -> Self {
+        let mut seal = [0; SEAL_BYTES];
+        seal.copy_from_slice(&digest[..SEAL_BYTES]);
+        Self(seal)
+    }
+
     /// Of the prefix that is one block longer: `tokens` are that block's. O(tokens).
     pub fn then(self, tokens: &[TokenId]) -> Self {
         let mut hasher = Sha256::new();
         hasher.update(self.0);
         tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
-        let mut seal = [0; SEAL_BYTES];
-        seal.copy_from_slice(&hasher.finalize()[..SEAL_BYTES]);
-        Self(seal)
+        Self::cut(&hasher.finalize())
     }
 
     /// Of all whole blocks of `tokens`. O(tokens).
     pub fn of(tokens: &[TokenId], block_size: usize) -> Self {
-        tokens.chunks_exact(block_size.max(1)).fold(Self::EMPTY, Self::then)
+        Self::EMPTY.then_all(tokens, block_size)
+    }
+
+    /// Of the prefix that is longer by all whole blocks of `tokens`. O(tokens).
+    pub fn then_all(self, tokens: &[TokenId], block_size: usize) -> Self {
+        tokens.chunks_exact(block_size.max(1)).fold(self, Self::then)
     }
 
     /// For the wire.
     pub fn bytes(self) -> [u8; SEAL_BYTES] {
         self.0
+    }
+
+    /// From the wire, where no bytes are no tokens; `None` if they are no seal.
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        if bytes.is_empty() { Some(Self::EMPTY) } else { bytes.try_into().ok().map(Self) }
     }
 
     /// From the wire.
@@ -60,6 +83,20 @@ mod tests {
         assert_ne!(seal, Seal::of(&[3, 4], 2));
         assert_ne!(seal, Seal::of(&[1, 2, 3, 4], 4));
         assert_eq!(Seal::from_bytes(seal.bytes()), seal);
+    }
+
+    #[test]
+    fn each_salt_has_seals_of_its_own() {
+        let roots = [Seal::EMPTY, Seal::root(""), Seal::root("a"), Seal::root("b"), Seal::root("ab")];
+        for (index, one) in roots.iter().enumerate() {
+            for other in &roots[..index] {
+                assert_ne!(one, other);
+                assert_ne!(one.then_all(&[1, 2, 3, 4], 2), other.then_all(&[1, 2, 3, 4], 2));
+            }
+            assert_eq!(Seal::from_slice(&one.bytes()), Some(*one));
+        }
+        assert_eq!(Seal::root("a"), Seal::root("a"));
+        assert_eq!((Seal::from_slice(&[]), Seal::from_slice(&[1; 15])), (Some(Seal::EMPTY), None));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Flags come before `PHALANX_*` variables, those before the file, the file before defaults.
 
 mod choices;
+mod files;
 mod flags;
 mod join_token;
 mod security;
@@ -34,6 +35,7 @@ pub use self::{
 };
 use crate::{
     admin::http::AdminHttp,
+    batches::FilesConfig,
     security::{SecurityConfig, tls::SslFiles},
     trace::destination::{Destination, DestinationError, Variables},
 };
@@ -77,6 +79,10 @@ pub struct Config {
     pub store_tls: Option<TlsFiles>,
     /// Folder of the embedded store; `None` keeps nothing.
     pub state_dir: Option<PathBuf>,
+    /// Where files of clients are, and how much of them; `None`: they can't send any.
+    pub files: Option<FilesConfig>,
+    /// Bytes for answers that are given again to the same question; `None` gives none.
+    pub response_cache: Option<usize>,
     /// Threads of each local shard.
     pub threads_per_shard: u32,
     /// Jinja file instead of the model's template.
@@ -240,6 +246,8 @@ impl Config {
     /// Fills in defaults and checks.
     pub fn resolve(mut flags: Flags, machine: &Machine) -> Result<Self, ConfigError> {
         let (security, ssl) = (security::resolve(&mut flags)?, security::certificates(&mut flags)?);
+        let response_cache = files::response_cache(&mut flags)?;
+        let files = files::Asked::take(&mut flags);
         let model = flags.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if model.trim().is_empty() {
             return Err(wrong("model", "\"\"", "want a file, a folder, hf:ORG/REPO, pypi:PACKAGE or an alias"));
@@ -302,6 +310,8 @@ impl Config {
         let default_dir = || Some(machine.state_home.as_ref()?.join("phalanx").join(grpc_port.to_string()));
         // A process on a free port is not the same one again at its next start: it has nothing to remember.
         let default_dir = if embedded && grpc_port != 0 { default_dir() } else { None };
+        let state_dir = flags.state_dir.or(default_dir);
+        let files = files.resolve(state_dir.as_deref())?;
         let threads = flags.threads_per_shard.unwrap_or((machine.cores / local_shards.max(1)).max(1));
         let heartbeat_ms = within("heartbeat-timeout-ms", flags.heartbeat_timeout_ms.unwrap_or(500), 100, 600_000)?;
         let regroup_after = within("regroup-after", flags.regroup_after.unwrap_or(30), 0, 86_400)?;
@@ -381,7 +391,9 @@ impl Config {
             store,
             store_credentials: machine.store_credentials.clone(),
             store_tls,
-            state_dir: flags.state_dir.or(default_dir),
+            state_dir,
+            files,
+            response_cache,
             threads_per_shard: within("threads-per-shard", threads, 1, 1024)?,
             chat_template: exists("chat-template", flags.chat_template)?,
             tokenizer: exists("tokenizer", flags.tokenizer)?,
@@ -464,6 +476,11 @@ impl Config {
             resume_memory: Some(ByteSize(self.resume_memory as u64)),
             enable_prefix_caching: Some(self.enable_prefix_caching),
             state_dir: self.state_dir.clone(),
+            files_dir: self.files.as_ref().map(|files| files.folder.clone()),
+            max_file_size: self.files.as_ref().map(|files| ByteSize(files.max_file_bytes)),
+            max_files: self.files.as_ref().map(|files| clamp(files.max_files as u128)),
+            max_files_total: self.files.as_ref().map(|files| ByteSize(files.max_total_bytes)),
+            response_cache: self.response_cache.map(|bytes| ByteSize(bytes as u64)),
             collective: Some(self.collective),
             isa: Some(self.isa.clone()),
             heartbeat_timeout_ms: Some(clamp(self.heartbeat_timeout.as_millis())),

@@ -115,6 +115,7 @@ mod tests {
             stop: StopConditions::default(),
             deadline: None,
             priority: 0,
+            cache_root: phalanx_cluster::seal::Seal::EMPTY,
             resume: Vec::new(),
         };
         let (key, mut journal) = (RequestKey(7), Journal::default());

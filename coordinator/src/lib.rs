@@ -1,6 +1,8 @@
 //! Owns requests: frontends, scheduler, groups, journal, policy. No tensor math.
 
 pub mod admin;
+pub mod batch;
+pub mod batches;
 pub mod certs;
 pub mod cluster_cli;
 pub mod config;

@@ -8,7 +8,7 @@ use std::{
 
 use phalanx_cluster::manual;
 use phalanx_coordinator::{
-    certs,
+    batch, certs,
     cluster_cli::{self, CLUSTER},
     config::Flags,
     grammars::trial,
@@ -31,6 +31,7 @@ static ENTRIES: &[Entry] = &[
     Entry { name: CLUSTER, spec: Some(cluster_cli::spec), run: |args| cluster_cli::main_from(args) },
     Entry { name: "certs", spec: Some(certs::spec), run: |args| certs::main_from(args) },
     Entry { name: "key", spec: Some(security::cli::spec), run: |args| security::cli::main_from(args) },
+    Entry { name: "batch", spec: Some(batch::cli::spec), run: |args| batch::cli::main_from(args) },
     Entry { name: "bench", spec: Some(phalanx_shard::bench::spec), run: |args| phalanx_shard::bench::main_from(args) },
     Entry { name: trial::COMMAND, spec: None, run: |args| trial::main_from(args.into_iter()) },
 ];

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use phalanx_cluster::id::TokenId;
+use phalanx_cluster::{id::TokenId, seal::Seal};
 use phalanx_proto::v1::{SamplingParams, TokenScore};
 
 /// Work for the scheduler. Every limit has been checked against the served model.
@@ -27,6 +27,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Lower goes first, equal ones in order of arrival.
     pub priority: i32,
+    /// With what its tokens begin for the prefix cache: it shares with requests that begin with the same, which a salt changes.
+    pub cache_root: Seal,
     /// What an earlier life of the request has emitted, per choice from the first on; choices without an entry, or with an
     /// empty one, begin afresh. These tokens are told again, as if they had just been sampled, and the choice goes on
     /// behind them.

@@ -21,7 +21,7 @@ use phalanx_proto::{
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     time::timeout,
 };
 use tracing_subscriber::EnvFilter;
@@ -78,10 +78,9 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     init_log(&config);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).max(LEAST_THREADS);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(n_threads()).enable_all().build();
     let served = runtime.context("no asynchronous runtime").and_then(|runtime| {
-        let served = runtime.block_on(serve(config));
+        let served = runtime.block_on(async { serve(config, Interrupts::of_signals()?, None).await });
         // A download that was interrupted may sit in a read that nothing ends.
         runtime.shutdown_background();
         served
@@ -95,7 +94,13 @@ pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn init_log(config: &Config) {
+/// Threads of the asynchronous runtime.
+pub fn n_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).max(LEAST_THREADS)
+}
+
+/// Has events logged to standard error.
+pub fn init_log(config: &Config) {
     // Checked when the configuration was resolved.
     let mut filter = EnvFilter::try_new(&config.log_level).unwrap_or_else(|_| EnvFilter::new("info"));
     if !config.log_level.contains("ractor") {
@@ -110,24 +115,37 @@ fn init_log(config: &Config) {
     };
 }
 
-/// Ctrl-C and SIGTERM mean the same.
-struct Interrupts {
-    interrupt: Signal,
-    terminate: Signal,
+/// By whom the process is told to end.
+pub enum Interrupts {
+    /// By Ctrl-C and SIGTERM, which mean the same.
+    Signals {
+        /// Ctrl-C.
+        interrupt: Signal,
+        /// SIGTERM.
+        terminate: Signal,
+    },
+    /// By whoever has started it within a process of its own; also by dropping the sender.
+    Told(mpsc::Receiver<()>),
 }
 
 impl Interrupts {
-    fn new() -> anyhow::Result<Self> {
-        Ok(Self {
+    fn of_signals() -> anyhow::Result<Self> {
+        Ok(Self::Signals {
             interrupt: signal(SignalKind::interrupt()).context("SIGINT can't be watched")?,
             terminate: signal(SignalKind::terminate()).context("SIGTERM can't be watched")?,
         })
     }
 
     async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.terminate.recv() => "SIGTERM",
+        match self {
+            Self::Signals { interrupt, terminate } => tokio::select! {
+                _ = interrupt.recv() => "SIGINT",
+                _ = terminate.recv() => "SIGTERM",
+            },
+            Self::Told(told) => {
+                let _ = told.recv().await;
+                "no more work"
+            }
         }
     }
 }
@@ -144,8 +162,16 @@ fn follow_hangups(security: &Arc<Security>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve(config: Config) -> anyhow::Result<()> {
-    let mut interrupts = Interrupts::new()?;
+/// Serves until told to end. `listening` is given the endpoints as soon as there are any; they answer with 503 until they can
+/// more.
+///
+/// # Errors
+/// If something can't be had, or can't be mended.
+pub async fn serve(
+    config: Config,
+    mut interrupts: Interrupts,
+    listening: Option<oneshot::Sender<axum::Router>>,
+) -> anyhow::Result<()> {
     let files = connections::raise_file_limit();
     tracing::debug!(files, "limit of open files");
     let security = Security::start(&config.security)?;
@@ -215,6 +241,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     drop(opening_probes);
     let addresses = Addresses { http, grpc, https: base.tls.is_for_clients() };
     println!("phalanx listening {addresses}");
+    if let Some(listening) = listening {
+        // Whoever wanted to know has gone: it says so to `interrupts` too.
+        let _ = listening.send(servers.endpoints());
+    }
     tracing::info!(%http, %grpc, "listening");
 
     let (fatal, fatals) = mpsc::unbounded_channel();

@@ -5,7 +5,7 @@
 //! serve blocks=6                      a group takes plans, at the next epoch; kept=STEP: with the pages of the last one
 //! submit a prompt=5 max=2             prompt=3@9: 3 tokens from 9 on; prompts from 0 share their beginnings
 //!     options: n=, logprobs, echo, eos, stop=TEXT, min=, deadline=MS, priority=,
-//!     resume=7+3: tokens of an earlier life
+//!     salt=TEXT: shares with requests of the same salt only; resume=7+3: tokens of an earlier life
 //! result 1 a=7 b=3                    step 1's tokens, none if no logit is a number; prompt scores come by themselves; took=MS
 //! hold | resume                       no plans until then; idle: no step is in flight
 //! cancel a | lose [planned] | wait MS | status
@@ -23,6 +23,7 @@ use std::{
 };
 
 use fake::{Letters, score};
+use phalanx_cluster::seal::Seal;
 use phalanx_coordinator::{
     request::{Request, RequestEvent, ResumedChoice, StopConditions},
     scheduler::{
@@ -151,6 +152,7 @@ impl Script {
             deadline: value(words, "deadline")
                 .map(|ms| self.now + Duration::from_millis(ms.parse().expect("milliseconds"))),
             priority: number(words, "priority", 0),
+            cache_root: value(words, "salt").map_or(Seal::EMPTY, Seal::root),
             resume: value(words, "resume")
                 .map(|tokens| ResumedChoice {
                     tokens: tokens.split('+').map(|t| t.parse().expect("token")).collect(),

@@ -169,6 +169,7 @@ fn start(sequence: usize, prompt: usize, first_block: usize, room: usize) -> Seq
         prompt_len: prompt as u32,
         sampling: Some(greedy()),
         blocks: (first_block as u32..(first_block + n_blocks) as u32).collect(),
+        cache_root: Vec::new(),
     }
 }
 

@@ -251,6 +251,7 @@ impl LocalGroup {
                         prompt_len: request.prompt.len() as u32,
                         sampling: Some(request.sampling.clone()),
                         blocks: (next_block..next_block + n_blocks as u32).collect(),
+                        cache_root: Vec::new(),
                     });
                     next_block += n_blocks as u32;
                     started.push(idx);

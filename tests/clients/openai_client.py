@@ -1,7 +1,9 @@
 """Talks to a cluster with the stock openai client. Usage: openai_client.py http://HOST:PORT. Prints one JSON object."""
 
+import io
 import json
 import sys
+import time
 
 import openai
 
@@ -41,7 +43,43 @@ counting = list(client.chat.completions.create(
     **shared, stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}))
 echoed = client.chat.completions.create(**shared, extra_body={"allowed_token_ids": [5, 6], "return_token_ids": True})
 
+# A batch of the question from above, one that can't be answered, and another that asks for something else.
+lines = [
+    {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {**shared, **more}}
+    for name, more in [("same", {}), ("bad", {"temperature": 99}), ("short", {"max_tokens": 1})]
+]
+sent = client.files.create(file=io.BytesIO("\n".join(map(json.dumps, lines)).encode()), purpose="batch")
+batch = client.batches.create(
+    input_file_id=sent.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"job": "test"})
+while batch.status not in ("completed", "failed", "expired", "cancelled"):
+    time.sleep(0.05)
+    batch = client.batches.retrieve(batch.id)
+results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+errors = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+answered = {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in results}
+listed = [file.id for file in client.files.list()]
+try:
+    client.batches.cancel(batch.id)
+    cancelled = "no error"
+except openai.ConflictError as error:
+    cancelled = error.code
+deleted = client.files.delete(sent.id).deleted
+try:
+    client.files.retrieve(sent.id)
+    gone = "no error"
+except openai.NotFoundError as error:
+    gone = error.code
+
 print(json.dumps({
+    "batch": [batch.status, batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed],
+    "batch_metadata": batch.metadata,
+    "batch_listed": [b.id for b in client.batches.list(limit=1)] == [batch.id],
+    "batch_same": answered["same"],
+    "batch_names": sorted(answered),
+    "batch_errors": [[line["custom_id"], line["response"]["status_code"]] for line in errors],
+    "batch_cancelled": cancelled,
+    "files_listed": all(id in listed for id in (sent.id, batch.output_file_id, batch.error_file_id)),
+    "file_deleted": [deleted, gone],
     "response": response.output_text,
     "response_status": [response.status, response.store],
     "response_streamed": "".join(e.delta for e in events if e.type == "response.output_text.delta"),

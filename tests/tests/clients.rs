@@ -46,6 +46,7 @@ fn script(python: &Path, name: &str, arguments: &[&str]) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn stock_clients_are_served() {
     let python = python();
+    // Files and batches are kept beside the store.
     let cluster = Cluster::start(&model(SMOLLM2), &["--kv-cache-memory", "128MiB", "--max-model-len", "2048"]);
 
     let openai = script(&python, "openai_client.py", &[&cluster.http]);
@@ -73,6 +74,14 @@ async fn stock_clients_are_served() {
     let counts: Vec<_> = openai["counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).collect();
     assert!(counts.is_sorted() && counts.last() == openai["whole_usage"].as_u64().as_ref(), "{counts:?}");
     assert!(openai["allowed"].as_array().unwrap().iter().all(|id| *id == 5 || *id == 6), "{}", openai["allowed"]);
+
+    assert_eq!(openai["batch"], serde_json::json!(["completed", 3, 2, 1]));
+    assert_eq!((&openai["batch_same"], &openai["batch_listed"]), (&openai["whole"], &Value::Bool(true)));
+    assert_eq!(openai["batch_names"], serde_json::json!(["same", "short"]));
+    assert_eq!(openai["batch_errors"], serde_json::json!([["bad", 400]]));
+    assert_eq!(openai["batch_metadata"], serde_json::json!({"job": "test"}));
+    assert_eq!((&openai["batch_cancelled"], &openai["files_listed"]), (&"batch_over".into(), &Value::Bool(true)));
+    assert_eq!(openai["file_deleted"], serde_json::json!([true, "not_found"]));
 
     let anthropic = script(&python, "anthropic_client.py", &[&cluster.http, openai["model"].as_str().unwrap()]);
     println!("{anthropic}");

@@ -39,6 +39,7 @@ const OTHER_VARIABLES: &[&str] =
                   `coordinator cluster --help` shows and changes a running cluster: status, drain, undrain, rollout, plan.\n\
                   `coordinator certs --help` makes certificates for the cluster's own connections.\n\
                   `coordinator key --help` makes, lists and revokes API keys.\n\
+                  `coordinator batch --help` answers a file of requests and ends.\n\
                   `coordinator bench --help` measures the engine's speed, beside llama.cpp if its path is given.\n\
                   `coordinator completions SHELL` and `coordinator man FOLDER` write completions and manual pages.\n\n\
                   When it listens and when it serves it prints one line each to stdout:\n  \
@@ -281,6 +282,33 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub join_token_file: Option<PathBuf>,
 
+    /// Folder for files that clients send and for batches of requests; coordinators that share a store share it too
+    /// [default: "files" in --state-dir where there is one; else there are none]
+    #[arg(long, env = "PHALANX_FILES_DIR", value_name = "FOLDER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files_dir: Option<PathBuf>,
+
+    /// Most bytes of a file that a client sends [default: 200MiB]
+    #[arg(long, env = "PHALANX_MAX_FILE_SIZE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_file_size: Option<ByteSize>,
+
+    /// Most files [default: 10000]
+    #[arg(long, env = "PHALANX_MAX_FILES", value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_files: Option<u32>,
+
+    /// Most bytes of all files together; a file that would exceed it is refused [default: 10GiB]
+    #[arg(long, env = "PHALANX_MAX_FILES_TOTAL", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_files_total: Option<ByteSize>,
+
+    /// Memory for answers that are given again, without computing, to exactly the same request of the same key, if it has a seed
+    /// or is greedy [default: none are]
+    #[arg(long, env = "PHALANX_RESPONSE_CACHE", value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response_cache: Option<ByteSize>,
+
     /// PEM file with the authority that the cluster's certificates come from: the gRPC port speaks TLS, and shards and other
     /// coordinators must show a certificate of it; `coordinator certs init --help` makes some [default: plain text]
     #[arg(long, env = "PHALANX_CLUSTER_CA", value_name = "FILE")]
@@ -447,9 +475,18 @@ impl Flags {
 
     /// Of a command line (program name first), this process's environment, and the file that they name.
     pub fn gather(args: impl IntoIterator<Item = OsString>) -> Result<Self, ConfigError> {
+        Self::try_parse_from(Self::expand(args))?.settle()
+    }
+
+    /// A command line as clap can read it.
+    pub fn expand(args: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
         // vLLM's short form; clap knows short options of one letter only.
-        let args = args.into_iter().map(|a| if a == OsStr::new("-tp") { "--tensor-parallel-size".into() } else { a });
-        let mut typed = Self::try_parse_from(args)?;
+        args.into_iter().map(|a| if a == OsStr::new("-tp") { "--tensor-parallel-size".into() } else { a })
+    }
+
+    /// What was parsed, with the file that it names.
+    pub fn settle(self) -> Result<Self, ConfigError> {
+        let mut typed = self;
         check_variables(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()))?;
         typed.model = typed.positional_model.take().or(typed.model);
         if typed.no_enable_prefix_caching {

@@ -10,6 +10,7 @@ use http::HeaderMap;
 
 use super::{
     FrontendState,
+    door::OnBehalf,
     error::ApiError,
     family,
     fields::Fields,
@@ -22,6 +23,9 @@ use super::{
     },
 };
 
+/// What a request's priority is moved by where nobody waits for it: behind all that clients choose among themselves.
+const BACKGROUND: i32 = 1 << 24;
+
 /// A request for a generation.
 pub struct Asked {
     /// What all endpoints share.
@@ -31,6 +35,8 @@ pub struct Asked {
     headers: HeaderMap,
     /// Not parsed yet.
     pub body: JsonBody,
+    /// Whether others' requests come first.
+    is_background: bool,
 }
 
 /// What a request's preparation is told.
@@ -47,9 +53,10 @@ impl FromRequest<FrontendState> for Asked {
     async fn from_request(request: Request, state: &FrontendState) -> Result<Self, ApiError> {
         let record = request.extensions().get::<Arc<Record>>().cloned();
         let record = record.ok_or_else(|| ApiError::internal("the request has no record"))?;
+        let is_background = request.extensions().get::<OnBehalf>().is_some_and(|whose| whose.is_background);
         let headers = request.headers().clone();
         let body = JsonBody::from_request(request, state).await?;
-        Ok(Self { state: state.clone(), record, headers, body })
+        Ok(Self { state: state.clone(), record, headers, body, is_background })
     }
 }
 
@@ -61,7 +68,7 @@ impl Asked {
         prepare: impl FnOnce(&FrontendState, Fields, Call) -> Result<Prepared, ApiError> + Send + 'static,
     ) -> Result<Response, ApiError> {
         let keyed = self.keyed(endpoint).await?;
-        let Self { state, record, body, .. } = self;
+        let Self { state, record, body, is_background, .. } = self;
         let keyed = keyed.map(|keyed| keyed.owned_by(record.principal().map(Arc::as_ref)));
         let deadline = state.deadline(record.arrived_at(), None);
         let (generation, reply) = match state.known(keyed.as_ref())? {
@@ -71,6 +78,9 @@ impl Asked {
                 let call = Call { name: keyed.as_ref().map_or_else(made, Keyed::name), deadline };
                 let mut prepared = state.blocking(move |state| prepare(state, body.parse()?, call)).await?;
                 state.admit_grammars(&mut prepared.requests).await?;
+                for request in prepared.requests.iter_mut().filter(|_| is_background) {
+                    request.priority = request.priority.saturating_add(BACKGROUND);
+                }
                 record.submits(prepared.requests.iter().map(|request| request.id.as_str()));
                 state.begin(keyed.as_ref(), prepared, &record)?
             }

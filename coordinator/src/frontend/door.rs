@@ -26,7 +26,7 @@ use super::{
 use crate::security::{
     Security,
     audit::{Account, AuditLog, CLIENT, Line, Origin, VIA},
-    keys::Role,
+    keys::{Denied, Principal, Role},
     limits::{Quota, Standing},
 };
 
@@ -40,6 +40,24 @@ const ADMIN: &[&str] = &["/admin", "/debug"];
 /// Whether a path is for those who administrate.
 fn is_admin(path: &str) -> bool {
     ADMIN.iter().any(|begin| path.strip_prefix(begin).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+}
+
+/// Put into a request that this process itself sends, for work that it does for somebody. Nothing that comes from elsewhere
+/// can have it.
+#[derive(Clone)]
+pub struct OnBehalf {
+    /// For whom; `None` where everybody may ask, and for whoever has started the process.
+    pub principal: Option<Arc<Principal>>,
+    /// Whether clients that wait come first.
+    pub is_background: bool,
+}
+
+/// Who asks; `None` where everybody may.
+fn who(security: &Security, request: &Request) -> Result<Option<Arc<Principal>>, Denied> {
+    match request.extensions().get::<OnBehalf>() {
+        Some(on_behalf) => Ok(on_behalf.principal.clone()),
+        None => security.authenticate(request.headers()),
+    }
 }
 
 /// Puts the door before a router: no path of it can be reached past that.
@@ -62,7 +80,7 @@ async fn admit(State(security): State<Arc<Security>>, mut request: Request, next
     };
     let origin = origin(&request);
     let mut key = None;
-    let let_in = match security.authenticate(request.headers()) {
+    let let_in = match who(&security, &request) {
         Ok(principal) => {
             let may_not = principal.as_ref().is_some_and(|p| p.role != Role::Admin) && is_admin(&path);
             key = principal.map(|principal| principal.name.clone());
@@ -143,7 +161,7 @@ pub async fn count(State(security): State<Arc<Security>>, request: Request, next
 
 async fn counted(security: &Security, record: &Record, path: &str, request: Request, next: Next) -> Response {
     // Once more: the request may have come from another coordinator, whose word is not enough.
-    let principal = match security.authenticate(request.headers()) {
+    let principal = match who(security, &request) {
         Ok(Some(principal)) => principal,
         Ok(None) => return next.run(request).await,
         Err(denied) => return refuse(path, &denied.into()),

@@ -93,6 +93,30 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, format!("the body must be a JSON object: {reason}"))
     }
 
+    /// A line of a batch is not a JSON object.
+    pub fn bad_line(reason: &str) -> Self {
+        Self {
+            code: Some("invalid_json_line"),
+            ..Self::new(StatusCode::BAD_REQUEST, reason.replace("the body", "the line"))
+        }
+    }
+
+    /// Nothing of this name is there, or it is somebody else's.
+    pub fn no_such(what: &str, id: &str) -> Self {
+        let message = format!("no such {what}: '{}'", shorten(id));
+        Self { status: StatusCode::NOT_FOUND, ..Self::about("id", "not_found", message) }
+    }
+
+    /// Something is not possible while something else is as it is.
+    pub fn conflict(code: &'static str, message: String) -> Self {
+        Self { code: Some(code), ..Self::new(StatusCode::CONFLICT, message) }
+    }
+
+    /// Something that could be had is switched off, or is full: what the server's owner could do about it.
+    pub fn not_here(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code: Some(code), ..Self::new(StatusCode::BAD_REQUEST, message.into()) }
+    }
+
     /// The `Content-Type` is not JSON.
     pub fn not_json_type() -> Self {
         let message = "the header Content-Type must be application/json".to_owned();
@@ -102,6 +126,19 @@ impl ApiError {
     /// The body is longer than the limit.
     pub fn body_too_large(limit: usize) -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is longer than {limit} bytes"))
+    }
+
+    /// Something that is sent is longer than its limit.
+    pub fn too_large(message: String) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    }
+
+    /// The body is no form.
+    pub fn not_a_form(reason: impl std::fmt::Display) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            format!("the body must be multipart/form-data with 'purpose' and 'file': {reason}"),
+        )
     }
 
     /// The body did not come, or not in time.

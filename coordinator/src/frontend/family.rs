@@ -12,9 +12,9 @@ use http::{HeaderName, StatusCode};
 use serde_json::Value;
 
 use super::{
-    FrontendState, anthropic, chat, completions,
+    FrontendState, anthropic, batches, chat, completions,
     error::ApiError,
-    models, ollama, responses,
+    files, models, ollama, responses,
     sse::{self, Framing, Payload},
     tgi, tokenize,
 };
@@ -49,6 +49,12 @@ pub static OPENAI: Family = Family {
             .route(completions::PATH, post(completions::create))
             .route("/v1/models", get(models::list))
             .route("/v1/models/{*id}", get(models::retrieve))
+            .route("/v1/files", get(files::list).merge(files::upload()))
+            .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
+            .route("/v1/files/{id}/content", get(files::content))
+            .route("/v1/batches", get(batches::list).post(batches::create))
+            .route("/v1/batches/{id}", get(batches::retrieve))
+            .route("/v1/batches/{id}/cancel", post(batches::cancel))
             .route("/tokenize", post(tokenize::tokenize))
             .route("/detokenize", post(tokenize::detokenize))
             .route("/apply-template", post(tokenize::apply_template))

@@ -16,6 +16,7 @@ use super::{
     FrontendState,
     error::ApiError,
     observe::Record,
+    response_cache::{Caching, Looked, Recording, Replay},
     streams::run::{Attachment, Read},
 };
 use crate::{
@@ -70,16 +71,22 @@ pub fn submit_each(
     submit: &dyn Submit,
     requests: Vec<Request>,
     admission: Option<Arc<Admission>>,
+    caching: Option<&Caching>,
 ) -> Result<PromptEvents, RequestError> {
     let mut events = SelectAll::new();
     for (prompt_idx, request) in requests.into_iter().enumerate() {
         let n_prompt = request.prompt.len();
-        let stream = Some(submit.submit(request)?);
+        let (source, recording) = match caching.and_then(|caching| caching.look(&request)) {
+            Some(Looked::Known(replay)) => (Running::Again(replay), None),
+            Some(Looked::New(recording)) => (Running::Anew(submit.submit(request)?), Some(recording)),
+            None => (Running::Anew(submit.submit(request)?), None),
+        };
         if let Some(admission) = &admission {
             admission.take(n_prompt);
         }
         let revoked = admission.as_ref().map(|admission| admission.revoked().boxed());
-        events.push(Events { prompt_idx, stream, admission: admission.clone(), revoked });
+        let admission = admission.clone();
+        events.push(Events { prompt_idx, running: Some(source), recording, admission, revoked });
     }
     Ok(events)
 }
@@ -111,10 +118,11 @@ impl FrontendState {
         &self,
         requests: Vec<Request>,
         admission: Option<Arc<Admission>>,
+        caching: Option<&Caching>,
     ) -> Result<Generation, ApiError> {
         let n = requests.first().map_or(1, |request| request.n);
         let n_prompts = requests.len();
-        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests, admission)?);
+        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests, admission, caching)?);
         Ok(Generation { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None, record: None })
     }
 
@@ -296,11 +304,30 @@ pub struct Collection {
 /// Events of one request, with its prompt's index. A stream that breaks off is a failure.
 pub struct Events {
     prompt_idx: usize,
-    stream: Option<RequestStream>,
+    running: Option<Running>,
+    /// Where what happens is kept for others who ask the same.
+    recording: Option<Recording>,
     /// What the request's key has given it, until its end.
     admission: Option<Arc<Admission>>,
     /// Ends if that is taken away.
     revoked: Option<BoxFuture<'static, ()>>,
+}
+
+/// Where a request's events come from.
+enum Running {
+    /// The scheduler.
+    Anew(RequestStream),
+    /// An earlier run.
+    Again(Replay),
+}
+
+impl Running {
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<RequestEvent>> {
+        match self {
+            Self::Anew(stream) => stream.events.poll_recv(context),
+            Self::Again(replay) => Poll::Ready(replay.next_event()),
+        }
+    }
 }
 
 impl Stream for Events {
@@ -308,18 +335,21 @@ impl Stream for Events {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
-        let Some(stream) = &mut this.stream else { return Poll::Ready(None) };
+        let Some(running) = &mut this.running else { return Poll::Ready(None) };
         let gone = || RequestEvent::Failed(RequestError::Internal("the scheduler is gone".to_owned()));
         let is_revoked = this.revoked.as_mut().is_some_and(|revoked| revoked.as_mut().poll(context).is_ready());
         let event = match is_revoked {
             true => RequestEvent::Failed(RequestError::Revoked),
-            false => ready!(stream.events.poll_recv(context)).unwrap_or_else(gone),
+            false => ready!(running.poll_next(context)).unwrap_or_else(gone),
         };
         if let (RequestEvent::Output(output), Some(admission)) = (&event, &this.admission) {
             admission.take(output.token_ids.len());
         }
+        if let Some(recording) = &mut this.recording {
+            recording.note(&event);
+        }
         if matches!(event, RequestEvent::Finished(_) | RequestEvent::Failed(_)) {
-            (this.stream, this.admission, this.revoked) = (None, None, None);
+            (this.running, this.admission, this.revoked) = (None, None, None);
         }
         Poll::Ready(Some((this.prompt_idx, event)))
     }

@@ -202,6 +202,7 @@ fn parse(call: GenerateRequest, state: &FrontendState) -> Result<(RawParams, Sou
             .map(|ids| ids.into_iter().map(Integer::from).collect()),
         bad_words: call.bad_words,
         truncate_prompt_tokens: call.truncate_prompt_tokens.map(Integer::from),
+        cache_salt: call.cache_salt,
         structured: call.structured_output.map(structured::of_grpc).transpose()?.flatten(),
         ..RawParams::default()
     };

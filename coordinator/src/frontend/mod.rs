@@ -7,6 +7,7 @@
 
 pub mod anthropic;
 pub mod asked;
+pub mod batches;
 pub mod chat;
 pub mod completions;
 pub mod connections;
@@ -14,11 +15,13 @@ pub mod door;
 pub mod error;
 pub mod family;
 pub mod fields;
+pub mod files;
 pub mod forward;
 pub mod generation;
 pub mod grpc;
 pub mod health;
 pub mod json_body;
+pub mod listing;
 pub mod logprobs;
 pub mod messages;
 pub mod models;
@@ -32,6 +35,7 @@ pub mod prober;
 pub mod prometheus;
 pub mod prompt;
 pub mod reply;
+pub mod response_cache;
 pub mod responses;
 pub mod sse;
 pub mod streams;
@@ -53,12 +57,14 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use crate::{
-    config::Config, grammars::Grammars, group::loading::Loading, leadership::journal_feed::ReplicatedJournal,
-    scheduler::handle::Submit, security::Security, served_model::ServedModel,
+    batches::service::Batches, config::Config, grammars::Grammars, group::loading::Loading,
+    leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, security::Security,
+    served_model::ServedModel,
 };
 use error::ApiError;
 use family::FAMILIES;
 use prober::Prober;
+use response_cache::ResponseCache;
 use streams::{Streams, registry::Retention};
 
 /// Bounds of what clients may send, how long they may take, and what is kept for them.
@@ -125,6 +131,8 @@ pub struct FrontendState {
     /// Bytes of the longest token: a text of more than this times the context can't fit, and is not even tokenized.
     longest_token: usize,
     grammars: Arc<Grammars>,
+    batches: Option<Batches>,
+    response_cache: Option<Arc<ResponseCache>>,
 }
 
 impl FrontendState {
@@ -146,6 +154,8 @@ impl FrontendState {
             encoders: Arc::new(Semaphore::new(n_cores)),
             longest_token,
             grammars,
+            batches: None,
+            response_cache: None,
         }
     }
 
@@ -153,6 +163,18 @@ impl FrontendState {
     #[must_use]
     pub fn with_grammars(self, grammars: Arc<Grammars>) -> Self {
         Self { grammars, ..self }
+    }
+
+    /// Has files and batches.
+    #[must_use]
+    pub fn with_batches(self, batches: Option<Batches>) -> Self {
+        Self { batches, ..self }
+    }
+
+    /// Gives answers again that are certain.
+    #[must_use]
+    pub fn with_response_cache(self, cache: Option<ResponseCache>) -> Self {
+        Self { response_cache: cache.map(Arc::new), ..self }
     }
 
     /// Looks keys that it does not know up in what a former leader told.

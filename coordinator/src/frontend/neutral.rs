@@ -54,7 +54,6 @@ static UNSUPPORTED: &[Unsupported] = &[
     ("length_penalty", is_one),
     ("early_stopping", is_false),
     ("spaces_between_special_tokens", is_true),
-    ("cache_salt", never),
     ("logits_processors", is_empty),
     ("kv_transfer_params", never),
 ];

@@ -4,7 +4,7 @@ mod forbidden;
 
 use std::{fmt::Display, ops::RangeInclusive, time::Instant};
 
-use phalanx_cluster::id::TokenId;
+use phalanx_cluster::{id::TokenId, seal::Seal};
 use phalanx_proto::v1::{LogitBias, SamplingParams};
 use serde_json::Value;
 
@@ -31,6 +31,9 @@ pub const MAX_STOP_BYTES: usize = 1024;
 pub const MAX_STOP_TOKENS: usize = 256;
 /// Most entries of `logit_bias`.
 pub const MAX_LOGIT_BIAS: usize = 1024;
+
+/// Longest `cache_salt`, in bytes.
+pub const MAX_SALT_BYTES: usize = 1024;
 
 /// Most ids of `allowed_token_ids`.
 pub const MAX_ALLOWED_TOKENS: usize = 4096;
@@ -92,10 +95,12 @@ pub struct RawParams {
     pub bad_words: Vec<String>,
     /// How many of a prompt's tokens are read, the last ones; -1 is as many as fit, unset is all.
     pub truncate_prompt_tokens: Option<Integer>,
+    /// Requests share what is computed of prompts with those of the same salt alone; unset is none.
+    pub cache_salt: Option<String>,
 }
 
 impl RawParams {
-    /// Takes the fields that say how tokens are drawn, which all of OpenAI's APIs have in common.
+    /// Takes the fields that say how tokens are drawn, and with whom prompts are shared, which all of OpenAI's APIs have in common.
     pub fn take_drawing(fields: &mut Fields) -> Result<Self, ApiError> {
         Ok(Self {
             temperature: fields.take("temperature")?,
@@ -106,6 +111,7 @@ impl RawParams {
             presence_penalty: fields.take("presence_penalty")?,
             frequency_penalty: fields.take("frequency_penalty")?,
             seed: fields.take("seed")?,
+            cache_salt: fields.take("cache_salt")?,
             ..Self::default()
         })
     }
@@ -175,6 +181,7 @@ pub struct Params {
     default_max_tokens: u32,
     stop: StopConditions,
     truncation: Option<Truncation>,
+    cache_root: Seal,
 }
 
 /// How many of a prompt's tokens are read.
@@ -276,6 +283,13 @@ impl Params {
             default_max_tokens: raw.default_max_tokens.unwrap_or(u32::MAX),
             stop,
             truncation,
+            cache_root: match &raw.cache_salt {
+                None => Seal::EMPTY,
+                Some(salt) if (1..=MAX_SALT_BYTES).contains(&salt.len()) => Seal::root(salt),
+                Some(_) => {
+                    return Err(ApiError::invalid("cache_salt", format!("must have 1 to {MAX_SALT_BYTES} bytes")));
+                }
+            },
         })
     }
 
@@ -361,6 +375,7 @@ impl Params {
             stop: self.stop.clone(),
             deadline,
             priority: self.priority,
+            cache_root: self.cache_root,
             resume: Vec::new(),
         })
     }

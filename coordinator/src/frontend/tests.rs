@@ -1,6 +1,8 @@
 //! All endpoints over a scheduler that says what its script says.
 
 mod anthropic;
+mod batches;
+mod caching;
 mod chat;
 mod completions;
 mod endpoints;

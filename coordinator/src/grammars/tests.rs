@@ -22,6 +22,7 @@ fn request(regex: &str) -> Request {
         stop: StopConditions::default(),
         deadline: None,
         priority: 0,
+        cache_root: phalanx_cluster::seal::Seal::EMPTY,
         resume: Vec::new(),
     }
 }

@@ -46,9 +46,9 @@ impl Blocks {
         blocks
     }
 
-    /// Keeps what is cached of a prefix of `tokens` longer than all else that nobody uses.
-    pub fn touch(&mut self, tokens: &[TokenId]) {
-        let mut table = BlockTable::default();
+    /// Keeps what is cached of a prefix of `tokens` longer than all else that nobody uses. They begin with `root`.
+    pub fn touch(&mut self, root: Seal, tokens: &[TokenId]) {
+        let mut table = BlockTable::new(root);
         self.find_prefix(&mut table, tokens);
         table.blocks.iter().for_each(|b| self.pool.share(*b));
         self.release(table);
@@ -60,9 +60,10 @@ impl Blocks {
     }
 
     /// Blocks for a sequence of `tokens`, the longest cached prefix among them if `lookup` is set, but never its last
-    /// token: somebody has to compute its logits. `None`, and nothing happens, unless `spare` blocks are left after it.
-    pub fn admit(&mut self, tokens: &[TokenId], lookup: bool, spare: usize) -> Option<Admitted> {
-        let mut table = BlockTable::default();
+    /// token: somebody has to compute its logits. `None`, and nothing happens, unless `spare` blocks are left after it. It shares
+    /// with those alone that begin with the same `root`.
+    pub fn admit(&mut self, root: Seal, tokens: &[TokenId], lookup: bool, spare: usize) -> Option<Admitted> {
+        let mut table = BlockTable::new(root);
         if lookup {
             self.find_prefix(&mut table, &tokens[..tokens.len().saturating_sub(1)]);
         }
@@ -82,7 +83,8 @@ impl Blocks {
     }
 
     fn find_prefix(&mut self, table: &mut BlockTable, tokens: &[TokenId]) {
-        let (mut prefix, mut seal, has_sealed) = (PrefixId::EMPTY, Seal::EMPTY, self.cache.has_sealed());
+        let root = table.root;
+        let (mut prefix, mut seal, has_sealed) = (PrefixId::Root(root), root, self.cache.has_sealed());
         for block_tokens in tokens.chunks_exact(self.block_size) {
             if has_sealed {
                 seal = seal.then(block_tokens);
@@ -162,7 +164,7 @@ impl Blocks {
             n_computed = n_computed.min(idx * self.block_size);
         }
         // What was published may have been forgotten since.
-        let mut prefix = PrefixId::EMPTY;
+        let mut prefix = PrefixId::Root(table.root);
         table.n_published = 0;
         for block_tokens in tokens[..n_computed].chunks_exact(self.block_size) {
             let Some((_, found)) = self.cache.find(prefix, block_tokens) else { break };
@@ -238,7 +240,32 @@ mod tests {
     use super::*;
 
     fn admit(blocks: &mut Blocks, tokens: &[TokenId]) -> Admitted {
-        blocks.admit(tokens, true, 0).expect("there is room")
+        blocks.admit(Seal::EMPTY, tokens, true, 0).expect("there is room")
+    }
+
+    #[test]
+    fn those_with_another_salt_share_nothing() {
+        let tokens = [1, 2, 3, 4, 5];
+        let roots = [Seal::EMPTY, Seal::root("a"), Seal::root("b")];
+        let sealed: Vec<_> = (0..).zip(roots).map(|(block, root)| (block, root.then_all(&tokens[..2], 2))).collect();
+        for mut blocks in [Blocks::new(30, 2), Blocks::with_sealed(30, 2, &sealed)] {
+            let n_sealed = blocks.n_cached();
+            let mut tables = Vec::new();
+            for root in roots {
+                let mut first = blocks.admit(root, &tokens, true, 0).expect("there is room");
+                assert_eq!(first.n_cached, if n_sealed > 0 { 2 } else { 0 }, "what others have is not for it");
+                blocks.publish(&mut first.table, &tokens, 5, 1);
+                let second = blocks.admit(root, &tokens, true, 0).expect("there is room");
+                assert_eq!((second.n_cached, &second.table.raw()[..2]), (4, &first.table.raw()[..2]));
+                tables.extend([first.table, second.table]);
+            }
+            // Those that are computed once more are still found by their own.
+            for (mut table, root) in tables.into_iter().step_by(2).zip(roots).collect::<Vec<_>>() {
+                blocks.reopen(&mut table, &tokens, 4).expect("there is room");
+                assert_eq!(table.n_published(), 2, "{root:?}");
+                blocks.release(table);
+            }
+        }
     }
 
     #[test]
@@ -254,7 +281,7 @@ mod tests {
         let c = admit(&mut blocks, &[1, 2, 3, 4, 5]);
         assert_eq!((c.n_cached, c.table.raw()), (4, vec![0, 1, 5]));
         blocks.check([&a, &b, &c, &unplanned].into_iter().map(|s| &s.table));
-        assert_eq!(blocks.admit(&[9, 9, 9, 9, 9, 9], false, 0).map(|_| ()), None);
+        assert_eq!(blocks.admit(Seal::EMPTY, &[9, 9, 9, 9, 9, 9], false, 0).map(|_| ()), None);
     }
 
     #[test]
@@ -318,8 +345,8 @@ mod tests {
         let mut a = admit(&mut blocks, &[1, 2]);
         blocks.publish(&mut a.table, &[1, 2], 2, 1);
         blocks.release(a.table);
-        assert!(blocks.admit(&[1, 2, 3, 4], true, 0).is_none());
-        assert!(blocks.admit(&[1, 2, 3], true, 1).is_none());
+        assert!(blocks.admit(Seal::EMPTY, &[1, 2, 3, 4], true, 0).is_none());
+        assert!(blocks.admit(Seal::EMPTY, &[1, 2, 3], true, 1).is_none());
         blocks.check([].into_iter());
         assert_eq!(blocks.n_cached(), 2);
         assert_eq!(admit(&mut blocks, &[1, 2, 3]).n_cached, 2);
@@ -349,7 +376,7 @@ mod tests {
         assert_eq!((a.n_cached, a.table.raw()), (4, vec![4, 1, 0]));
         let b = admit(&mut blocks, &[1, 2, 3, 4, 5, 6]);
         assert_eq!((b.n_cached, b.table.raw()[..2].to_vec()), (4, vec![4, 1]), "the last token has to be computed");
-        assert!(blocks.admit(&[7, 8, 9, 9, 9], true, 0).is_none());
+        assert!(blocks.admit(Seal::EMPTY, &[7, 8, 9, 9, 9], true, 0).is_none());
         // It takes the last sealed block, which nobody finds any more.
         let c = admit(&mut blocks, &[7, 8, 9]);
         assert_eq!(c.table.raw(), [5, 3]);
@@ -363,7 +390,7 @@ mod tests {
         let mut list = sealed(&[1, 2, 3, 4], &[0, 1]);
         list.extend(sealed(&[5, 6], &[2]));
         let mut blocks = Blocks::with_sealed(3, 2, &list);
-        blocks.touch(&[1, 2, 3, 4]);
+        blocks.touch(Seal::EMPTY, &[1, 2, 3, 4]);
         blocks.check([].into_iter());
         assert_eq!(admit(&mut blocks, &[9]).table.raw(), [2]);
         assert_eq!(admit(&mut blocks, &[9]).table.raw(), [1], "the tail before the head");

@@ -17,13 +17,19 @@ use phalanx_cluster::{id::TokenId, seal::Seal};
 
 use super::block_pool::BlockId;
 
-/// One exact run of tokens from position 0 on, a whole number of blocks long.
+/// One exact run of tokens from position 0 on, a whole number of blocks long, of requests that may share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PrefixId(u64);
+pub enum PrefixId {
+    /// No tokens. What begins with different seals shares nothing: a request's salt decides
+    /// ([`Seal::root`](phalanx_cluster::seal::Seal::root)).
+    Root(Seal),
+    /// Some, by the number that they were given.
+    Tokens(u64),
+}
 
 impl PrefixId {
-    /// No tokens.
-    pub const EMPTY: Self = Self(0);
+    /// No tokens, without a salt.
+    pub const EMPTY: Self = Self::Root(Seal::EMPTY);
 }
 
 #[derive(Debug, Clone)]
@@ -130,7 +136,7 @@ impl PrefixCache {
         // If it was offered before, its predecessor has been forgotten since: nothing leads to the older entry.
         self.remove(block);
         self.last += 1;
-        let prefix = PrefixId(self.last);
+        let prefix = PrefixId::Tokens(self.last);
         self.by_hash.insert(hash, block);
         self.by_block[block.idx()] = Some(Entry { hash, parent, prefix, tokens: tokens.into(), step });
         Inserted::New(prefix)

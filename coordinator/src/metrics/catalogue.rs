@@ -90,6 +90,20 @@ catalogue! {
     AUDIT_FAILING = "phalanx_audit_failing", Gauge, Count, [], "1 while the audit log can't be written";
     AUDIT_LOST = "phalanx_audit_lost_lines_total", Counter, Count, [], "Requests that have no line in the audit log";
 
+    // Files and batches, on the leader.
+    FILES = "phalanx_files", Gauge, Count, [], "Files that are kept";
+    FILES_BYTES = "phalanx_files_bytes", Gauge, Bytes, [], "Bytes of the files that are kept";
+    RESPONSE_CACHE_HITS = "phalanx_response_cache_hits_total", Counter, Count, [],
+        "Requests that were answered with what an earlier run of the same request had (--response-cache)";
+    RESPONSE_CACHE_MISSES = "phalanx_response_cache_misses_total", Counter, Count, [],
+        "Requests that could have been, had there been an earlier run";
+    RESPONSE_CACHE_BYTES = "phalanx_response_cache_bytes", Gauge, Bytes, [], "Memory of the answers that are kept for that";
+    BATCHES_UNFINISHED = "phalanx_batches_unfinished", Gauge, Count, [], "Batches that are not over";
+    BATCHES = "phalanx_batches_total", Counter, Count, ["status"],
+        "Batches that are over, by status: completed, failed, expired, cancelled";
+    BATCH_LINES = "phalanx_batch_lines_total", Counter, Count, ["outcome"],
+        "Lines of batches that were answered, by outcome: completed, failed";
+
     // For dashboards that were made for vLLM. The engine is the group.
     VLLM_RUNNING = "vllm:num_requests_running", Gauge, Count, ["model_name", "engine"], "Sequences that run";
     VLLM_WAITING = "vllm:num_requests_waiting", Gauge, Count, ["model_name", "engine"], "Sequences that wait";

@@ -99,7 +99,7 @@ impl RoutingMachine {
     pub fn demand(&self, request: &Request) -> Demand {
         let tokens = u64::from(request.max_tokens).min(EXPECTED_TOKENS);
         Demand {
-            hashes: hashes(&request.prompt, self.settings.block_size),
+            hashes: hashes(request.cache_root, &request.prompt, self.settings.block_size),
             prompt_rows: request.prompt.len() as u64,
             output_rows: tokens.saturating_mul(u64::from(request.n)),
         }

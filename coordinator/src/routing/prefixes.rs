@@ -4,13 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use phalanx_cluster::id::TokenId;
+use phalanx_cluster::{id::TokenId, seal::Seal};
 
 /// Hashes of a prompt's beginnings, one for each whole block, from the shortest on. The last token is always computed, so
-/// a block that ends with it is left out.
-pub fn hashes(prompt: &[TokenId], block_size: usize) -> Vec<u64> {
+/// a block that ends with it is left out. Only prompts of the same root have the same.
+pub fn hashes(root: Seal, prompt: &[TokenId], block_size: usize) -> Vec<u64> {
     let cacheable = prompt.split_last().map_or(&[][..], |(_, before)| before);
-    let mut hash = 0u64;
+    let mut hash = root.bytes().as_chunks::<8>().0.iter().fold(0, |hash, half| hash ^ u64::from_le_bytes(*half));
     let blocks = cacheable.chunks_exact(block_size.max(1)).map(|block| {
         for token in block {
             // Odd multiplier of SplitMix64 (Steele et al., 2014); the shift brings its high bits down.
@@ -84,6 +84,10 @@ impl Prefixes {
 mod tests {
     use super::*;
 
+    fn hashes(prompt: &[TokenId], block_size: usize) -> Vec<u64> {
+        super::hashes(Seal::EMPTY, prompt, block_size)
+    }
+
     fn prefixes(limit: usize) -> Prefixes {
         let mut prefixes = Prefixes::default();
         prefixes.limit(limit);
@@ -97,6 +101,8 @@ mod tests {
         assert_eq!(hashes(&[1, 2, 3, 4, 5], 4).len(), 1);
         let (a, b) = (hashes(&[1, 2, 3, 4, 5, 6, 7, 8, 9], 4), hashes(&[1, 2, 3, 4, 5, 6, 7, 9, 9], 4));
         assert_eq!((a.len(), a[0] == b[0], a[1] == b[1]), (2, true, false));
+        let salted = super::hashes(Seal::root("salt"), &[1, 2, 3, 4, 5, 6, 7, 8, 9], 4);
+        assert!(salted.iter().all(|hash| !a.contains(hash)), "nothing is known of it elsewhere");
         assert_ne!(hashes(&[0, 0, 0], 1), hashes(&[0, 0, 1], 1)[..1].repeat(2), "zeros have hashes of their own");
     }
 

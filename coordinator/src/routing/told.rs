@@ -86,6 +86,7 @@ mod tests {
             stop: StopConditions::default(),
             deadline: None,
             priority: 0,
+            cache_root: phalanx_cluster::seal::Seal::EMPTY,
             resume: Vec::new(),
         }
     }

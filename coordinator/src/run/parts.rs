@@ -18,8 +18,12 @@ use tokio::{
 };
 
 use crate::{
+    batches::service::{self as batches, Batches},
     config::{Config, KvMirror},
-    frontend::{self, FrontendState},
+    frontend::{
+        self, FrontendState,
+        response_cache::{self, ResponseCache},
+    },
     group::{
         self,
         actor::{GroupConfig, GroupMsg, Notice},
@@ -106,6 +110,8 @@ pub struct Parts {
     pub groups: Groups,
     /// Behind all endpoints.
     pub state: FrontendState,
+    /// Files and batches, if there are any.
+    pub batches: Option<Batches>,
     /// What the groups say.
     pub notices: mpsc::UnboundedReceiver<Notice>,
 }
@@ -158,9 +164,19 @@ impl Parts {
             .with_security(Arc::clone(&base.security))
             .with_grammars(Arc::clone(&base.model.grammars))
             .with_journal(Arc::clone(&base.journal))
-            .with_loading(Arc::clone(&base.loading));
+            .with_loading(Arc::clone(&base.loading))
+            .with_response_cache(config.response_cache.map(ResponseCache::new));
         base.feed.set(Some(state.streams()));
-        Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, notices })
+        let batches = config.files.clone().map(|files| {
+            Batches::start(
+                files,
+                frontend::http_router(state.clone()),
+                Arc::clone(&base.security),
+                lines_at_once(config),
+            )
+        });
+        let state = state.with_batches(batches.clone());
+        Ok(Self { session, schedulers, scheduler_tasks, membership, membership_task, groups, state, batches, notices })
     }
 
     /// Ends the schedulers: what still runs fails as unavailable.
@@ -170,6 +186,7 @@ impl Parts {
 
     /// Ends them because somebody else leads. Shards stay as they are: their streams end with the leadership.
     pub async fn stop(self) {
+        self.stop_batches().await;
         self.stop_schedulers();
         self.membership.stop(Some("another coordinator leads".to_owned()));
         for task in self.scheduler_tasks.into_iter().chain([self.membership_task]) {
@@ -179,8 +196,16 @@ impl Parts {
         }
     }
 
+    /// Gives up the lines of batches that run: whoever leads next goes on with them.
+    async fn stop_batches(&self) {
+        if let Some(batches) = &self.batches {
+            batches.stop().await;
+        }
+    }
+
     /// Waits until no request lives, or the time is over.
     pub async fn finish_requests(&self, limit: Duration) {
+        self.stop_batches().await;
         let deadline = Instant::now() + limit;
         let mut is_told = false;
         loop {
@@ -243,6 +268,12 @@ async fn expected(store: &dyn MembershipStore) -> BTreeMap<ShardId, String> {
     records.into_iter().map(|record| (ShardId(record.shard_id), record.host)).collect()
 }
 
+/// Lines of batches that are asked for at once: a quarter of the seats stays free, so that clients who wait need not wait for one.
+fn lines_at_once(config: &Config) -> usize {
+    let n_seats = (config.max_num_seqs as usize).saturating_mul(config.replicas as usize);
+    n_seats - n_seats / 4
+}
+
 /// Labels of what is measured of a group.
 fn labels(base: &Foundation, index: usize) -> GroupLabels {
     GroupLabels::new(&base.model.served.name(), index, base.config.replicas as usize)
@@ -257,6 +288,8 @@ pub fn begin_to_count(base: &Foundation) {
     }
     frontend::observe::begin_to_count();
     security::begin_to_count();
+    batches::begin_to_count();
+    response_cache::begin_to_count();
     drop(metrics::counter!(names::MOVED));
     for outcome in ["exported", "dropped", "failed"] {
         drop(metrics::counter!(names::TRACE_SPANS, "outcome" => outcome));

@@ -65,6 +65,8 @@ pub struct Servers {
     /// The same.
     pub grpc: JoinHandle<Result<(), tonic::transport::Error>>,
     stopping: watch::Sender<bool>,
+    /// All that HTTP requests may reach.
+    endpoints: Router,
     /// What HTTP requests come to first.
     gateway: Gateway,
     /// What generations over gRPC come to first.
@@ -132,8 +134,10 @@ impl Servers {
         let router = admin.fallback_service(gateway.clone());
         let router = door::before(router, base.security.clone());
         let patience = connections::progress::Patience::new(base.config.client_write_timeout);
+        let endpoints = router.clone();
         let http = tokio::spawn(connections::serve(http, router, patience, https(&base.tls), stopped()));
-        Ok(Self { http, grpc: tokio::spawn(grpc), stopping, gateway, inference, grpc_switch, standby_grpc, control })
+        let grpc = tokio::spawn(grpc);
+        Ok(Self { http, grpc, stopping, endpoints, gateway, inference, grpc_switch, standby_grpc, control })
     }
 
     /// From now on these parts answer.
@@ -157,6 +161,11 @@ impl Servers {
         let inference = Arc::new(InferenceService::new(parts.state.clone()));
         self.inference.set(Some(Local { session, endpoints: inference }));
         Ok(())
+    }
+
+    /// All that HTTP requests may reach, for this process itself.
+    pub fn endpoints(&self) -> Router {
+        self.endpoints.clone()
     }
 
     /// From now on a standby answers.

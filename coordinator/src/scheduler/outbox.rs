@@ -68,7 +68,7 @@ impl RequestEvents {
 }
 
 /// About what an event takes in memory.
-fn size_of_event(event: &RequestEvent) -> usize {
+pub(crate) fn size_of_event(event: &RequestEvent) -> usize {
     let scores = |list: &[phalanx_proto::v1::TokenScore]| -> usize {
         list.iter().map(|s| size_of_val(s) + size_of_val(s.top.as_slice())).sum()
     };

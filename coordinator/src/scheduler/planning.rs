@@ -1,5 +1,6 @@
 //! Builds the next step plan.
 
+use phalanx_cluster::seal::Seal;
 use phalanx_proto::v1::{BlockAppend, Chunk, SamplingParams, SequenceStart, StepPlan};
 
 use super::{
@@ -329,7 +330,7 @@ impl Machine {
         let is_replayed = sequence.replay_until > 0;
         let lookup = (self.limits.prefix_caching || is_replayed) && !is_scored;
         let spare = policy::spare_blocks(group.blocks.n_blocks(), n_running) + reserved;
-        let Some(admitted) = group.blocks.admit(&tokens, lookup, spare) else {
+        let Some(admitted) = group.blocks.admit(live.request.cache_root, &tokens, lookup, spare) else {
             group.refused = (reserved == 0).then_some((key, n_available));
             return None;
         };
@@ -393,7 +394,13 @@ fn start_of(
         prompt_len: prompt_len as u32,
         sampling: Some(sampling),
         blocks: seat.table.raw(),
+        cache_root: wire_root(live.request.cache_root),
     }
+}
+
+/// Of what begins without a salt nothing is said.
+fn wire_root(root: Seal) -> Vec<u8> {
+    if root == Seal::EMPTY { Vec::new() } else { root.bytes().to_vec() }
 }
 
 /// Positions of a running sequence that could be computed now.

@@ -145,8 +145,9 @@ impl Machine {
     fn take_over(&self, n_blocks: usize, sealed: &[(u32, Seal)]) -> Blocks {
         let mut blocks = Blocks::with_sealed(n_blocks, self.limits.block_size, sealed);
         for place in self.waiting.iter().rev() {
-            if let Some(tokens) = self.journal.tokens(place.key) {
-                blocks.touch(&tokens);
+            let live = self.requests.get(&place.key.request);
+            if let Some((live, tokens)) = live.zip(self.journal.tokens(place.key)) {
+                blocks.touch(live.request.cache_root, &tokens);
             }
         }
         blocks

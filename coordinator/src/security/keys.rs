@@ -237,6 +237,18 @@ impl KeyRing {
         }
     }
 
+    /// Who has a name.
+    ///
+    /// # Errors
+    /// If no key of his is in force.
+    pub fn find_named(&self, name: &str, now: Timestamp) -> Result<Arc<Principal>, Denied> {
+        let entries = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut of_name = entries.iter().filter(|entry| entry.principal.name == name).peekable();
+        let gone = if of_name.peek().is_some() { Denied::Expired } else { Denied::Unknown };
+        let in_force = of_name.find(|entry| entry.expires.is_none_or(|end| now < end));
+        in_force.map(|entry| Arc::clone(&entry.principal)).ok_or(gone)
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.0.read().unwrap_or_else(PoisonError::into_inner).len()
@@ -280,6 +292,9 @@ mod tests {
         assert_eq!(ring.find("key-a", at(0)).unwrap().name, "a");
         assert_eq!(ring.find("key-b", at(99)).unwrap().name, "b");
         assert_eq!(ring.find("key-b", at(100)).unwrap_err(), Denied::Expired);
+        assert_eq!(ring.find_named("b", at(99)).unwrap().name, "b");
+        assert_eq!(ring.find_named("b", at(100)).unwrap_err(), Denied::Expired);
+        assert_eq!(ring.find_named("key-a", at(0)).unwrap_err(), Denied::Unknown);
         for wrong in ["", "key-", "key-ab", "KEY-A", &KeyHash::of("key-a").to_string()] {
             assert_eq!(ring.find(wrong, at(0)).unwrap_err(), Denied::Unknown, "{wrong}");
         }

@@ -190,6 +190,19 @@ impl Security {
         }
     }
 
+    /// Who has a name, with what he may do now: for work that goes on without him. Tokens are good for minutes, and what was begun
+    /// with one is not over then. `None` where everybody may ask.
+    ///
+    /// # Errors
+    /// If his key is not in force any more.
+    pub fn named(&self, name: &str) -> Result<Option<Arc<Principal>>, Denied> {
+        let Some(keys) = &self.keys else { return Ok(None) };
+        if self.tokens.is_some() && name.starts_with(jwt::NAMED) {
+            return Ok(Some(Arc::new(Principal::unrevokable(name.to_owned(), Role::User, KeyLimits::default()))));
+        }
+        keys.find_named(name, Timestamp::now()).map(Some)
+    }
+
     /// Name of the key that a request shows, if it is one.
     pub fn name_of(&self, headers: &HeaderMap) -> Option<String> {
         let found = self.find(self.keys.as_ref()?, keys::shown(headers)?);

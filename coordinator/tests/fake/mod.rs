@@ -10,6 +10,7 @@ pub mod oracle;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use phalanx_cluster::seal::Seal;
 use phalanx_coordinator::text::decode::{Detokenize, Detokenizers};
 use phalanx_proto::v1::{PromptScores, Sample, SamplingParams, StepPlan, StepResult, TokenScore};
 use phalanx_shard::step::seals::{SealedPrefix, Seals};
@@ -52,6 +53,8 @@ struct Live {
     blocks: Vec<u32>,
     computed: Option<usize>,
     sealed: SealedPrefix,
+    /// Rows of another one would do as well; they are not to be shared.
+    salt: u64,
 }
 
 /// Position and prefix hash that each slot of each page holds.
@@ -169,7 +172,7 @@ impl FakeShard {
             for position in start..end {
                 hash = mix(hash, u64::from(live.tokens[position]));
                 let page = live.blocks[position / self.block_size] as usize;
-                self.pages[page][position % self.block_size] = Some((position, hash));
+                self.pages[page][position % self.block_size] = Some((position, hash ^ live.salt));
                 if live.sampling.prompt_logprobs.is_some() && position + 1 < live.prompt_len {
                     scores.push(score(hash, live.tokens[position + 1]));
                 }
@@ -194,7 +197,12 @@ impl FakeShard {
                 let page = live.blocks[position / self.block_size] as usize;
                 let held = self.pages[page][position % self.block_size];
                 let slot = chunk.sequence;
-                assert_eq!(held, Some((position, hash)), "step {}: slot {slot}, position {position}", plan.step);
+                assert_eq!(
+                    held,
+                    Some((position, hash ^ live.salt)),
+                    "step {}: slot {slot}, position {position}",
+                    plan.step
+                );
             }
         }
         for chunk in &plan.chunks {
@@ -216,8 +224,10 @@ impl FakeShard {
             let sampling = start.sampling.clone().expect("a start has parameters");
             assert!(sampling.suppressed_token_ids.iter().all(|t| (*t as usize) < self.vocab), "suppressed ids");
             let prompt_len = start.prompt_len as usize;
-            let (blocks, sealed) = (start.blocks.clone(), SealedPrefix::default());
-            let live = Live { tokens, prompt_len, sampling, blocks, computed: None, sealed };
+            let root = Seal::from_slice(&start.cache_root).expect("a seal, or nothing");
+            let salt = u64::from_le_bytes(*root.bytes().first_chunk().expect("a seal has more bytes"));
+            let (blocks, sealed) = (start.blocks.clone(), SealedPrefix::new(root));
+            let live = Live { tokens, prompt_len, sampling, blocks, computed: None, sealed, salt };
             let slot = start.sequence;
             assert!(!plan.dropped.contains(&slot), "slot {slot} is reused by the plan that drops it");
             assert!(self.live.insert(slot, live).is_none(), "slot {slot} is started twice");

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use phalanx_cluster::seal::Seal;
 use phalanx_coordinator::request::{Finish, Request, StopConditions};
 use phalanx_proto::v1::{SamplingParams, TokenScore};
 
@@ -144,6 +145,7 @@ pub fn request(luck: &mut Luck, idx: usize, heads: &[Vec<u32>], now: Instant) ->
         },
         deadline: luck.one_in(10).then(|| now + Duration::from_millis(luck.below(80) as u64)),
         priority: 0,
+        cache_root: if luck.one_in(3) { Seal::root(["a", "b"][luck.below(2)]) } else { Seal::EMPTY },
         resume: Vec::new(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use phalanx_cluster::seal::{SEAL_BYTES, Seal};
 use phalanx_proto::v1::{Chunk, SamplingParams, SequenceStart, StepPlan};
 
 use super::sequence::Sequence;
@@ -182,7 +183,11 @@ fn check_start(start: SequenceStart, limits: &Limits) -> Result<Sequence, PlanEr
     let wrong = |reason| PlanError::Sampling { sequence: id, reason };
     let sampling = start.sampling.ok_or_else(|| wrong("is missing".to_owned()))?;
     check_sampled_ids(&sampling, limits).map_err(wrong)?;
-    Sequence::new(start.token_ids, start.prompt_len as usize, start.blocks, &sampling)
+    let n_bytes = start.cache_root.len();
+    let Some(root) = Seal::from_slice(&start.cache_root) else {
+        return range("bytes of the cache root", n_bytes as u64, format!("0 or {SEAL_BYTES}"));
+    };
+    Sequence::new(start.token_ids, start.prompt_len as usize, start.blocks, root, &sampling)
         .map_err(|error| wrong(error.to_string()))
 }
 
@@ -253,6 +258,7 @@ mod tests {
             prompt_len: n_tokens,
             sampling: Some(sampling()),
             blocks: blocks.to_vec(),
+            cache_root: Vec::new(),
         }
     }
 
@@ -261,7 +267,8 @@ mod tests {
     }
 
     fn known(computed: Option<usize>) -> BTreeMap<u32, Sequence> {
-        let mut sequence = Sequence::new(vec![1, 2, 3, 4, 5], 5, vec![0, 1], &sampling()).expect("good parameters");
+        let mut sequence =
+            Sequence::new(vec![1, 2, 3, 4, 5], 5, vec![0, 1], Seal::EMPTY, &sampling()).expect("good parameters");
         sequence.computed = computed;
         BTreeMap::from([(7, sequence)])
     }

@@ -23,7 +23,14 @@ pub struct SealedPrefix {
 
 impl Default for SealedPrefix {
     fn default() -> Self {
-        Self { n_blocks: 0, seal: Seal::EMPTY }
+        Self::new(Seal::EMPTY)
+    }
+}
+
+impl SealedPrefix {
+    /// No blocks, of a sequence whose seals begin with this one.
+    pub fn new(root: Seal) -> Self {
+        Self { n_blocks: 0, seal: root }
     }
 }
 
@@ -96,6 +103,15 @@ mod tests {
         seals.unseal(&[9], 0..2);
         seals.unseal(&[], 4..9);
         assert_eq!(of(&seals).len(), 2);
+    }
+
+    #[test]
+    fn equal_tokens_have_other_seals_where_their_root_is_another() {
+        let mut seals = Seals::new(2, 2);
+        let root = Seal::root("salt");
+        seals.seal(&mut SealedPrefix::new(root), &TOKENS, &[0], 2);
+        seals.seal(&mut SealedPrefix::default(), &TOKENS, &[1], 2);
+        assert_eq!(of(&seals), [(0, root.then(&TOKENS[..2])), (1, Seal::of(&TOKENS[..2], 2))]);
     }
 
     #[test]

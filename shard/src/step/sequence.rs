@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use phalanx_cluster::seal::Seal;
 use phalanx_proto::v1::{Grammar, SamplingParams};
 
 use super::seals::SealedPrefix;
@@ -33,7 +34,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence of which nothing was computed by this group yet.
+    /// A sequence of which nothing was computed by this group yet. Its seals begin with `root`.
     ///
     /// # Errors
     /// If a sampling parameter is out of its range.
@@ -41,6 +42,7 @@ impl Sequence {
         tokens: Vec<u32>,
         prompt_len: usize,
         blocks: Vec<u32>,
+        root: Seal,
         params: &SamplingParams,
     ) -> Result<Self, SamplingError> {
         let sampling = Sampling::try_from(params)?;
@@ -51,7 +53,7 @@ impl Sequence {
             prompt_len,
             computed: None,
             blocks,
-            sealed: SealedPrefix::default(),
+            sealed: SealedPrefix::new(root),
             sampling,
             logprobs: params.logprobs.map(|n| n as usize),
             prompt_logprobs: params.prompt_logprobs.map(|n| n as usize),
@@ -87,7 +89,7 @@ mod tests {
     #[test]
     fn a_replayed_sequence_is_like_in_its_first_life() {
         let params = SamplingParams { presence_penalty: 1.0, ..Default::default() };
-        let new = |tokens| Sequence::new(tokens, 2, vec![0], &params).expect("good parameters");
+        let new = |tokens| Sequence::new(tokens, 2, vec![0], Seal::EMPTY, &params).expect("good parameters");
         let mut first = new(vec![5, 6]);
         first.push(6);
         first.push(7);
@@ -97,14 +99,16 @@ mod tests {
 
     #[test]
     fn tokens_are_counted_only_where_logits_depend_on_them() {
-        let with = |params| Sequence::new(vec![1], 1, vec![], &params).expect("good parameters");
+        let with = |params| Sequence::new(vec![1], 1, vec![], Seal::EMPTY, &params).expect("good parameters");
         assert!(with(SamplingParams::default()).counts.is_none());
         assert!(with(SamplingParams { frequency_penalty: 0.5, ..Default::default() }).counts.is_some());
     }
 
     #[test]
     fn scores_make_greedy_look_at_whole_rows() {
-        let with = |params| Sequence::new(vec![1], 1, vec![], &params).expect("good parameters").is_plain_greedy();
+        let with = |params| {
+            Sequence::new(vec![1], 1, vec![], Seal::EMPTY, &params).expect("good parameters").is_plain_greedy()
+        };
         assert!(with(SamplingParams::default()));
         assert!(!with(SamplingParams { logprobs: Some(0), ..Default::default() }));
         assert!(!with(SamplingParams { temperature: 1.0, ..Default::default() }));

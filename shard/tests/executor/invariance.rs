@@ -108,6 +108,7 @@ fn a_replayed_sequence_goes_on_with_the_same_tokens() {
             prompt_len: request.prompt.len() as u32,
             sampling: Some(request.sampling.clone()),
             blocks: (0..8).collect(),
+            cache_root: Vec::new(),
         }];
         let chunks = vec![Chunk { sequence: 0, start: 0, len: n_tokens as u32, sample: true }];
         let result = group.step(StepPlan { started, chunks, ..StepPlan::default() }).expect("a good plan");
@@ -135,6 +136,7 @@ fn shared_blocks_stand_for_computed_ones() {
         prompt_len: tokens.len() as u32,
         sampling: Some(sampling.clone()),
         blocks: blocks.to_vec(),
+        cache_root: Vec::new(),
     };
     let run = |group: &mut LocalGroup, start: SequenceStart, from: u32| {
         let chunks = vec![Chunk { sequence: start.sequence, start: from, len: 40 - from, sample: true }];

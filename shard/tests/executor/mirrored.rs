@@ -61,6 +61,7 @@ fn starts(tokens: &Tokens, prompt_lens: [usize; 2]) -> Vec<SequenceStart> {
             prompt_len: prompt_lens[idx] as u32,
             sampling: Some(greedy()),
             blocks: BLOCKS[idx].to_vec(),
+            cache_root: Vec::new(),
         })
         .collect()
 }

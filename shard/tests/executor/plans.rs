@@ -13,6 +13,7 @@ fn start(sequence: u32, len: usize, blocks: &[u32]) -> SequenceStart {
         prompt_len: len as u32,
         sampling: Some(greedy()),
         blocks: blocks.to_vec(),
+        cache_root: Vec::new(),
     }
 }
 

@@ -394,6 +394,7 @@ pub fn start(epoch: u64, tokens: &[u32]) -> StepPlan {
             prompt_len: tokens.len() as u32,
             sampling: Some(greedy()),
             blocks: vec![0, 1],
+            cache_root: Vec::new(),
         }],
         chunks: vec![Chunk { sequence: 0, start: 0, len: tokens.len() as u32, sample: true }],
         ..StepPlan::default()

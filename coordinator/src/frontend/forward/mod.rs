@@ -136,7 +136,9 @@ impl Gateway {
         };
         let form = family::of(parts.uri.path());
         let mut ask = Ask::new(&parts, body);
-        if is_generation && self.is_shared && !ask.headers.contains_key(&IDEMPOTENCY_KEY) {
+        // Also where nobody resumes an answer: what is made must not be made twice.
+        let is_named = is_generation || parts.method == Method::POST;
+        if is_named && self.is_shared && !ask.headers.contains_key(&IDEMPOTENCY_KEY) {
             let key = uuid::Uuid::new_v4().to_string();
             if let Ok(key) = HeaderValue::try_from(key) {
                 ask.headers.insert(RESUME_KEY, key);

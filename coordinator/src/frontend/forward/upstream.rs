@@ -14,6 +14,7 @@ use super::{
     dial::Connector,
     finder::{Finder, Over, Target},
 };
+use crate::frontend::door::OnBehalf;
 
 /// Set on requests that a coordinator passes on: they are not passed on again.
 pub const FORWARDED: &str = "x-phalanx-forwarded";
@@ -41,6 +42,8 @@ pub struct Ask {
     /// Sent with it.
     pub headers: HeaderMap,
     body: Bytes,
+    /// For whom this process asks itself: another one would not believe it.
+    on_behalf: Option<OnBehalf>,
 }
 
 impl Ask {
@@ -51,7 +54,8 @@ impl Ask {
             headers.remove(name);
         }
         let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
-        Self { method: parts.method.clone(), path, headers, body }
+        let on_behalf = parts.extensions.get().cloned();
+        Self { method: parts.method.clone(), path, headers, body, on_behalf }
     }
 
     /// Fails on nothing that an HTTP request had before.
@@ -107,10 +111,16 @@ impl Upstreams {
 
     async fn send(&self, target: &Target<Router>, ask: &Ask) -> Result<Response, String> {
         match target {
-            Target::Here(local) => match local.endpoints.clone().oneshot(ask.request(None)?).await {
-                Ok(response) => Ok(response),
-                Err(never) => match never {},
-            },
+            Target::Here(local) => {
+                let mut request = ask.request(None)?;
+                if let Some(on_behalf) = ask.on_behalf.clone() {
+                    request.extensions_mut().insert(on_behalf);
+                }
+                match local.endpoints.clone().oneshot(request).await {
+                    Ok(response) => Ok(response),
+                    Err(never) => match never {},
+                }
+            }
             Target::There(leader) => {
                 let request = ask.request(Some(&leader.record.http_url()))?;
                 let response = self.client.request(request).await.map_err(|e| with_causes(&e))?;

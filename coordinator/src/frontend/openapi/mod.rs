@@ -25,6 +25,7 @@ static BASE: &str = include_str!("base.json");
 static PARTS: &[&str] = &[
     include_str!("openai.json"),
     include_str!("responses.json"),
+    include_str!("batches.json"),
     include_str!("anthropic.json"),
     include_str!("ollama.json"),
     include_str!("tgi.json"),

@@ -172,6 +172,10 @@ async fn examples_are_answered_and_described_fields_are_known() {
     let server = Server::saying(" Paris").behind(Arc::new(Security::default()));
     let mut n_fields = 0;
     for (path, method, operation) in operations(&DOCUMENT) {
+        // Files are not JSON, and batches are of files that were sent before.
+        if operation["tags"] == json!(["Batches"]) {
+            continue;
+        }
         let body = &operation["requestBody"]["content"]["application/json"];
         let Some(example) = example(operation) else {
             assert!(body.is_null(), "{method} {path} has no example");

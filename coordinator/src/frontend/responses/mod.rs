@@ -25,7 +25,7 @@ use super::{
 };
 
 /// Where it is.
-const PATH: &str = "/v1/responses";
+pub const PATH: &str = "/v1/responses";
 
 /// The API.
 pub static FAMILY: Family = Family {

@@ -33,6 +33,7 @@ use super::{
     generation::{Generation, PromptEvents, submit_each},
     observe::Record,
     reply::Reply,
+    response_cache::Caching,
 };
 use crate::{
     leadership::journal_feed::{JournalFeed, Replica, ReplicatedJournal},
@@ -93,9 +94,12 @@ impl FrontendState {
                 account.prompt(|| self.model.tokenizer.decode(&request.prompt, false));
             }
         }
+        let owner = || record.principal().map(|principal| principal.name.clone());
+        let caching = self.response_cache.clone();
+        let caching = caching.map(|cache| Caching { cache, owner: owner(), has_seed: prepared.has_seed });
         match keyed {
-            Some(keyed) => self.streams.begin(keyed, self.submit.as_ref(), prepared, admission),
-            None => Ok((self.submit_all(prepared.requests, admission)?, prepared.reply)),
+            Some(keyed) => self.streams.begin(keyed, self.submit.as_ref(), prepared, admission, caching.as_ref()),
+            None => Ok((self.submit_all(prepared.requests, admission, caching.as_ref())?, prepared.reply)),
         }
     }
 }
@@ -135,6 +139,7 @@ impl Streams {
         submit: &dyn Submit,
         mut prepared: Prepared,
         admission: Option<Arc<Admission>>,
+        caching: Option<&Caching>,
     ) -> Result<Joined, ApiError> {
         let mut shared = self.lock();
         if let Some(joined) = shared.join_same(keyed)? {
@@ -151,7 +156,7 @@ impl Streams {
         }
         let seed = prepared.requests.first().map_or(seed, |request| request.sampling.seed);
         let asked = Asked { hash: keyed.hash, seed, n_prompts: prepared.requests.len(), n };
-        let events = submit_each(submit, prepared.requests, admission)?;
+        let events = submit_each(submit, prepared.requests, admission, caching)?;
         let (run, entry) = shared.registry.begin(&keyed.key, asked, prepared.reply);
         shared.tell(Some(entry));
         let joined = joined(&run);

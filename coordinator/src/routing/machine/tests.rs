@@ -24,6 +24,7 @@ fn request(prompt: impl IntoIterator<Item = TokenId>, max_tokens: u32, n: u32) -
         stop: StopConditions::default(),
         deadline: None,
         priority: 0,
+        cache_root: phalanx_cluster::seal::Seal::EMPTY,
         resume: Vec::new(),
     }
 }

@@ -111,6 +111,7 @@ fn request() -> Request {
         stop: StopConditions::default(),
         deadline: None,
         priority: 0,
+        cache_root: phalanx_cluster::seal::Seal::EMPTY,
         resume: Vec::new(),
     }
 }

@@ -108,6 +108,7 @@ fn request(max_tokens: u32) -> Request {
         stop: StopConditions::default(),
         deadline: None,
         priority: 0,
+        cache_root: phalanx_cluster::seal::Seal::EMPTY,
         resume: Vec::new(),
     }
 }

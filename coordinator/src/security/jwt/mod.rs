@@ -25,6 +25,8 @@ pub(super) const KEYS: &str = "token keys";
 const LEEWAY_S: f64 = 60.0;
 /// A longer token is none.
 const LONGEST_TOKEN: usize = 16 << 10;
+/// What names begin with of those who show tokens; no key's name can.
+pub const NAMED: &str = "jwt:";
 /// Longest subject that stands in names as it is.
 const LONGEST_SUBJECT: usize = 64;
 
@@ -138,10 +140,10 @@ fn check(config: &JwtConfig, keys: &KeySet, token: &str, now: f64) -> Result<Pri
 fn name(subject: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.@|".contains(c);
     if subject.len() <= LONGEST_SUBJECT && subject.chars().all(is_plain) {
-        return format!("jwt:{subject}");
+        return format!("{NAMED}{subject}");
     }
     let digest: [u8; 32] = Sha256::digest(subject.as_bytes()).into();
-    digest[..16].iter().fold("jwt:sha256:".to_owned(), |name, byte| format!("{name}{byte:02x}"))
+    digest[..16].iter().fold(format!("{NAMED}sha256:"), |name, byte| format!("{name}{byte:02x}"))
 }
 
 fn base64url(text: &str) -> Option<Vec<u8>> {
