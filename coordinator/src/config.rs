@@ -6,6 +6,7 @@
 mod choices;
 mod files;
 mod flags;
+mod guard;
 mod join_token;
 mod security;
 #[cfg(test)]

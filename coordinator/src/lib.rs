@@ -8,8 +8,11 @@ pub mod cluster_cli;
 pub mod config;
 pub mod coverage;
 pub mod frontend;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod grammars;
 pub mod group;
+pub mod guard;
 pub mod journal;
 pub mod kv;
 pub mod leadership;

@@ -107,6 +107,8 @@ pub enum Finish {
     StopString(String),
     /// `max_tokens`, the context or (of open-ended requests) KV memory is reached.
     Length,
+    /// The server's guard or moderation lets no more of it through. Schedulers know nothing of it.
+    ContentFilter,
 }
 
 /// Tokens that a request cost.
@@ -172,6 +174,9 @@ pub enum RequestError {
         /// Why not.
         reason: String,
     },
+    /// The moderation webhook has not said whether it may be told.
+    #[error("the moderation of this server does not answer: try again later")]
+    Unmoderated,
     /// A fault of ours.
     #[error("internal error: {0}")]
     Internal(String),

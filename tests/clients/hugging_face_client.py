@@ -21,7 +21,13 @@ try:
 except Exception as error:
     bad = type(error).__name__
 
+matched = client.text_generation("Sides:", max_new_tokens=20, grammar={"type": "regex", "value": " (left|right)"})
+schema = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"], "additionalProperties": False}
+formed = client.text_generation("The weather as JSON: ", max_new_tokens=60, grammar={"type": "json", "value": schema})
+
 print(json.dumps({
+    "matched": matched,
+    "formed": json.loads(formed),
     "plain": plain,
     "whole": whole.generated_text,
     "finish": str(getattr(whole.details.finish_reason, "value", whole.details.finish_reason)),

@@ -28,7 +28,11 @@ try:
 except ollama.ResponseError as error:
     bad = error.error
 
+schema = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"], "additionalProperties": False}
+formed = client.chat(model=model, messages=messages, options={"temperature": 0, "num_predict": 60}, format=schema)
+
 print(json.dumps({
+    "formed": json.loads(formed.message.content),
     "model": model,
     "whole": whole.message.content,
     "streamed": "".join(part.message.content for part in parts),

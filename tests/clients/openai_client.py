@@ -4,8 +4,10 @@ import io
 import json
 import sys
 import time
+from typing import Literal
 
 import openai
+import pydantic
 
 client = openai.OpenAI(base_url=sys.argv[1] + "/v1", api_key="none")
 model = client.models.list().data[0].id
@@ -70,6 +72,15 @@ try:
 except openai.NotFoundError as error:
     gone = error.code
 
+
+class Weather(pydantic.BaseModel):
+    sunny: bool
+    wind: Literal["none", "some", "strong"]
+
+
+parsed = client.responses.parse(**{**asked, "max_output_tokens": 80}, text_format=Weather)
+formed = client.chat.completions.parse(**{**shared, "max_tokens": 80}, response_format=Weather)
+
 print(json.dumps({
     "batch": [batch.status, batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed],
     "batch_metadata": batch.metadata,
@@ -80,6 +91,8 @@ print(json.dumps({
     "batch_cancelled": cancelled,
     "files_listed": all(id in listed for id in (sent.id, batch.output_file_id, batch.error_file_id)),
     "file_deleted": [deleted, gone],
+    "parsed": type(parsed.output_parsed).__name__,
+    "parsed_alike": parsed.output_parsed == formed.choices[0].message.parsed,
     "response": response.output_text,
     "response_status": [response.status, response.store],
     "response_streamed": "".join(e.delta for e in events if e.type == "response.output_text.delta"),

@@ -82,6 +82,7 @@ async fn stock_clients_are_served() {
     assert_eq!(openai["batch_metadata"], serde_json::json!({"job": "test"}));
     assert_eq!((&openai["batch_cancelled"], &openai["files_listed"]), (&"batch_over".into(), &Value::Bool(true)));
     assert_eq!(openai["file_deleted"], serde_json::json!([true, "not_found"]));
+    assert_eq!((&openai["parsed"], &openai["parsed_alike"]), (&"Weather".into(), &true.into()));
 
     let anthropic = script(&python, "anthropic_client.py", &[&cluster.http, openai["model"].as_str().unwrap()]);
     println!("{anthropic}");
@@ -115,6 +116,8 @@ async fn stock_clients_are_served() {
     assert_eq!(ollama["wrong_model"], 404);
     assert!(ollama["bad_parameter"].as_str().is_some_and(|m| m.contains("options.temperature")));
 
+    assert!(ollama["formed"]["sunny"].is_boolean(), "{}", ollama["formed"]);
+
     let hugging_face = script(&python, "hugging_face_client.py", &[&cluster.http]);
     println!("{hugging_face}");
     for name in ["whole", "tokens", "streamed", "final", "texts"] {
@@ -127,6 +130,13 @@ async fn stock_clients_are_served() {
     assert_eq!(hugging_face["stopped_reason"], "stop_sequence");
     assert_eq!(hugging_face["drawn_alike"], true);
     assert_ne!(hugging_face["bad_parameter"], "no error");
+    assert!([" left", " right"].contains(&hugging_face["matched"].as_str().unwrap()), "{}", hugging_face["matched"]);
+    assert!(hugging_face["formed"]["sunny"].is_boolean(), "{}", hugging_face["formed"]);
+
+    let checked = script(&python, "schema_client.py", &[&cluster.http]);
+    println!("{checked}");
+    assert_eq!(checked["wrong"], serde_json::json!([]));
+    assert!(checked["complete"].as_u64() >= Some(10), "{checked}");
 
     let address = cluster.grpc.trim_start_matches("http://");
     let grpc = script(&python, "grpc_client.py", &[address]);

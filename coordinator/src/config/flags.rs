@@ -18,7 +18,12 @@ use super::{
     choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
     wrong,
 };
-use crate::{admin::http::AdminHttp, security::audit::OnError, trace::destination::Protocol};
+use crate::{
+    admin::http::AdminHttp,
+    guard::{self, moderation},
+    security::audit::OnError,
+    trace::destination::Protocol,
+};
 
 /// Variables that other parts of the program read.
 const OTHER_VARIABLES: &[&str] =
@@ -387,6 +392,41 @@ pub struct Flags {
     )]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit_content: Option<bool>,
+
+    /// What must not be said, neither to the model nor by it: pii (personal data and secrets; pii:KIND+KIND for some of
+    /// mail, phone, card, iban, ip, key), denylist:FILE (a phrase or a /regex/ per line; its changes count within a second).
+    /// Several with commas between them [default: nothing is looked for]
+    #[arg(long, env = "PHALANX_GUARD", value_name = "WHAT", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard: Option<Vec<String>>,
+
+    /// What is done with it: a mark takes its place, or the request is refused and the answer ends [default: personal data
+    /// are redacted, phrases of lists block]
+    #[arg(long, env = "PHALANX_GUARD_ACTION")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard_action: Option<guard::Action>,
+
+    /// Service that is asked whether prompts and answers may pass: it gets JSON by POST, and says {"allow": true} or
+    /// {"allow": false, "reason": "…"} [default: nobody is asked]
+    #[arg(long, env = "PHALANX_MODERATION_WEBHOOK", value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moderation_webhook: Option<String>,
+
+    /// Longest wait for its answer, in seconds [default: 5]
+    #[arg(long, env = "PHALANX_MODERATION_TIMEOUT", value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moderation_timeout: Option<u32>,
+
+    /// What happens to a text about which it says nothing in time: it passes, or its request fails (503) [default: refuse]
+    #[arg(long, env = "PHALANX_MODERATION_ON_ERROR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moderation_on_error: Option<moderation::OnError>,
+
+    /// File with a secret of at least 16 bytes with which questions are signed (HMAC with SHA-256, header
+    /// x-phalanx-signature) [default: they are not]
+    #[arg(long, env = "PHALANX_MODERATION_SECRET_FILE", value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moderation_secret_file: Option<PathBuf>,
 
     /// PEM file with the certificate that clients are shown, and those between it and its authority: HTTP, and gRPC with
     /// clients, speak TLS 1.2 or 1.3. Read again when it changes [default: plain text]

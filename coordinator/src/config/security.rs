@@ -2,7 +2,7 @@
 
 use phalanx_cluster::byte_size::ByteSize;
 
-use super::{ConfigError, Flags, within, wrong};
+use super::{ConfigError, Flags, guard, within, wrong};
 use crate::security::{FixedKeys, SecurityConfig, audit::AuditConfig, jwt::JwtConfig, tls::SslFiles};
 
 /// Who may ask, and what is recorded. Takes its options from `flags`.
@@ -48,7 +48,8 @@ pub(super) fn resolve(flags: &mut Flags) -> Result<SecurityConfig, ConfigError> 
         issuer: flags.jwt_issuer.take(),
         role_claim: flags.jwt_role_claim.take().unwrap_or_else(|| "role".to_owned()),
     });
-    Ok(SecurityConfig { api_keys, key_file: flags.api_keys.take(), jwt, audit })
+    let (guard, moderation) = (guard::resolve(flags)?, guard::moderation(flags)?);
+    Ok(SecurityConfig { api_keys, key_file: flags.api_keys.take(), jwt, audit, guard, moderation })
 }
 
 /// What clients are shown. Takes its options from `flags`.
@@ -81,6 +82,6 @@ pub(super) fn to_flags(config: &SecurityConfig, ssl: Option<&SslFiles>) -> Flags
         ssl_certfile: ssl.map(|ssl| ssl.certificate.clone()),
         ssl_keyfile: ssl.map(|ssl| ssl.key.clone()),
         ssl_ca_certs: ssl.and_then(|ssl| ssl.client_ca.clone()),
-        ..Flags::default()
+        ..guard::to_flags(config.guard.as_ref(), config.moderation.as_ref())
     }
 }

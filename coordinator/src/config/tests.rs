@@ -129,6 +129,21 @@ fn keys_and_certificates_are_checked() {
 }
 
 #[test]
+fn what_is_watched_is_checked() {
+    let given = ["--guard", "pii:mail+card,denylist:words.txt", "--moderation-webhook", "https://m.example/check"];
+    let config = resolve(&given).unwrap();
+    let guard = config.security.guard.as_ref().unwrap();
+    assert_eq!((guard.pii.as_slice(), guard.lists.len(), guard.action), (&["mail", "card"][..], 1, None));
+    assert_eq!(config.security.moderation.as_ref().unwrap().limit.as_secs(), 5);
+    let again = config.to_flags();
+    assert_eq!(Config::resolve(again, &machine()).unwrap(), config);
+    assert!(refused(&["--guard", "pii:soul"]).contains("mail, phone, card, iban, ip, key"));
+    assert!(refused(&["--guard-action", "block"]).contains("--guard too"));
+    assert!(refused(&["--moderation-timeout", "3"]).contains("--moderation-webhook too"));
+    assert!(refused(&["--moderation-webhook", "m.example"]).contains("https://host/path"));
+}
+
+#[test]
 fn variables_with_typing_errors_are_refused() {
     let check = |name: &str| check_variables(std::iter::once(name.to_owned()));
     check("PHALANX_PORT").unwrap();

@@ -56,7 +56,7 @@ impl FromRequest<FrontendState> for Asked {
         let is_background = request.extensions().get::<OnBehalf>().is_some_and(|whose| whose.is_background);
         let headers = request.headers().clone();
         let body = JsonBody::from_request(request, state).await?;
-        Ok(Self { state: state.clone(), record, headers, body, is_background })
+        Ok(Self { state: state.noting_in(&record), record, headers, body, is_background })
     }
 }
 
@@ -78,6 +78,7 @@ impl Asked {
                 let call = Call { name: keyed.as_ref().map_or_else(made, Keyed::name), deadline };
                 let mut prepared = state.blocking(move |state| prepare(state, body.parse()?, call)).await?;
                 state.admit_grammars(&mut prepared.requests).await?;
+                state.moderate(&prepared, &record).await?;
                 for request in prepared.requests.iter_mut().filter(|_| is_background) {
                     request.priority = request.priority.saturating_add(BACKGROUND);
                 }

@@ -126,7 +126,7 @@ pub async fn create(asked: Asked) -> Result<Response, ApiError> {
             wants_scores: chat.params.wants_scores(),
             token_names: chat.token_names,
             n_prompt: request.prompt.len(),
-            echoed: chat.echoed,
+            echoed: state.repeated(chat.echoed),
             prompt_token_ids: chat.returns_token_ids.then(|| request.prompt.clone()),
         };
         let reply = ChatReply {
@@ -266,6 +266,12 @@ impl Reply for ChatReply {
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
         Box::new(ChatChunks { answer, usage: self.delivery.usage(), n_tokens: vec![None; self.n] })
+    }
+
+    fn reveals(&self) -> Option<&'static str> {
+        let answer = &self.answer;
+        let token_ids = answer.prompt_token_ids.as_ref().map(|_| "return_token_ids");
+        answer.wants_scores.then_some("logprobs").or(token_ids)
     }
 
     fn kept_bytes(&self) -> usize {

@@ -138,7 +138,7 @@ impl CompletionRequest {
             let is_cut = self.params.truncate(&mut ids, &state.model);
             let text = match prompt {
                 _ if !self.wants.echo => String::new(),
-                Prompt::Text(text) if !is_cut => text.clone(),
+                Prompt::Text(text) if !is_cut => state.repeated(text.clone()),
                 _ => state.model.tokenizer.decode(&ids, self.wants.skip_special_tokens),
             };
             let n_tokens = ids.len();
@@ -309,6 +309,11 @@ impl Reply for CompletionReply {
         ];
         let prompt_scores = vec![Vec::new(); n_prompts];
         Box::new(CompletionChunks { answer, usage: self.delivery.usage(), n: self.n, choices, prompt_scores })
+    }
+
+    fn reveals(&self) -> Option<&'static str> {
+        let wants = &self.answer.wants;
+        wants.logprobs.map(|_| "logprobs").or(wants.token_ids.then_some("return_token_ids"))
     }
 
     fn kept_bytes(&self) -> usize {

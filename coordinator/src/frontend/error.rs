@@ -83,6 +83,11 @@ impl ApiError {
         Self::about(param, "unsupported_parameter", message)
     }
 
+    /// The server's guard or moderation does not let it through.
+    pub fn blocked(param: &str, reason: impl std::fmt::Display) -> Self {
+        Self::about(param, "content_filter", format!("'{}' {reason}", shorten(param)))
+    }
+
     /// Prompt and output don't fit the context.
     pub fn context_exceeded(param: &str, message: String) -> Self {
         Self::about(param, "context_length_exceeded", message)
@@ -310,6 +315,7 @@ impl From<RequestError> for ApiError {
             RequestError::Revoked => (StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
             RequestError::Unread { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Some("answer_unread")),
             RequestError::Grammar { .. } => (StatusCode::BAD_REQUEST, Some("grammar_too_complex")),
+            RequestError::Unmoderated => (StatusCode::SERVICE_UNAVAILABLE, Some("moderation_unavailable")),
             RequestError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
         let param = match &error {
@@ -318,7 +324,7 @@ impl From<RequestError> for ApiError {
         };
         let retry_after = match &error {
             RequestError::Overloaded { retry_after, .. } => Some(*retry_after),
-            RequestError::Unavailable(_) => Some(RETRY_AFTER),
+            RequestError::Unavailable(_) | RequestError::Unmoderated => Some(RETRY_AFTER),
             _ => None,
         };
         Self { status, message: error.to_string(), param, code, retry_after }

@@ -15,6 +15,7 @@ use phalanx_proto::v1::TokenScore;
 use super::{
     FrontendState,
     error::ApiError,
+    guarded::{Guarded, Watch},
     observe::Record,
     response_cache::{Caching, Looked, Recording, Replay},
     streams::run::{Attachment, Read},
@@ -39,7 +40,7 @@ pub struct Generation {
 }
 
 /// Events of all prompts as they come, with their prompt's index.
-pub type PromptEvents = SelectAll<Events>;
+pub type PromptEvents = SelectAll<Guarded>;
 
 enum Source {
     /// Straight from the scheduler.
@@ -72,10 +73,11 @@ pub fn submit_each(
     requests: Vec<Request>,
     admission: Option<Arc<Admission>>,
     caching: Option<&Caching>,
+    watch: &Watch,
 ) -> Result<PromptEvents, RequestError> {
     let mut events = SelectAll::new();
     for (prompt_idx, request) in requests.into_iter().enumerate() {
-        let n_prompt = request.prompt.len();
+        let (n_prompt, n) = (request.prompt.len(), request.n);
         let (source, recording) = match caching.and_then(|caching| caching.look(&request)) {
             Some(Looked::Known(replay)) => (Running::Again(replay), None),
             Some(Looked::New(recording)) => (Running::Anew(submit.submit(request)?), Some(recording)),
@@ -86,7 +88,8 @@ pub fn submit_each(
         }
         let revoked = admission.as_ref().map(|admission| admission.revoked().boxed());
         let admission = admission.clone();
-        events.push(Events { prompt_idx, running: Some(source), recording, admission, revoked });
+        let own = Events { prompt_idx, running: Some(source), recording, admission, revoked };
+        events.push(Guarded::new(own, watch.clone(), prompt_idx, n_prompt, n));
     }
     Ok(events)
 }
@@ -119,10 +122,11 @@ impl FrontendState {
         requests: Vec<Request>,
         admission: Option<Arc<Admission>>,
         caching: Option<&Caching>,
+        watch: &Watch,
     ) -> Result<Generation, ApiError> {
         let n = requests.first().map_or(1, |request| request.n);
         let n_prompts = requests.len();
-        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests, admission, caching)?);
+        let source = Source::Submitted(submit_each(self.submit.as_ref(), requests, admission, caching, watch)?);
         Ok(Generation { source, n_prompts, n, usage: Usage::default(), is_over: false, first: None, record: None })
     }
 
@@ -360,6 +364,7 @@ pub fn finish_reason(finish: &Finish) -> &'static str {
     match finish {
         Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_) => "stop",
         Finish::Length => "length",
+        Finish::ContentFilter => "content_filter",
     }
 }
 
@@ -379,7 +384,7 @@ impl StopReason {
         match finish? {
             Finish::StopString(text) => Some(Self::String(text.clone())),
             Finish::StopToken(id) => Some(Self::Token(*id)),
-            Finish::EndOfSequence | Finish::Length => None,
+            Finish::EndOfSequence | Finish::Length | Finish::ContentFilter => None,
         }
     }
 }

@@ -104,13 +104,14 @@ impl InferenceService {
         deadline: Option<Instant>,
         record: &Record,
     ) -> Result<Generation, ApiError> {
-        if let Some((generation, _)) = self.state.known(keyed)? {
+        let state = self.state.noting_in(record);
+        if let Some((generation, _)) = state.known(keyed)? {
             return Ok(generation);
         }
         let model = Some(call.model.as_str()).filter(|name| !name.is_empty());
-        self.state.check_model(model)?;
-        let (raw, prompt) = parse(call, &self.state)?;
-        let params = Params::check(raw, &self.state.model)?;
+        state.check_model(model)?;
+        let (raw, prompt) = parse(call, &state)?;
+        let params = Params::check(raw, &state.model)?;
         let has_seed = params.has_seed();
         let prepare = move |state: &FrontendState| -> Result<Request, ApiError> {
             let (prompt, special_tokens, field) = match prompt {
@@ -120,10 +121,11 @@ impl InferenceService {
             let ids = state.encode(&prompt, special_tokens, field)?;
             params.request(id, field, ids, &state.model, deadline)
         };
-        let mut requests = vec![self.state.blocking(prepare).await?];
-        self.state.admit_grammars(&mut requests).await?;
+        let mut requests = vec![state.blocking(prepare).await?];
+        state.admit_grammars(&mut requests).await?;
         let prepared = Prepared { requests, has_seed, reply: None };
-        let (generation, _) = self.state.begin(keyed, prepared, record)?;
+        state.moderate(&prepared, record).await?;
+        let (generation, _) = state.begin(keyed, prepared, record)?;
         Ok(generation)
     }
 }
@@ -239,7 +241,7 @@ impl Inference for InferenceService {
         let span = tracing::info_span!("request", endpoint = ENDPOINT, request_id, trace_id = tracing::field::Empty);
         let traceparent = metadata.get(TRACEPARENT).and_then(|value| value.to_str().ok());
         let record = Record::begin(ENDPOINT.to_owned(), "cancelled", span.clone()).traced(&request_id, traceparent);
-        let record = Arc::new(record);
+        let record = Arc::new(record.named(&request_id));
         record.submits([request_id.as_str()]);
         let failed = |error: ApiError| {
             let status = Status::from(error);
@@ -266,7 +268,8 @@ impl Inference for InferenceService {
         let walked = vec![Place::default(); generation.n_choices()];
         let has = keyed.map(|keyed| keyed.has).unwrap_or_default();
         let generation = generation.recorded(Arc::clone(&record));
-        let answer = Answer { generation, request_id, walked, has, record };
+        let hides_tokens = self.state.hides_tokens();
+        let answer = Answer { generation, request_id, walked, has, hides_tokens, record };
         let (sender, receiver) = mpsc::channel(UNREAD_MESSAGES);
         tokio::spawn(answer.send(sender, self.state.limits.write_timeout));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -281,6 +284,8 @@ struct Answer {
     walked: Vec<Place>,
     /// What the client had when it called.
     has: Position,
+    /// Whether token ids are kept back: they would tell what is redacted.
+    hides_tokens: bool,
     record: Arc<Record>,
 }
 
@@ -340,11 +345,12 @@ impl Answer {
                 message.position = place.tokens();
                 message.index = output.index;
                 message.text = output.text;
-                message.token_ids = output.token_ids;
+                message.token_ids = if self.hides_tokens { Vec::new() } else { output.token_ids };
                 message.scores = output.scores;
                 message.set_finish_reason(match output.finish {
                     None => FinishReason::Unspecified,
                     Some(Finish::Length) => FinishReason::Length,
+                    Some(Finish::ContentFilter) => FinishReason::ContentFilter,
                     Some(Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_)) => FinishReason::Stop,
                 });
             }

@@ -19,7 +19,9 @@ pub mod files;
 pub mod forward;
 pub mod generation;
 pub mod grpc;
+pub mod guarded;
 pub mod health;
+mod inputs;
 pub mod json_body;
 pub mod listing;
 pub mod logprobs;
@@ -57,7 +59,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::sync::Semaphore;
 
 use crate::{
-    batches::service::Batches, config::Config, grammars::Grammars, group::loading::Loading,
+    batches::service::Batches, config::Config, grammars::Grammars, group::loading::Loading, guard::Tally,
     leadership::journal_feed::ReplicatedJournal, scheduler::handle::Submit, security::Security,
     served_model::ServedModel,
 };
@@ -133,6 +135,8 @@ pub struct FrontendState {
     grammars: Arc<Grammars>,
     batches: Option<Batches>,
     response_cache: Option<Arc<ResponseCache>>,
+    /// What is found in texts of the request that it is for.
+    tally: Arc<Tally>,
 }
 
 impl FrontendState {
@@ -156,6 +160,7 @@ impl FrontendState {
             grammars,
             batches: None,
             response_cache: None,
+            tally: Arc::default(),
         }
     }
 

@@ -18,6 +18,7 @@ use super::{
     grpc,
 };
 use crate::{
+    guard::Tally,
     metrics as names,
     security::{audit::Account, keys::Principal},
     trace::{self, Answered, SpanContext},
@@ -46,6 +47,8 @@ pub struct Record {
     principal: OnceLock<Arc<Principal>>,
     account: OnceLock<Account>,
     trace: Option<Traced>,
+    name: String,
+    tally: Arc<Tally>,
 }
 
 /// A request that is traced.
@@ -61,7 +64,25 @@ impl Record {
     pub fn begin(endpoint: String, abandoned: &'static str, span: Span) -> Self {
         let arrived_at = Instant::now();
         let (outcome, is_stream, principal, account) = Default::default();
-        Self { endpoint, abandoned, arrived_at, outcome, is_stream, span, principal, account, trace: None }
+        let (name, tally) = Default::default();
+        Self { endpoint, abandoned, arrived_at, outcome, is_stream, span, principal, account, trace: None, name, tally }
+    }
+
+    /// Its name in logs.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// Its name in logs.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What is found in its texts.
+    pub fn tally(&self) -> &Arc<Tally> {
+        &self.tally
     }
 
     /// Has it traced, if it is to be: as its client decided, or by chance.
@@ -134,7 +155,7 @@ impl Drop for Record {
         let status = self.outcome.take().unwrap_or_else(|| self.abandoned.to_owned());
         if let Some(account) = self.account.take() {
             let key = self.principal.get().map(|principal| principal.name.clone());
-            account.close(key, &status, self.arrived_at.elapsed());
+            account.close(key, &status, self.arrived_at.elapsed(), &self.tally);
         }
         let elapsed = self.arrived_at.elapsed().as_secs_f64();
         self.span.in_scope(|| tracing::debug!(status, seconds = elapsed, "request ended"));
@@ -209,7 +230,7 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     };
     request.headers_mut().insert(REQUEST_ID, request_id.clone());
     let method = request.method().clone();
-    let mut record = Record::begin(endpoint.clone(), CLIENT_GONE, span.clone());
+    let mut record = Record::begin(endpoint.clone(), CLIENT_GONE, span.clone()).named(name);
     // What is only read is not worth a trace.
     if method == Method::POST {
         record = record.traced(name, request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok()));

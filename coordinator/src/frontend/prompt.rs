@@ -1,5 +1,7 @@
 //! From what clients call a prompt to token ids.
 
+use std::borrow::Cow;
+
 use phalanx_cluster::{
     chat_template::{ChatTemplate, TemplateError},
     id::TokenId,
@@ -75,7 +77,8 @@ impl FrontendState {
                 let outside = |id: &Integer| {
                     ApiError::invalid(field, format!("has the token id {id}, but ids are from 0 to {}", n_vocab - 1))
                 };
-                ids.iter().map(|id| check(id).ok_or_else(|| outside(id))).collect()
+                let ids = ids.iter().map(|id| check(id).ok_or_else(|| outside(id))).collect::<Result<Vec<_>, _>>()?;
+                self.guarded_ids(ids, field)
             }
         }
     }
@@ -89,11 +92,28 @@ impl FrontendState {
         if least > context {
             return Err(too_long(field, context, format!("at least {least}"), "at least 1", "max_tokens"));
         }
+        let text = self.guarded_input(text, field)?;
+        self.tokens_of(&text, special_tokens, field)
+    }
+
+    fn tokens_of(&self, text: &str, special_tokens: SpecialTokens, field: &str) -> Result<Vec<TokenId>, ApiError> {
         let add = special_tokens == SpecialTokens::Add;
         self.model
             .tokenizer
             .encode(text, add)
             .map_err(|error| ApiError::invalid(field, format!("has no tokens: {error}")))
+    }
+
+    /// Token ids whose text the model may read. Where something is redacted, those of what is left.
+    fn guarded_ids(&self, ids: Vec<TokenId>, field: &str) -> Result<Vec<TokenId>, ApiError> {
+        if !self.hides_tokens() {
+            return Ok(ids);
+        }
+        let text = self.model.tokenizer.decode(&ids, false);
+        match self.guarded_input(&text, field)? {
+            Cow::Borrowed(_) => Ok(ids),
+            Cow::Owned(text) => self.tokens_of(&text, SpecialTokens::Leave, field),
+        }
     }
 }
 

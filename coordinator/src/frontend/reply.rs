@@ -28,6 +28,9 @@ pub trait Reply: Send + Sync {
     /// A streamed answer from its beginning.
     fn chunks(&self) -> Box<dyn Chunks>;
 
+    /// The field that asks for something of the output's tokens beside their text, if one does.
+    fn reveals(&self) -> Option<&'static str>;
+
     /// Memory that it takes, for the bound of what is kept.
     fn kept_bytes(&self) -> usize;
 }

@@ -75,7 +75,7 @@ impl Payload {
     }
 
     /// Adds it to an event that may have an id. Some clients read lines rather than events: id and name come first.
-    fn add_to(self, event: Event) -> Event {
+    pub(crate) fn add_to(self, event: Event) -> Event {
         self.name.into_iter().fold(event, Event::event).data(self.text)
     }
 }

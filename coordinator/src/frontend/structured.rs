@@ -168,6 +168,22 @@ pub fn of_grpc(output: StructuredOutput) -> Result<Option<Wanted>, ApiError> {
     }))
 }
 
+/// JSON under a schema, which may be a text.
+pub fn of_schema(field: &str, schema: Value) -> Result<Wanted, ApiError> {
+    let Schema(schema) = Schema::from_json(schema, field)?;
+    wanted(field, Grammar::of_schema(schema, &WhiteSpace::Some))
+}
+
+/// Any JSON object.
+pub fn of_any_object(field: &str) -> Wanted {
+    Wanted { field: field.to_owned(), grammar: Grammar::of_any_object() }
+}
+
+/// A text that a regex matches as a whole.
+pub fn of_regex(field: &str, regex: String) -> Wanted {
+    Wanted { field: field.to_owned(), grammar: Grammar::Regex(regex) }
+}
+
 fn wanted(field: &str, grammar: Result<Grammar, GrammarError>) -> Result<Wanted, ApiError> {
     let grammar = grammar.map_err(|error| ApiError::invalid(field, error))?;
     Ok(Wanted { field: field.to_owned(), grammar })

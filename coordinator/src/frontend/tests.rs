@@ -8,6 +8,8 @@ mod completions;
 mod endpoints;
 mod errors;
 pub(super) mod fake;
+mod grammars;
+mod guard;
 mod ollama;
 mod responses;
 mod resuming;

@@ -81,7 +81,7 @@ pub async fn apply_template(State(state): State<FrontendState>, body: JsonBody) 
         let messages = messages::parse(fields.require("messages")?)?;
         let rendering = Rendering::take(&mut fields, messages, state)?;
         fields.finish()?;
-        Ok(Rendered { prompt: state.render(&rendering)? })
+        Ok(Rendered { prompt: state.repeated(state.render(&rendering)?) })
     };
     state.blocking(work).await.map(Json)
 }

@@ -50,7 +50,7 @@ impl Ending {
 impl From<&Finish> for Ending {
     fn from(finish: &Finish) -> Self {
         match finish {
-            Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_) => Self::Stop,
+            Finish::EndOfSequence | Finish::StopToken(_) | Finish::StopString(_) | Finish::ContentFilter => Self::Stop,
             Finish::Length => Self::Length,
         }
     }

@@ -30,7 +30,13 @@ use self::{
     keys::{Denied, KeyHash, KeyRecord, KeyRing, Principal, Role},
     limits::{Counted, KeyLimits, Limiter, Refused, Standing},
 };
-use crate::metrics::{self as names, count_reload};
+use crate::{
+    guard::{
+        self, Guard, GuardConfig,
+        moderation::{Moderation, ModerationConfig},
+    },
+    metrics::{self as names, count_reload},
+};
 
 /// What a file of keys is called in logs and metrics.
 const KEYS: &str = "API keys";
@@ -83,6 +89,10 @@ pub struct SecurityConfig {
     pub jwt: Option<JwtConfig>,
     /// Where every request is recorded; `None`: nowhere.
     pub audit: Option<AuditConfig>,
+    /// What must not be said; `None`: nothing is looked for.
+    pub guard: Option<GuardConfig>,
+    /// Who is asked whether texts may pass; `None`: nobody.
+    pub moderation: Option<ModerationConfig>,
 }
 
 impl SecurityConfig {
@@ -99,11 +109,14 @@ pub struct Security {
     limiter: Mutex<Limiter>,
     tokens: Option<Tokens>,
     audit: Option<AuditLog>,
+    guard: Option<Arc<Guard>>,
+    moderation: Option<Arc<Moderation>>,
 }
 
 impl Default for Security {
     fn default() -> Self {
-        Self { keys: None, limiter: Mutex::new(Limiter::new(Instant::now())), tokens: None, audit: None }
+        let limiter = Mutex::new(Limiter::new(Instant::now()));
+        Self { keys: None, limiter, tokens: None, audit: None, guard: None, moderation: None }
     }
 }
 
@@ -120,17 +133,20 @@ impl Security {
             );
         }
         let audit = config.audit.as_ref().map(AuditLog::start).transpose()?;
+        let guard = config.guard.as_ref().map(Guard::start).transpose()?;
+        let moderation = config.moderation.as_ref().map(Moderation::start).transpose()?;
         let tokens = config.jwt.clone().map(Tokens::start).transpose()?;
         let fixed = config.api_keys.records();
         let Some(path) = &config.key_file else {
             let keys = config.is_closed().then(|| KeyRing::new(fixed));
-            return Ok(Arc::new(Self { keys, tokens, audit, ..Self::default() }));
+            return Ok(Arc::new(Self { keys, tokens, audit, guard, moderation, ..Self::default() }));
         };
         let watched = Watched::open(KEYS, vec![path.clone()]).context("--api-keys")?.counted(count_reload);
         let records = in_force(&fixed, &watched.contents()[0]);
         let records = records.map_err(|e| anyhow::anyhow!("--api-keys {}: {e}", path.display()))?;
         tracing::info!(file = %path.display(), n_keys = records.len(), "API keys are needed");
-        let security = Arc::new(Self { keys: Some(KeyRing::new(records)), tokens, audit, ..Self::default() });
+        let keys = Some(KeyRing::new(records));
+        let security = Arc::new(Self { keys, tokens, audit, guard, moderation, ..Self::default() });
         let shared = Arc::clone(&security);
         let take = move |contents: &[Vec<u8>]| {
             shared.replace_keys(in_force(&fixed, contents.first().map_or(&[][..], Vec::as_slice))?);
@@ -149,6 +165,21 @@ impl Security {
     #[must_use]
     pub fn with_audit(audit: AuditLog, records: Option<Vec<KeyRecord>>) -> Arc<Self> {
         Arc::new(Self { keys: records.map(KeyRing::new), audit: Some(audit), ..Self::default() })
+    }
+
+    /// With everything watched that these look for, and nothing else.
+    pub fn with_watch(guard: Option<Arc<Guard>>, moderation: Option<Arc<Moderation>>) -> Arc<Self> {
+        Arc::new(Self { guard, moderation, ..Self::default() })
+    }
+
+    /// What must not be said.
+    pub fn guard(&self) -> Option<&Arc<Guard>> {
+        self.guard.as_ref()
+    }
+
+    /// Who is asked whether texts may pass.
+    pub fn moderation(&self) -> Option<&Arc<Moderation>> {
+        self.moderation.as_ref()
     }
 
     /// Where every request is recorded.
@@ -237,12 +268,13 @@ pub fn begin_to_count() {
     for limit in [Counted::Requests, Counted::Tokens, Counted::Concurrency] {
         drop(metrics::counter!(names::RATE_LIMITED, "limit" => limit.name()));
     }
-    for of in [KEYS, tls::CERTIFICATE, jwt::KEYS, CLUSTER_CERTIFICATES] {
+    for of in [KEYS, tls::CERTIFICATE, jwt::KEYS, CLUSTER_CERTIFICATES, guard::LISTS] {
         drop(metrics::counter!(names::RELOADS, "of" => of));
         drop(metrics::counter!(names::RELOAD_FAILURES, "of" => of));
     }
     metrics::gauge!(names::AUDIT_FAILING).increment(0.0);
     drop(metrics::counter!(names::AUDIT_LOST));
+    guard::begin_to_count();
 }
 
 fn note(refused: &Refused) {

@@ -41,6 +41,7 @@ fn stop(finish: Option<&Finish>) -> (Value, Value) {
         Some(Finish::EndOfSequence | Finish::StopToken(_)) => ("end_turn".into(), Value::Null),
         Some(Finish::StopString(text)) => ("stop_sequence".into(), text.as_str().into()),
         Some(Finish::Length) => ("max_tokens".into(), Value::Null),
+        Some(Finish::ContentFilter) => ("refusal".into(), Value::Null),
     }
 }
 
@@ -83,6 +84,10 @@ impl Reply for MessageReply {
 
     fn chunks(&self) -> Box<dyn Chunks> {
         Box::new(MessageEvents { answer: Arc::clone(&self.answer), has_begun: false, finish: None })
+    }
+
+    fn reveals(&self) -> Option<&'static str> {
+        None
     }
 
     fn kept_bytes(&self) -> usize {

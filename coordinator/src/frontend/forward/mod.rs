@@ -31,6 +31,8 @@ use http::{HeaderName, HeaderValue, Method, Request, header};
 use tokio::{sync::watch, time::timeout};
 use tower::{Service, ServiceExt};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::events::{Cutter, Kind};
 pub use self::{
     finder::{Finder, Local},
     upstream::{FORWARDED, NO_LEADER},

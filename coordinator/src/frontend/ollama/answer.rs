@@ -118,6 +118,7 @@ impl Answer {
         object["done"] = true.into();
         object["done_reason"] = match ending.finish {
             Some(Finish::Length) => "length".into(),
+            Some(Finish::ContentFilter) => "content_filter".into(),
             _ => "stop".into(),
         };
         if let Some(prompt) = &self.context {
@@ -149,6 +150,10 @@ impl Reply for OllamaReply {
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
         Box::new(Lines { answer, finish: None, token_ids: Vec::new(), first_output_at: None })
+    }
+
+    fn reveals(&self) -> Option<&'static str> {
+        self.answer.wants_scores.then_some("logprobs")
     }
 
     fn kept_bytes(&self) -> usize {

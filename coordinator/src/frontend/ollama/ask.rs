@@ -11,6 +11,7 @@ use crate::frontend::{
     neutral::{Delivery, StreamedUsage},
     params::{MAX_LOGPROBS, Params, in_range},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    structured::{self, Wanted},
 };
 
 /// A request, checked but not yet rendered.
@@ -44,7 +45,6 @@ fn is_false(value: &Value) -> bool {
 
 /// What has no implementation, with the value that asks for nothing.
 static UNSUPPORTED: &[Unsupported] = &[
-    ("format", is_empty),
     ("tools", is_empty),
     ("images", is_empty),
     ("suffix", is_empty),
@@ -72,6 +72,7 @@ impl Ask {
         fields.take::<Value>(form.prompt_field())?;
         options::take(fields.take("options")?, state.model.max_model_len)?;
         fields.take::<bool>("stream")?;
+        take_format(&mut fields)?;
         fields.refuse(UNSUPPORTED)?;
         fields.finish()?;
         Ok(name)
@@ -90,6 +91,7 @@ impl Ask {
             return Err(ApiError::invalid("top_logprobs", "is only possible when 'logprobs' is true"));
         }
         raw.logprobs = wants_scores.then(|| n_top.unwrap_or(0).into());
+        raw.structured = take_format(&mut fields)?;
         let mut input = match form {
             Form::Chat => chat(&mut fields)?,
             Form::Generate => generate(&mut fields)?,
@@ -109,6 +111,19 @@ fn take_model(fields: &mut Fields, state: &FrontendState) -> Result<String, ApiE
         .check_model(Some(name.strip_suffix(":latest").unwrap_or(&name)))
         .or_else(|_| state.check_model(Some(&name)))?;
     Ok(name)
+}
+
+/// `format`: "json", or a schema.
+fn take_format(fields: &mut Fields) -> Result<Option<Wanted>, ApiError> {
+    const FORMAT: &str = "format";
+    match fields.take::<Value>(FORMAT)? {
+        None => Ok(None),
+        Some(Value::String(name)) if name.is_empty() => Ok(None),
+        Some(Value::String(name)) if name == "json" => Ok(Some(structured::of_any_object(FORMAT))),
+        Some(schema @ Value::Object(_)) => structured::of_schema(FORMAT, schema).map(Some),
+        Some(Value::String(_)) => Err(ApiError::invalid(FORMAT, "must be \"json\" or a JSON schema")),
+        Some(other) => Err(ApiError::wrong_type(FORMAT, "\"json\" or a JSON schema", kind(&other))),
+    }
 }
 
 fn chat(fields: &mut Fields) -> Result<Input, ApiError> {

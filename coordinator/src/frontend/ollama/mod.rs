@@ -84,7 +84,7 @@ async fn respond(asked: Asked, form: Form) -> Result<Response, ApiError> {
         let request =
             ask.params.request(format!("ollama-{}", call.name), field, prompt, &state.model, call.deadline)?;
         let context = match (&ask.input, form) {
-            (Input::Rendered { .. }, Form::Generate) => Some(request.prompt.clone()),
+            (Input::Rendered { .. }, Form::Generate) if !state.hides_tokens() => Some(request.prompt.clone()),
             _ => None,
         };
         let answer = Answer {

@@ -31,6 +31,7 @@ pub struct Answer {
     pub created_at: u64,
     pub model: Arc<ServedModel>,
     pub echo: Echo,
+    pub wants_scores: bool,
 }
 
 /// Answers to one request.
@@ -42,7 +43,7 @@ pub struct ResponseReply {
 /// Whether an answer is whole, from why it ended.
 fn status(finish: Option<&Finish>) -> &'static str {
     match finish {
-        Some(Finish::Length) => "incomplete",
+        Some(Finish::Length | Finish::ContentFilter) => "incomplete",
         Some(_) => "completed",
         None => "in_progress",
     }
@@ -67,8 +68,9 @@ impl Answer {
     }
 
     fn response(&self, output: Value, finish: Option<&Finish>, usage: Option<Usage>) -> Value {
-        let Echo { instructions, max_output_tokens, metadata, effort, user, .. } = &self.echo;
-        let incomplete = (status(finish) == "incomplete").then(|| json!({"reason": "max_output_tokens"}));
+        let Echo { instructions, max_output_tokens, metadata, effort, format, user, .. } = &self.echo;
+        let reason = if finish == Some(&Finish::ContentFilter) { "content_filter" } else { "max_output_tokens" };
+        let incomplete = (status(finish) == "incomplete").then(|| json!({"reason": reason}));
         let usage = usage.map(|usage| {
             json!({
                 "input_tokens": usage.prompt_tokens,
@@ -96,7 +98,7 @@ impl Answer {
             "service_tier": "default",
             "store": false,
             "temperature": self.echo.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": format},
             "tool_choice": self.echo.tool_choice,
             "tools": [],
             "top_logprobs": self.echo.top_logprobs,
@@ -131,11 +133,17 @@ impl Reply for ResponseReply {
         })
     }
 
+    fn reveals(&self) -> Option<&'static str> {
+        self.answer.wants_scores.then_some("include")
+    }
+
     fn kept_bytes(&self) -> usize {
         let instructions = self.answer.echo.instructions.as_str().map_or(0, str::len);
         let metadata: usize =
             self.answer.echo.metadata.iter().map(|(name, v)| name.len() + v.as_str().map_or(0, str::len)).sum();
-        size_of::<Answer>() + instructions + metadata
+        // A schema, at the length of its text.
+        let format = self.answer.echo.format.to_string().len();
+        size_of::<Answer>() + instructions + metadata + format
     }
 }
 

@@ -9,6 +9,7 @@ use crate::frontend::{
     neutral::{Delivery, StreamedUsage},
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::Rendering,
+    structured,
 };
 
 /// The only thing that can be asked for beside the text.
@@ -29,6 +30,8 @@ pub struct Echo {
     pub metadata: Map<String, Value>,
     pub parallel_tool_calls: bool,
     pub effort: Value,
+    /// `text.format`.
+    pub format: Value,
     pub temperature: f32,
     pub top_p: f32,
     pub top_logprobs: u32,
@@ -50,10 +53,6 @@ fn is_disabled(value: &Value) -> bool {
 
 fn is_plain_tier(value: &Value) -> bool {
     matches!(value.as_str(), Some("auto" | "default"))
-}
-
-fn is_plain_format(value: &Value) -> bool {
-    value.as_object().is_some_and(|format| format.len() == 1) && value["type"] == "text"
 }
 
 fn never(_: &Value) -> bool {
@@ -126,10 +125,7 @@ impl ResponseAsk {
 
         let mut rendering = Rendering::plain(messages);
         let effort = take_reasoning(&mut fields, &mut rendering, state)?;
-        if let Some(mut text) = fields.take::<Fields>("text")? {
-            text.refuse(&[("format", is_plain_format), ("verbosity", never)])?;
-            text.finish()?;
-        }
+        let format = take_format(&mut fields, &mut raw)?;
         let tool_choice = match fields.take::<Value>("tool_choice")? {
             None => "auto".to_owned(),
             Some(Value::String(choice)) if matches!(choice.as_str(), "auto" | "none") => choice,
@@ -154,6 +150,7 @@ impl ResponseAsk {
             metadata,
             parallel_tool_calls,
             effort: json!(effort),
+            format,
             temperature: sampling.temperature,
             top_p: sampling.top_p,
             top_logprobs: top_logprobs.unwrap_or(0),
@@ -162,6 +159,37 @@ impl ResponseAsk {
         };
         Ok(Self { rendering, delivery, params, echo })
     }
+}
+
+/// `text`: what the output has to follow. Also as the answer repeats it.
+fn take_format(fields: &mut Fields, raw: &mut RawParams) -> Result<Value, ApiError> {
+    let plain = json!({"type": "text"});
+    let Some(mut text) = fields.take::<Fields>("text")? else { return Ok(plain) };
+    let format = text.take::<Fields>("format")?;
+    text.refuse(&[("verbosity", never)])?;
+    text.finish()?;
+    let Some(mut format) = format else { return Ok(plain) };
+    let (wanted, repeated) = match format.require::<String>("type")?.as_str() {
+        "text" => (None, plain),
+        "json_object" => (Some(structured::of_any_object("text.format")), json!({"type": "json_object"})),
+        "json_schema" => {
+            let name = format.require::<String>("name")?;
+            // Labels. What is not strict is followed too: that is within what was asked for.
+            let description = format.take::<String>("description")?;
+            let strict = format.take::<bool>("strict")?;
+            let field = format.path("schema");
+            let schema = format.require::<Value>("schema")?;
+            let repeated = json!({
+                "type": "json_schema", "name": name, "description": description, "strict": strict.unwrap_or(true),
+                "schema": schema,
+            });
+            (Some(structured::of_schema(&field, schema)?), repeated)
+        }
+        _ => return Err(ApiError::invalid(&format.path("type"), "must be text, json_object or json_schema")),
+    };
+    format.finish()?;
+    raw.structured = wanted;
+    Ok(repeated)
 }
 
 /// `reasoning`: the effort, if the template knows one.

@@ -57,8 +57,14 @@ async fn create(asked: Asked) -> Result<Response, ApiError> {
         let prompt = state.encode(&text, SpecialTokens::Leave, "input")?;
         let request =
             ask.params.request(format!("resp_{}", call.name), "input", prompt, &state.model, call.deadline)?;
-        let answer =
-            Answer { name: call.name, created_at: unix_seconds(), model: Arc::clone(&state.model), echo: ask.echo };
+        let wants_scores = ask.params.wants_scores();
+        let answer = Answer {
+            name: call.name,
+            created_at: unix_seconds(),
+            model: Arc::clone(&state.model),
+            echo: ask.echo,
+            wants_scores,
+        };
         let has_seed = ask.params.has_seed();
         let reply = ResponseReply { answer: Arc::new(answer), delivery: ask.delivery };
         Ok(Prepared { requests: vec![request], has_seed, reply: Some(Arc::new(reply)) })

@@ -31,6 +31,7 @@ use super::{
     FrontendState,
     error::ApiError,
     generation::{Generation, PromptEvents, submit_each},
+    guarded::Watch,
     observe::Record,
     reply::Reply,
     response_cache::Caching,
@@ -86,6 +87,8 @@ impl FrontendState {
         mut prepared: Prepared,
         record: &Record,
     ) -> Result<Joined, ApiError> {
+        self.check_hidden(&prepared)?;
+        let watch = self.watch(&prepared, record);
         let admit = |principal| self.security.admit(principal, &mut prepared.requests).map(Arc::new);
         let admission = record.principal().map(admit).transpose()?;
         if let Some(account) = record.account() {
@@ -98,8 +101,10 @@ impl FrontendState {
         let caching = self.response_cache.clone();
         let caching = caching.map(|cache| Caching { cache, owner: owner(), has_seed: prepared.has_seed });
         match keyed {
-            Some(keyed) => self.streams.begin(keyed, self.submit.as_ref(), prepared, admission, caching.as_ref()),
-            None => Ok((self.submit_all(prepared.requests, admission, caching.as_ref())?, prepared.reply)),
+            Some(keyed) => {
+                self.streams.begin(keyed, self.submit.as_ref(), prepared, admission, caching.as_ref(), &watch)
+            }
+            None => Ok((self.submit_all(prepared.requests, admission, caching.as_ref(), &watch)?, prepared.reply)),
         }
     }
 }
@@ -140,6 +145,7 @@ impl Streams {
         mut prepared: Prepared,
         admission: Option<Arc<Admission>>,
         caching: Option<&Caching>,
+        watch: &Watch,
     ) -> Result<Joined, ApiError> {
         let mut shared = self.lock();
         if let Some(joined) = shared.join_same(keyed)? {
@@ -156,7 +162,7 @@ impl Streams {
         }
         let seed = prepared.requests.first().map_or(seed, |request| request.sampling.seed);
         let asked = Asked { hash: keyed.hash, seed, n_prompts: prepared.requests.len(), n };
-        let events = submit_each(submit, prepared.requests, admission, caching)?;
+        let events = submit_each(submit, prepared.requests, admission, caching, watch)?;
         let (run, entry) = shared.registry.begin(&keyed.key, asked, prepared.reply);
         shared.tell(Some(entry));
         let joined = joined(&run);

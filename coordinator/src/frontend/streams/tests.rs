@@ -338,7 +338,8 @@ async fn nobody_waits_for_ever() {
     };
     let prepared = Prepared { requests: vec![server.last_request()], has_seed: true, reply: None };
     let streams = server.state.streams();
-    let (mut generation, _) = streams.begin(&patient, server.fake.as_ref(), prepared, None, None).unwrap();
+    let watch = Watch::default();
+    let (mut generation, _) = streams.begin(&patient, server.fake.as_ref(), prepared, None, None, &watch).unwrap();
     generation.next().await.unwrap().unwrap();
     let cancelled = server.fake.cancelled.notified();
     drop(generation);
@@ -468,7 +469,7 @@ async fn answers_are_kept_as_long_as_the_window_says() {
     let streams = Arc::new(Streams::new(retention, Arc::default()));
     let keyed = Keyed { key: "k".to_owned(), hash: [0; 32], patience: patient, has: position::Position::default() };
     let prepared = Prepared { requests: vec![server.last_request()], has_seed: true, reply: None };
-    let (generation, _) = streams.begin(&keyed, server.fake.as_ref(), prepared, None, None).unwrap();
+    let (generation, _) = streams.begin(&keyed, server.fake.as_ref(), prepared, None, None, &Watch::default()).unwrap();
     assert_eq!(streams.len(), 1);
     generation.collect().await.unwrap();
     let forgotten = async {

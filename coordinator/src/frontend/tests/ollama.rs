@@ -153,7 +153,7 @@ async fn errors_have_ollama_s_shape() {
         (CHAT, json!({"options": {"mirostat": 2}}), "mirostat"),
         (CHAT, json!({"options": {"odd": 2}}), "odd"),
         (CHAT, json!({"options": []}), "options"),
-        (CHAT, json!({"format": "json"}), "format"),
+        (CHAT, json!({"format": "xml"}), "format"),
         (CHAT, json!({"tools": [{"type": "function"}]}), "tools"),
         (CHAT, json!({"think": true}), "think"),
         (CHAT, json!({"stream": "yes"}), "stream"),

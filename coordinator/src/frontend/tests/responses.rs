@@ -124,7 +124,7 @@ async fn what_is_not_there_is_refused() {
         (json!({"truncation": "auto"}), "truncation"),
         (json!({"include": ["file_search_call.results"]}), "include"),
         (json!({"top_logprobs": 3}), "top_logprobs"),
-        (json!({"text": {"format": {"type": "json_object"}}}), "text.format"),
+        (json!({"text": {"verbosity": "low"}}), "text.verbosity"),
         (json!({"reasoning": {"effort": "high"}}), "reasoning.effort"),
         (json!({"reasoning": {"effort": "much"}}), "reasoning.effort"),
         (json!({"max_output_tokens": 0}), "max_output_tokens"),

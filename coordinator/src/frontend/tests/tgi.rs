@@ -132,7 +132,7 @@ async fn errors_have_their_shape() {
         (GENERATE, json!({"truncate": 0}), "truncate"),
         (GENERATE, json!({"typical_p": 0.5}), "typical_p"),
         (GENERATE, json!({"watermark": true}), "watermark"),
-        (GENERATE, json!({"grammar": {"type": "regex", "value": "a"}}), "grammar"),
+        (GENERATE, json!({"grammar": {"type": "lark", "value": "a"}}), "grammar.type"),
         (GENERATE, json!({"adapter_id": "x"}), "adapter_id"),
         (GENERATE, json!({"odd": "x"}), "odd"),
         (GENERATE, json!("x"), "parameters"),

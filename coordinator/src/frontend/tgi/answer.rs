@@ -61,6 +61,8 @@ pub struct Answer {
     pub model: Arc<ServedModel>,
     pub prompt: Prompted,
     pub wants: Wants,
+    /// Whether nothing is told of tokens beside their text: it would tell what is redacted.
+    pub hides_tokens: bool,
     /// What its tokens are drawn with, if they are.
     pub seed: Option<u64>,
 }
@@ -74,14 +76,20 @@ pub struct TgiReply {
 struct Token {
     id: TokenId,
     text: String,
-    logprob: f32,
+    logprob: Option<f32>,
     special: bool,
+}
+
+impl Token {
+    /// One of which nothing is told.
+    const HIDDEN: Self = Self { id: 0, text: String::new(), logprob: None, special: false };
 }
 
 fn finish_reason(finish: Option<&Finish>) -> &'static str {
     match finish {
         Some(Finish::EndOfSequence | Finish::StopToken(_)) => "eos_token",
         Some(Finish::StopString(_)) => "stop_sequence",
+        Some(Finish::ContentFilter) => "content_filter",
         Some(Finish::Length) | None => "length",
     }
 }
@@ -90,7 +98,11 @@ impl Answer {
     fn token(&self, id: TokenId, text: Option<String>, logprob: f32) -> Token {
         let tokenizer = &self.model.tokenizer;
         let special = tokenizer.is_special(id);
-        Token { id, text: text.unwrap_or_else(|| tokenizer.token_text(id)), logprob: finite(logprob), special }
+        let text = text.unwrap_or_else(|| tokenizer.token_text(id));
+        if self.hides_tokens {
+            return Token { text, special, ..Token::HIDDEN };
+        }
+        Token { id, text, logprob: Some(finite(logprob)), special }
     }
 
     fn scored(&self, score: &TokenScore) -> Token {
@@ -164,6 +176,12 @@ impl Reply for TgiReply {
         Box::new(TokenEvents { answer: Arc::clone(&self.answer), text: String::new(), n_tokens: 0, held: None })
     }
 
+    fn reveals(&self) -> Option<&'static str> {
+        let wants = &self.answer.wants;
+        let tokens = (wants.details && wants.delivery == Delivery::Whole).then_some("details");
+        tokens.or((wants.n_top > 0).then_some("top_n_tokens"))
+    }
+
     fn kept_bytes(&self) -> usize {
         let prompt = &self.answer.prompt;
         size_of::<Answer>() + prompt.text.len() + size_of_val(prompt.ids.as_slice())
@@ -234,9 +252,9 @@ impl Chunks for TokenEvents {
                 token.text.push_str(&text);
             }
         }
-        if let Some(finish) = &output.finish
-            && let Some(held) = self.held.take()
-        {
+        if let Some(finish) = &output.finish {
+            // An answer that is ended here may have no token of its own at its end.
+            let held = self.held.take().unwrap_or((Token::HIDDEN, Vec::new()));
             chunks.push(self.event(held, self.n_tokens, Some(finish)));
         }
         chunks

@@ -13,6 +13,7 @@ use crate::{
         neutral::{Delivery, StreamedUsage},
         params::{MAX_LOGPROBS, MAX_N, Params, RawParams, in_range},
         prompt::{Prompt, SpecialTokens},
+        structured::{self, Wanted},
     },
     request::Request,
 };
@@ -40,8 +41,7 @@ fn never(_: &Value) -> bool {
 }
 
 /// What has no implementation, with the value that asks for nothing.
-static UNSUPPORTED: &[Unsupported] =
-    &[("typical_p", is_one), ("watermark", is_false), ("grammar", never), ("adapter_id", never)];
+static UNSUPPORTED: &[Unsupported] = &[("typical_p", is_one), ("watermark", is_false), ("adapter_id", never)];
 
 impl Ask {
     pub fn parse(mut fields: Fields, state: &FrontendState, form: Form) -> Result<Self, ApiError> {
@@ -78,7 +78,7 @@ impl Ask {
         let ids = state.encode(&Prompt::Text(self.inputs.clone()), SpecialTokens::Add, "inputs")?;
         let request = self.params.request(id, "inputs", ids, &state.model, deadline)?;
         let prompted = Prompted {
-            text: if self.wants.full_text { self.inputs.clone() } else { String::new() },
+            text: if self.wants.full_text { state.repeated(self.inputs.clone()) } else { String::new() },
             ids: if self.wants.prefill { request.prompt.clone() } else { Vec::new() },
             n_tokens: request.prompt.len(),
         };
@@ -92,6 +92,28 @@ fn positive<T: PartialOrd + From<u8>>(name: &str, value: Option<T>) -> Result<Op
         Some(value) if value <= T::from(0) => Err(ApiError::invalid(name, "must be above 0")),
         value => Ok(value),
     }
+}
+
+/// `grammar`: a schema, or a regex.
+fn take_grammar(parameters: &mut Fields) -> Result<Option<Wanted>, ApiError> {
+    let Some(mut grammar) = parameters.take::<Fields>("grammar")? else { return Ok(None) };
+    let field = grammar.path("value");
+    let wanted = match grammar.require::<String>("type")?.as_str() {
+        "json" | "json_object" => structured::of_schema(&field, grammar.require("value")?)?,
+        "regex" => structured::of_regex(&field, grammar.require("value")?),
+        "json_schema" => {
+            let mut named = grammar.require::<Fields>("value")?;
+            // A label.
+            named.take::<String>("name")?;
+            let field = named.path("schema");
+            let wanted = structured::of_schema(&field, named.require("schema")?)?;
+            named.finish()?;
+            wanted
+        }
+        _ => return Err(ApiError::invalid(&grammar.path("type"), "must be json, regex or json_schema")),
+    };
+    grammar.finish()?;
+    Ok(Some(wanted))
 }
 
 /// Reads `parameters`.
@@ -140,6 +162,7 @@ fn take(
             "can be more than 1 only without a stream and when 'do_sample' is true",
         ));
     }
+    raw.structured = take_grammar(fields)?;
     raw.n = Some(best_of.into());
     let wants_scores = is_streamed || wants_details || best_of > 1;
     raw.logprobs = wants_scores.then(|| n_top.into());

@@ -96,6 +96,7 @@ async fn respond(asked: Asked, path: &'static str, form: Form) -> Result<Respons
             model: Arc::clone(&state.model),
             prompt,
             wants: ask.wants,
+            hides_tokens: state.hides_tokens(),
             seed: ask.params.draws().then_some(request.sampling.seed),
         };
         let reply = TgiReply { answer: Arc::new(answer) };

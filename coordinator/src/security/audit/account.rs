@@ -1,6 +1,7 @@
 //! What is noted of one request until its line is written.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -13,6 +14,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{AuditLog, Ticket};
+use crate::guard::{Direction, Tally};
 
 /// Header in which a coordinator says whom a request is from.
 pub const CLIENT: &str = "x-phalanx-client";
@@ -69,6 +71,15 @@ pub struct Line {
     pub status: String,
     /// From its arrival to its end.
     pub duration_ms: u64,
+    /// How often the guard found what in the prompts.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub input_matches: BTreeMap<&'static str, u64>,
+    /// And in the answers.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub output_matches: BTreeMap<&'static str, u64>,
+    /// What of it, or whether the moderation, had the request refused or an answer ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_by: Option<&'static str>,
     /// What was asked, if that is wanted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prompts: Vec<String>,
@@ -89,6 +100,9 @@ impl Line {
             output_tokens: 0,
             status: status.to_owned(),
             duration_ms: millis(duration),
+            input_matches: BTreeMap::new(),
+            output_matches: BTreeMap::new(),
+            blocked_by: None,
             prompts: Vec::new(),
             outputs: Vec::new(),
         }
@@ -161,12 +175,15 @@ impl Account {
     }
 
     /// Writes the line.
-    pub fn close(self, key: Option<String>, status: &str, duration: Duration) {
+    pub fn close(self, key: Option<String>, status: &str, duration: Duration, tally: &Tally) {
         let content = self.content.map(|c| c.into_inner().unwrap_or_else(PoisonError::into_inner)).unwrap_or_default();
         let line = Line {
             model: self.model.into_inner(),
             prompt_tokens: self.prompt_tokens.into_inner(),
             output_tokens: self.output_tokens.into_inner(),
+            input_matches: tally.matches(Direction::Input),
+            output_matches: tally.matches(Direction::Output),
+            blocked_by: tally.blocked_by(),
             prompts: content.prompts,
             outputs: content.outputs,
             ..Line::short(self.origin, key, status, duration)

@@ -3,6 +3,7 @@ use std::{fs, path::Path};
 use serde_json::Value;
 
 use super::*;
+use crate::guard::{Direction, Tally};
 
 fn config(path: &Path, on_error: OnError) -> AuditConfig {
     AuditConfig { path: path.to_owned(), max_bytes: 1 << 20, keep: 2, on_error, content: true }
@@ -27,7 +28,9 @@ async fn each_request_has_a_line() {
     account.prompt(|| "a \"b\"\nc".to_owned());
     account.answered(1, "x", 1);
     account.answered(1, "y", 2);
-    account.close(Some("team".to_owned()), "200", Duration::from_millis(1500));
+    let tally = Tally::default();
+    tally.found(Direction::Output, &["mail", "mail"]);
+    account.close(Some("team".to_owned()), "200", Duration::from_millis(1500), &tally);
     let refused = Line::short(Origin::default(), None, "401", Duration::ZERO);
     log.ticket().await.unwrap().write(&refused);
     log.flush(LIMIT).await;
@@ -36,7 +39,7 @@ async fn each_request_has_a_line() {
     let want = serde_json::json!({
         "time": lines[0]["time"], "key": "team", "request_id": "id-1", "client": "10.0.0.7:1234", "method": "POST",
         "route": "/v1/completions", "model": "m", "prompt_tokens": 3, "output_tokens": 3, "status": "200",
-        "duration_ms": 1500, "prompts": ["a \"b\"\nc"], "outputs": ["", "xy"],
+        "duration_ms": 1500, "output_matches": {"mail": 2}, "prompts": ["a \"b\"\nc"], "outputs": ["", "xy"],
     });
     assert_eq!(lines[0], want);
     assert!(lines[0]["time"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok());
