@@ -37,6 +37,7 @@ pub use self::{
 use crate::{
     admin::http::AdminHttp,
     batches::FilesConfig,
+    frontend::tools::Parsers,
     security::{SecurityConfig, tls::SslFiles},
     trace::destination::{Destination, DestinationError, Variables},
 };
@@ -90,6 +91,8 @@ pub struct Config {
     pub chat_template: Option<PathBuf>,
     /// Tokenizer instead of the model's.
     pub tokenizer: Option<PathBuf>,
+    /// How calls of tools and thoughts are found in outputs.
+    pub parsers: Parsers,
     /// Most requests that wait.
     pub max_num_queued_reqs: u32,
     /// How long a client may take nothing of an answer.
@@ -367,6 +370,12 @@ impl Config {
         if !(0.0..=1.0).contains(&otlp_sample_ratio) {
             return Err(wrong("otlp-sample-ratio", otlp_sample_ratio, "want 0 to 1"));
         }
+        if flags.enable_auto_tool_choice == Some(false) {
+            let reason = "tools may always be offered: a request that wants none called says so (tool_choice: none)";
+            return Err(wrong("enable-auto-tool-choice", false, reason));
+        }
+        let parsers = Parsers::named(flags.tool_call_parser, flags.reasoning_parser)
+            .map_err(|unknown| wrong(unknown.option, &unknown.value, unknown.to_string()))?;
         let exists = |option, path: Option<PathBuf>| match path {
             Some(path) => match std::fs::metadata(&path) {
                 Ok(_) => Ok(Some(path)),
@@ -398,6 +407,7 @@ impl Config {
             threads_per_shard: within("threads-per-shard", threads, 1, 1024)?,
             chat_template: exists("chat-template", flags.chat_template)?,
             tokenizer: exists("tokenizer", flags.tokenizer)?,
+            parsers,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
             client_write_timeout: Duration::from_secs(u64::from(write_timeout)),
             max_num_queued_tokens: within(
@@ -443,6 +453,7 @@ impl Config {
 
     /// Flags that resolve to this configuration.
     pub fn to_flags(&self) -> Flags {
+        let (tool_call_parser, reasoning_parser) = self.parsers.to_options();
         let clamp = |n: u128| u32::try_from(n).unwrap_or(u32::MAX);
         Flags {
             model: Some(self.model.clone()),
@@ -468,6 +479,8 @@ impl Config {
             threads_per_shard: Some(self.threads_per_shard),
             chat_template: self.chat_template.clone(),
             tokenizer: self.tokenizer.clone(),
+            tool_call_parser,
+            reasoning_parser,
             max_num_queued_reqs: Some(self.max_num_queued_reqs),
             client_write_timeout: Some(clamp(self.client_write_timeout.as_secs().into())),
             max_num_queued_tokens: Some(self.max_num_queued_tokens),

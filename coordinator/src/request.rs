@@ -65,6 +65,8 @@ pub struct StopConditions {
     pub include_in_output: bool,
     /// Whether special tokens are left out of the text.
     pub skip_special_tokens: bool,
+    /// Special tokens that stay in it all the same.
+    pub shown_tokens: Vec<TokenId>,
 }
 
 /// What a request's stream carries, in order: `PromptScored` (if asked for), then `Output`s of all choices as they come,

@@ -312,7 +312,7 @@ fn losses_and_cancellations_are_invisible_to_others() {
 #[test]
 fn many_sequences_share_few_blocks() {
     let mut n_preempted = 0;
-    for seed in 0..20 {
+    for seed in 0..30 {
         let mut luck = Luck(seed);
         let mut world = World::new(&mut luck, 32);
         world.n_blocks = 16;

@@ -39,7 +39,25 @@ try:
 except anthropic.BadRequestError as error:
     bad = error.body["error"]["message"]
 
+schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+          "required": ["city", "unit"], "additionalProperties": False}
+tool = {"name": "get_weather", "description": "The weather.", "input_schema": schema}
+choice = {"type": "any", "disable_parallel_tool_use": True}
+calling = {**shared, "max_tokens": 120, "tools": [tool], "tool_choice": choice}
+called = client.messages.create(**calling)
+with client.messages.stream(**calling) as stream:
+    call_pieces = len([event for event in stream if event.type == "input_json"])
+    call_streamed = stream.get_final_message()
+use = called.content[0]
+result = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny"}
+history = shared["messages"] + [{"role": "assistant", "content": called.content}, {"role": "user", "content": [result]}]
+after_call = client.messages.create(**{**shared, "messages": history, "tools": [tool], "tool_choice": {"type": "none"}})
+
 print(json.dumps({
+    "call": [use.type, use.name, use.input, called.stop_reason],
+    "call_streamed": [call_streamed.content[0].input, call_streamed.stop_reason],
+    "call_pieces": call_pieces,
+    "after_call": after_call.content[0].text,
     "whole": whole.content[0].text,
     "streamed": "".join(pieces),
     "final": final.content[0].text,

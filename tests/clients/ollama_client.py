@@ -31,8 +31,35 @@ except ollama.ResponseError as error:
 schema = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"], "additionalProperties": False}
 formed = client.chat(model=model, messages=messages, options={"temperature": 0, "num_predict": 60}, format=schema)
 
+def get_weather(city: str) -> str:
+    """The weather.
+
+    Args:
+        city: The city.
+    """
+    return "sunny"
+
+
+# As the model likes: it may call or not, but the same streamed.
+asked = messages[:1] + [{"role": "user", "content": "What is the weather in Paris? Call get_weather."}]
+called = client.chat(model=model, messages=asked, tools=[get_weather], options=options).message
+call_parts = [part.message for part in client.chat(model=model, messages=asked, tools=[get_weather], options=options, stream=True)]
+history = asked + [
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]},
+    {"role": "tool", "tool_name": "get_weather", "content": "sunny"},
+]
+after_call = client.chat(model=model, messages=history, tools=[get_weather], options=options).message
+
+
+def calls(messages):
+    return [[call.function.name, dict(call.function.arguments)] for message in messages for call in message.tool_calls or []]
+
 print(json.dumps({
     "formed": json.loads(formed.message.content),
+    "called": [called.content, calls([called])],
+    "called_streamed": ["".join(part.content or "" for part in call_parts), calls(call_parts)],
+    "after_call": [after_call.content or "", calls([after_call])],
+    "capabilities": shown.capabilities,
     "model": model,
     "whole": whole.message.content,
     "streamed": "".join(part.message.content for part in parts),

@@ -80,6 +80,23 @@ class Weather(pydantic.BaseModel):
 
 parsed = client.responses.parse(**{**asked, "max_output_tokens": 80}, text_format=Weather)
 formed = client.chat.completions.parse(**{**shared, "max_tokens": 80}, response_format=Weather)
+schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+          "required": ["city", "unit"], "additionalProperties": False}
+tool = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": schema}}
+calling = {**shared, "max_tokens": 120, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+called = client.chat.completions.create(**calling)
+with client.chat.completions.stream(**calling) as stream:
+    call_events = [event.type for event in stream]
+    call_streamed = stream.get_final_completion().choices[0]
+call = called.choices[0].message.tool_calls[0]
+history = messages + [called.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
+after_call = client.chat.completions.create(**{**shared, "messages": history}, tools=[tool], tool_choice="none")
+flat = {"type": "function", "name": "get_weather", "parameters": schema, "strict": True}
+response_tools = {**asked, "max_output_tokens": 120, "tools": [flat], "tool_choice": {"type": "function", "name": "get_weather"}}
+response_called = client.responses.create(**response_tools).output[0]
+with client.responses.stream(**response_tools) as stream:
+    response_deltas = "".join(e.delta for e in stream if e.type == "response.function_call_arguments.delta")
+    response_call_streamed = stream.get_final_response().output[0]
 
 print(json.dumps({
     "batch": [batch.status, batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed],
@@ -93,6 +110,15 @@ print(json.dumps({
     "file_deleted": [deleted, gone],
     "parsed": type(parsed.output_parsed).__name__,
     "parsed_alike": parsed.output_parsed == formed.choices[0].message.parsed,
+    "call": [call.function.name, json.loads(call.function.arguments), called.choices[0].finish_reason],
+    "call_content": called.choices[0].message.content,
+    "call_arguments": call.function.arguments,
+    "call_streamed": call_streamed.message.tool_calls[0].function.arguments,
+    "call_streamed_reason": call_streamed.finish_reason,
+    "call_pieces": call_events.count("tool_calls.function.arguments.delta"),
+    "after_call": after_call.choices[0].message.content,
+    "response_call": [response_called.type, response_called.arguments],
+    "response_call_streamed": [response_call_streamed.arguments, response_deltas],
     "response": response.output_text,
     "response_status": [response.status, response.store],
     "response_streamed": "".join(e.delta for e in events if e.type == "response.output_text.delta"),

@@ -47,7 +47,9 @@ fn script(python: &Path, name: &str, arguments: &[&str]) -> Value {
 async fn stock_clients_are_served() {
     let python = python();
     // Files and batches are kept beside the store.
-    let cluster = Cluster::start(&model(SMOLLM2), &["--kv-cache-memory", "128MiB", "--max-model-len", "2048"]);
+    let template = repository().join("tests/clients/tools.jinja").display().to_string();
+    let args = ["--kv-cache-memory", "128MiB", "--max-model-len", "2048", "--chat-template", &template];
+    let cluster = Cluster::start(&model(SMOLLM2), &args);
 
     let openai = script(&python, "openai_client.py", &[&cluster.http]);
     println!("{openai}");
@@ -83,6 +85,16 @@ async fn stock_clients_are_served() {
     assert_eq!((&openai["batch_cancelled"], &openai["files_listed"]), (&"batch_over".into(), &Value::Bool(true)));
     assert_eq!(openai["file_deleted"], serde_json::json!([true, "not_found"]));
     assert_eq!((&openai["parsed"], &openai["parsed_alike"]), (&"Weather".into(), &true.into()));
+    let (call, weather) = (&openai["call"], &openai["call"][1]);
+    assert_eq!((&call[0], &call[2]), (&"get_weather".into(), &"tool_calls".into()));
+    assert!(weather["city"].is_string() && (weather["unit"] == "C" || weather["unit"] == "F"), "{weather}");
+    assert_eq!(openai["call_content"], Value::Null);
+    assert_eq!((&openai["call_streamed"], &openai["call_streamed_reason"]), (&openai["call_arguments"], &call[2]));
+    assert!(openai["call_pieces"].as_u64() > Some(3), "arguments came in pieces");
+    assert!(openai["after_call"].as_str().is_some_and(|t| !t.is_empty()));
+    assert_eq!(openai["response_call"][0], "function_call");
+    let arguments = &openai["response_call"][1];
+    assert_eq!(openai["response_call_streamed"], serde_json::json!([arguments, arguments]));
 
     let anthropic = script(&python, "anthropic_client.py", &[&cluster.http, openai["model"].as_str().unwrap()]);
     println!("{anthropic}");
@@ -99,6 +111,12 @@ async fn stock_clients_are_served() {
     assert_eq!(anthropic["stopped"], serde_json::json!(["stop_sequence", " "]));
     assert_eq!(anthropic["wrong_model"], "not_found_error");
     assert!(anthropic["bad_parameter"].as_str().is_some_and(|m| m.contains("temperature")));
+
+    assert_eq!((&anthropic["call"][0], &anthropic["call"][3]), (&"tool_use".into(), &"tool_use".into()));
+    assert_eq!(anthropic["call"][2], *weather, "the same call through another API");
+    assert_eq!(anthropic["call_streamed"], serde_json::json!([weather, "tool_use"]));
+    assert!(anthropic["call_pieces"].as_u64() > Some(3), "arguments came in pieces");
+    assert!(anthropic["after_call"].is_string());
 
     let ollama = script(&python, "ollama_client.py", &[&cluster.http]);
     println!("{ollama}");
@@ -117,6 +135,9 @@ async fn stock_clients_are_served() {
     assert!(ollama["bad_parameter"].as_str().is_some_and(|m| m.contains("options.temperature")));
 
     assert!(ollama["formed"]["sunny"].is_boolean(), "{}", ollama["formed"]);
+    assert_eq!(ollama["called"], ollama["called_streamed"]);
+    assert_ne!(ollama["after_call"], serde_json::json!(["", []]));
+    assert_eq!(ollama["capabilities"], serde_json::json!(["completion", "tools"]));
 
     let hugging_face = script(&python, "hugging_face_client.py", &[&cluster.http]);
     println!("{hugging_face}");

@@ -123,7 +123,7 @@ fn literal(chars: &mut Peekable<Chars<'_>>) -> Result<String, GrammarError> {
 }
 
 /// A text as a literal of Lark's, which are JSON's.
-pub(super) fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 

@@ -16,6 +16,7 @@ mod vocabulary;
 
 pub use automaton::{Automaton, Mask};
 pub use compiler::{Compiler, Limits, STACK_BYTES};
+pub use gbnf::quoted;
 pub use sources::WhiteSpace;
 pub use vocabulary::fingerprint;
 

@@ -14,6 +14,7 @@ use super::Tokenizer;
 pub struct StreamDecoder {
     tokenizer: Tokenizer,
     skip_special: bool,
+    shown: Vec<u32>,
     held: Vec<u8>,
     /// So many of the held bytes are known to be whole characters, or never to become one.
     settled: usize,
@@ -22,12 +23,18 @@ pub struct StreamDecoder {
 impl StreamDecoder {
     /// `skip_special` leaves control tokens out of the text.
     pub fn new(tokenizer: Tokenizer, skip_special: bool) -> Self {
-        Self { tokenizer, skip_special, held: Vec::new(), settled: 0 }
+        Self { tokenizer, skip_special, shown: Vec::new(), held: Vec::new(), settled: 0 }
+    }
+
+    /// Leaves these control tokens in the text all the same.
+    #[must_use]
+    pub fn showing(self, shown: &[u32]) -> Self {
+        Self { shown: shown.to_vec(), ..self }
     }
 
     /// Adds a token. Text, if it now ends at a character's end and there is any.
     pub fn push(&mut self, id: u32) -> Option<String> {
-        let bytes = self.tokenizer.streamed_bytes(id, self.skip_special);
+        let bytes = self.tokenizer.streamed_bytes(id, self.skip_special && !self.shown.contains(&id));
         if bytes.is_empty() {
             return None;
         }

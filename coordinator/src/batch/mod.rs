@@ -1,6 +1,6 @@
 //! Many requests from a file, their answers into another: `coordinator batch`, and what `/v1/batches` runs.
 //!
-//! [`line`] reads lines as OpenAI's batches have them, [`outcome`] writes what became of them, [`journal`] is the file that they
+//! [`mod@line`] reads lines as OpenAI's batches have them, [`outcome`] writes what became of them, [`journal`] is the file that they
 //! are written to: it says after a crash which lines are done. [`runner`] asks for them, as many at once as [`pace`] allows,
 //! through an [`ask::Ask`]: the endpoints of this process or another server. No request is read or answered in another way
 //! than a client's.

@@ -184,6 +184,26 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
 
+    /// How the model writes calls of tools: auto (by its chat template and family), none, hermes, llama3_json, pythonic,
+    /// mistral, granite, openai or deepseek_v3 [default: auto]
+    #[arg(long, env = "PHALANX_TOOL_CALL_PARSER", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_call_parser: Option<String>,
+
+    /// How the model marks its thoughts: auto (by its chat template), none, qwen3, deepseek_r1, granite, mistral or openai
+    /// [default: auto]
+    #[arg(long, env = "PHALANX_REASONING_PARSER", value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_parser: Option<String>,
+
+    /// Requests may offer tools; it is always so [default: true]
+    #[arg(
+        long, env = "PHALANX_ENABLE_AUTO_TOOL_CHOICE", value_name = "BOOL",
+        num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub enable_auto_tool_choice: Option<bool>,
+
     /// Requests that may wait; more are refused with status 429 [default: 1024]
     #[arg(long, env = "PHALANX_MAX_NUM_QUEUED_REQS", value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

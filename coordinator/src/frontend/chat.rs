@@ -9,14 +9,14 @@ use axum::{
 use phalanx_cluster::id::TokenId;
 use phalanx_proto::v1::TokenScore;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     FrontendState,
     asked::{Asked, Call},
     error::ApiError,
     fields::{Fields, Integer},
-    generation::{Collected, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
+    generation::{Collected, Collection, Generation, StopReason, UsageObject, finish_reason, unix_seconds},
     logprobs::{ChatLogprobs, TokenNames, prompt_logprobs},
     messages,
     neutral::{self, Delivery, StreamedUsage},
@@ -25,9 +25,13 @@ use super::{
     reply::Reply,
     sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
+    tools::{
+        reader::{Piece, Reader, Reading, Told, ToldCall},
+        toolbox::Toolbox,
+    },
 };
 use crate::{
-    request::{Output, Usage},
+    request::{Finish, Output, Usage},
     served_model::ServedModel,
 };
 
@@ -36,7 +40,8 @@ pub const PATH: &str = "/v1/chat/completions";
 
 /// A request, checked but not yet rendered.
 struct ChatRequest {
-    rendering: Rendering,
+    text: String,
+    reading: Reading,
     special_tokens: SpecialTokens,
     delivery: Delivery,
     params: Params,
@@ -55,7 +60,7 @@ fn last_words(messages: &[Value]) -> String {
 }
 
 impl ChatRequest {
-    fn parse(mut fields: Fields, state: &FrontendState) -> Result<Self, ApiError> {
+    fn parse(mut fields: Fields, state: &FrontendState, name: &str) -> Result<Self, ApiError> {
         state.check_model(fields.take::<String>("model")?.as_deref())?;
         let messages = messages::parse(fields.require("messages")?)?;
         let delivery = Delivery::take(&mut fields)?;
@@ -65,16 +70,20 @@ impl ChatRequest {
         neutral::check_prompt_logprobs(raw.prompt_logprobs, delivery)?;
         let prompt_logprobs = in_range("prompt_logprobs", raw.prompt_logprobs, 0..=MAX_LOGPROBS)?;
         let echoed = if fields.flag("echo")? { last_words(&messages) } else { String::new() };
-        let rendering = Rendering::take(&mut fields, messages, state)?;
+        let mut rendering = Rendering::take(&mut fields, messages, state)?;
+        let toolbox = Toolbox::take(&mut fields)?;
+        let shows_thoughts = fields.take("include_reasoning")?.unwrap_or(true);
         let special_tokens = if fields.flag("add_special_tokens")? { SpecialTokens::Add } else { SpecialTokens::Leave };
         let returns_token_ids = fields.flag("return_token_ids")?;
         let token_names = TokenNames::take(&mut fields)?;
-        let name = neutral::take_request_id(&mut fields)?;
+        let own_name = neutral::take_request_id(&mut fields)?;
         neutral::take_of_chat(&mut fields)?;
         fields.finish()?;
+        let (text, reading) = state.prompt_with_tools(&mut rendering, &toolbox, &mut raw, name)?;
         let params = Params::check(raw, &state.model)?;
         Ok(Self {
-            rendering,
+            text,
+            reading: Reading { shows_thoughts, ..reading },
             special_tokens,
             delivery,
             params,
@@ -82,7 +91,7 @@ impl ChatRequest {
             returns_token_ids,
             token_names,
             echoed,
-            name,
+            name: own_name,
         })
     }
 }
@@ -112,9 +121,8 @@ fn take_max_completion_tokens(fields: &mut Fields, raw: &mut RawParams) -> Resul
 /// The endpoint.
 pub async fn create(asked: Asked) -> Result<Response, ApiError> {
     let prepare = |state: &FrontendState, fields: Fields, call: Call| {
-        let chat = ChatRequest::parse(fields, state)?;
-        let text = Prompt::Text(state.render(&chat.rendering)?);
-        let prompt = state.encode(&text, chat.special_tokens, "messages")?;
+        let chat = ChatRequest::parse(fields, state, &call.name)?;
+        let prompt = state.encode(&Prompt::Text(chat.text), chat.special_tokens, "messages")?;
         let id = format!("chatcmpl-{}", chat.name.as_ref().unwrap_or(&call.name));
         // Clients may give the same name twice; here each request has its own.
         let own = format!("chatcmpl-{}", call.name);
@@ -127,6 +135,7 @@ pub async fn create(asked: Asked) -> Result<Response, ApiError> {
             token_names: chat.token_names,
             n_prompt: request.prompt.len(),
             echoed: state.repeated(chat.echoed),
+            reading: chat.reading,
             prompt_token_ids: chat.returns_token_ids.then(|| request.prompt.clone()),
         };
         let reply = ChatReply {
@@ -150,6 +159,7 @@ struct Answer {
     token_names: TokenNames,
     n_prompt: usize,
     echoed: String,
+    reading: Reading,
     prompt_token_ids: Option<Vec<TokenId>>,
 }
 
@@ -183,8 +193,32 @@ struct Choice {
 #[derive(Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    /// Null if there is something else instead.
+    content: Option<String>,
     refusal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Value>,
+}
+
+impl Message {
+    fn new(echoed: &str, told: Told) -> Self {
+        let Told { content, thought, calls, .. } = told;
+        let content = format!("{echoed}{content}");
+        let has_other = !thought.is_empty() || !calls.is_empty();
+        let call = |call: ToldCall| {
+            let ToldCall { id, name, arguments } = call;
+            json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        };
+        Self {
+            role: "assistant",
+            content: Some(content).filter(|content| !content.is_empty() || !has_other),
+            refusal: None,
+            reasoning_content: Some(thought).filter(|thought| !thought.is_empty()),
+            tool_calls: calls.into_iter().map(call).collect(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -205,6 +239,37 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[Value; 1]>,
+}
+
+impl From<Piece> for Delta {
+    fn from(piece: Piece) -> Self {
+        match piece {
+            Piece::Content(text) => Self { content: Some(text), ..Self::default() },
+            Piece::Thought(text) => Self { reasoning_content: Some(text), ..Self::default() },
+            Piece::Call { index, id, name } => {
+                let function = json!({"name": name, "arguments": ""});
+                let call = json!({"index": index, "id": id, "type": "function", "function": function});
+                Self { tool_calls: Some([call]), ..Self::default() }
+            }
+            Piece::Arguments { index, text } => {
+                let call = json!({"index": index, "function": {"arguments": text}});
+                Self { tool_calls: Some([call]), ..Self::default() }
+            }
+        }
+    }
+}
+
+/// Why a choice ended, with so many calls in it.
+fn finish_reason_of(finish: &Finish, n_calls: usize) -> &'static str {
+    match finish {
+        Finish::Length => finish_reason(finish),
+        _ if n_calls > 0 => "tool_calls",
+        _ => finish_reason(finish),
+    }
 }
 
 impl Answer {
@@ -226,18 +291,29 @@ impl Answer {
         self.wants_scores.then(|| ChatLogprobs::new(&self.model.tokenizer, self.token_names, scores))
     }
 
+    fn usage(&self, usage: Usage, n_thought_tokens: u32) -> UsageObject {
+        let usage = UsageObject::from(usage);
+        if self.reading.finds_thoughts() { usage.with_reasoning(n_thought_tokens) } else { usage }
+    }
+
     fn whole(&self, collected: Collected, n_prompt_logprobs: Option<u32>) -> Completion<Choice, UsageObject> {
         let returns_token_ids = self.prompt_token_ids.is_some();
-        let choice = |(index, choice): (usize, super::generation::Collection)| Choice {
-            index,
-            logprobs: self.logprobs(&choice.scores),
-            finish_reason: choice.finish.as_ref().map(finish_reason),
-            stop_reason: StopReason::of(choice.finish.as_ref()),
-            message: Message { role: "assistant", content: format!("{}{}", self.echoed, choice.text), refusal: None },
-            token_ids: returns_token_ids.then_some(choice.token_ids),
+        let mut n_thought_tokens = 0_u32;
+        let choice = |(index, choice): (usize, Collection)| {
+            let told = self.reading.told(index, &choice);
+            n_thought_tokens = n_thought_tokens.saturating_add(told.n_thought_tokens);
+            Choice {
+                index,
+                logprobs: self.logprobs(&choice.scores),
+                finish_reason: choice.finish.as_ref().map(|finish| finish_reason_of(finish, told.calls.len())),
+                stop_reason: StopReason::of(choice.finish.as_ref()),
+                message: Message::new(&self.echoed, told),
+                token_ids: returns_token_ids.then_some(choice.token_ids),
+            }
         };
         let choices = collected.choices.into_iter().enumerate().map(choice).collect();
-        let mut whole = self.object("chat.completion", choices, Some(collected.usage.into()));
+        let usage = self.usage(collected.usage, n_thought_tokens);
+        let mut whole = self.object("chat.completion", choices, Some(usage));
         let scores = collected.prompt_scores.into_iter().next().flatten();
         whole.prompt_logprobs =
             n_prompt_logprobs.zip(scores).map(|(n_top, scores)| prompt_logprobs(&self.model.tokenizer, &scores, n_top));
@@ -265,7 +341,8 @@ impl Reply for ChatReply {
 
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
-        Box::new(ChatChunks { answer, usage: self.delivery.usage(), n_tokens: vec![None; self.n] })
+        let choices = (0..self.n).map(|index| Streamed { n_tokens: None, reader: answer.reading.reader(index) });
+        Box::new(ChatChunks { usage: self.delivery.usage(), choices: choices.collect(), answer })
     }
 
     fn reveals(&self) -> Option<&'static str> {
@@ -277,21 +354,28 @@ impl Reply for ChatReply {
     fn kept_bytes(&self) -> usize {
         size_of::<Answer>()
             + self.answer.echoed.len()
+            + self.answer.reading.kept_bytes()
             + self.answer.prompt_token_ids.as_ref().map_or(0, |ids| size_of_val(ids.as_slice()))
     }
 }
 
-/// Chunks of a streamed chat: per choice the role, then the content in pieces, then why it ended.
+/// Chunks of a streamed chat: per choice the role, then what it says in pieces, then why it ended.
 struct ChatChunks {
     answer: Arc<Answer>,
     usage: StreamedUsage,
-    /// Tokens of each choice so far; `None` before its beginning.
-    n_tokens: Vec<Option<usize>>,
+    choices: Vec<Streamed>,
+}
+
+/// A choice on its way.
+struct Streamed {
+    /// Tokens so far; `None` before its beginning.
+    n_tokens: Option<usize>,
+    reader: Reader,
 }
 
 impl ChatChunks {
     fn chunk(&self, choice: ChunkChoice) -> Completion<ChunkChoice, Value> {
-        let n_tokens = self.n_tokens.get(choice.index).copied().flatten().unwrap_or(0);
+        let n_tokens = self.choices.get(choice.index).and_then(|choice| choice.n_tokens).unwrap_or(0);
         let usage = self.usage.of_chunk(self.answer.n_prompt, n_tokens);
         self.answer.object("chat.completion.chunk", vec![choice], usage)
     }
@@ -313,25 +397,35 @@ impl Chunks for ChatChunks {
             token_ids: None,
         };
         let mut chunks = Vec::new();
-        let Some(n_tokens) = self.n_tokens.get_mut(index) else { return chunks };
-        let begins = n_tokens.is_none();
-        *n_tokens = Some(n_tokens.unwrap_or(0) + output.token_ids.len());
+        let Some(choice) = self.choices.get_mut(index) else { return chunks };
+        let begins = choice.n_tokens.is_none();
+        choice.n_tokens = Some(choice.n_tokens.unwrap_or(0) + output.token_ids.len());
+        let mut pieces = choice.reader.push(&output.text, output.token_ids.len());
+        if output.finish.is_some() {
+            pieces.extend(choice.reader.finish());
+        }
+        let n_calls = choice.reader.n_calls();
         if begins {
-            let delta = Delta { role: Some("assistant"), content: Some(self.answer.echoed.clone()) };
+            let content = Some(self.answer.echoed.clone());
+            let delta = Delta { role: Some("assistant"), content, ..Delta::default() };
             let mut chunk = self.chunk(ChunkChoice { delta, ..empty() });
             chunk.prompt_token_ids = self.answer.prompt_token_ids.clone();
             chunks.push(Chunk::Head(sse::json(&chunk).into()));
         }
-        let token_ids = self.answer.prompt_token_ids.is_some().then_some(output.token_ids);
+        // Tokens and their scores go with the first piece, or alone if what they say is held back.
+        let mut token_ids = self.answer.prompt_token_ids.is_some().then_some(output.token_ids);
         let has_tokens = token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
-        if !output.text.is_empty() || !output.scores.is_empty() || has_tokens {
-            let delta = Delta { role: None, content: Some(output.text) };
-            let logprobs = self.answer.logprobs(&output.scores);
-            let chunk = self.chunk(ChunkChoice { delta, logprobs, token_ids, ..empty() });
+        if pieces.is_empty() && (!output.scores.is_empty() || has_tokens) {
+            pieces.push(Piece::Content(String::new()));
+        }
+        let mut logprobs = self.answer.logprobs(&output.scores);
+        for piece in pieces {
+            let (logprobs, token_ids) = (logprobs.take(), token_ids.take());
+            let chunk = self.chunk(ChunkChoice { delta: piece.into(), logprobs, token_ids, ..empty() });
             chunks.push(Chunk::Body(sse::json(&chunk).into()));
         }
         if let Some(finish) = &output.finish {
-            let finish_reason = Some(finish_reason(finish));
+            let finish_reason = Some(finish_reason_of(finish, n_calls));
             let stop_reason = StopReason::of(Some(finish));
             let chunk = self.chunk(ChunkChoice { finish_reason, stop_reason, ..empty() });
             chunks.push(Chunk::Body(sse::json(&chunk).into()));
@@ -340,8 +434,9 @@ impl Chunks for ChatChunks {
     }
 
     fn finished(&mut self, usage: Usage) -> Option<Payload> {
+        let n_thought_tokens = self.choices.iter().map(|choice| choice.reader.n_thought_tokens()).sum();
         let last = || {
-            let usage = UsageObject::from(usage);
+            let usage = self.answer.usage(usage, n_thought_tokens);
             sse::json(&self.answer.object::<ChunkChoice, _>("chat.completion.chunk", Vec::new(), Some(usage))).into()
         };
         (self.usage != StreamedUsage::Omitted).then(last)

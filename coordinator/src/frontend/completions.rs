@@ -355,7 +355,7 @@ impl Chunks for CompletionChunks {
         }
         let Output { index: _, text, token_ids, scores, finish } = output;
         let prompt = begins.then(|| (&self.answer.prompts[prompt_idx], self.prompt_scores[prompt_idx].as_slice()));
-        let part = Collection { text, token_ids, scores, finish };
+        let part = Collection { text, pieces: Vec::new(), token_ids, scores, finish };
         let n_tokens = choice.n_tokens;
         let choice = self.answer.choice(index, prompt, part, choice.writer.as_mut());
         let usage = self.usage.of_chunk(self.answer.prompts[prompt_idx].n_tokens, n_tokens);

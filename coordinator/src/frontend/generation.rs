@@ -245,6 +245,7 @@ impl Generation {
                     let choice = all.choices.get_mut(index).ok_or_else(unknown)?;
                     all.first_output_at.get_or_insert_with(Instant::now);
                     choice.text.push_str(&output.text);
+                    choice.pieces.push((output.text.len(), output.token_ids.len()));
                     choice.token_ids.extend(output.token_ids);
                     choice.scores.extend(output.scores);
                     choice.finish = output.finish.or(choice.finish.take());
@@ -297,6 +298,8 @@ impl Collected {
 pub struct Collection {
     /// All text.
     pub text: String,
+    /// Bytes of the text and tokens, as they came.
+    pub pieces: Vec<(usize, usize)>,
     /// All tokens.
     pub token_ids: Vec<TokenId>,
     /// Of the tokens, if asked for.
@@ -397,9 +400,17 @@ pub struct UsageObject {
     total_tokens: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_tokens_details: Option<PromptTokensDetails>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionTokensDetails>,
 }
 
 impl UsageObject {
+    /// With the tokens of thoughts.
+    #[must_use]
+    pub fn with_reasoning(self, reasoning_tokens: u32) -> Self {
+        Self { completion_tokens_details: Some(CompletionTokensDetails { reasoning_tokens }), ..self }
+    }
+
     /// While it is not known yet what came from the prefix cache.
     pub fn without_details(usage: Usage) -> Self {
         Self { prompt_tokens_details: None, ..usage.into() }
@@ -411,6 +422,11 @@ struct PromptTokensDetails {
     cached_tokens: u32,
 }
 
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+struct CompletionTokensDetails {
+    reasoning_tokens: u32,
+}
+
 impl From<Usage> for UsageObject {
     fn from(usage: Usage) -> Self {
         Self {
@@ -418,6 +434,7 @@ impl From<Usage> for UsageObject {
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
             prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: usage.cached_tokens }),
+            completion_tokens_details: None,
         }
     }
 }

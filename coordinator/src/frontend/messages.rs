@@ -45,6 +45,10 @@ fn parse_one(mut fields: Fields) -> Result<Value, ApiError> {
     match role.as_str() {
         "assistant" => {
             optional(&mut fields, "reasoning_content")?;
+            // Newer clients' word for it.
+            if let Some(thought) = fields.take::<String>("reasoning")? {
+                message.entry("reasoning_content").or_insert(thought.into());
+            }
             if let Some(calls) = fields.take::<Vec<Fields>>("tool_calls")?.filter(|calls| !calls.is_empty()) {
                 let calls = calls.into_iter().map(tool_call).collect::<Result<Vec<_>, _>>()?;
                 message.insert("tool_calls".to_owned(), Value::from(calls));

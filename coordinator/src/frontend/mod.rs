@@ -45,6 +45,7 @@ pub mod structured;
 pub mod template_fields;
 pub mod tgi;
 pub mod tokenize;
+pub mod tools;
 
 use std::{sync::Arc, time::Duration};
 
@@ -68,6 +69,7 @@ use family::FAMILIES;
 use prober::Prober;
 use response_cache::ResponseCache;
 use streams::{Streams, registry::Retention};
+use tools::Parsers;
 
 /// Bounds of what clients may send, how long they may take, and what is kept for them.
 #[derive(Debug, Clone)]
@@ -137,6 +139,7 @@ pub struct FrontendState {
     response_cache: Option<Arc<ResponseCache>>,
     /// What is found in texts of the request that it is for.
     tally: Arc<Tally>,
+    parsers: Arc<Parsers>,
 }
 
 impl FrontendState {
@@ -161,7 +164,14 @@ impl FrontendState {
             batches: None,
             response_cache: None,
             tally: Arc::default(),
+            parsers: Arc::default(),
         }
+    }
+
+    /// Reads calls and thoughts in these formats.
+    #[must_use]
+    pub fn with_parsers(self, parsers: Parsers) -> Self {
+        Self { parsers: Arc::new(parsers), ..self }
     }
 
     /// Has grammars tried there.

@@ -60,10 +60,6 @@ static UNSUPPORTED: &[Unsupported] = &[
 
 /// Of chat completions.
 static UNSUPPORTED_IN_CHAT: &[Unsupported] = &[
-    ("tools", is_empty),
-    ("tool_choice", is_no_choice),
-    ("functions", is_empty),
-    ("function_call", is_no_choice),
     ("modalities", is_text_only),
     ("audio", never),
     ("prediction", never),
@@ -88,7 +84,11 @@ fn take_shared(fields: &mut Fields) -> Result<(), ApiError> {
 /// Takes what chat completions lack.
 pub fn take_of_chat(fields: &mut Fields) -> Result<(), ApiError> {
     take_shared(fields)?;
-    fields.take::<bool>("parallel_tool_calls")?;
+    for (name, is_neutral) in [("functions", is_empty as fn(&Value) -> bool), ("function_call", is_no_choice)] {
+        if fields.take::<Value>(name)?.is_some_and(|value| !is_neutral(&value)) {
+            return Err(ApiError::invalid(name, "is not possible: send 'tools' and 'tool_choice' instead"));
+        }
+    }
     fields.refuse(UNSUPPORTED_IN_CHAT)
 }
 

@@ -81,6 +81,8 @@ pub struct RawParams {
     pub include_stop_str_in_output: bool,
     /// Unset is true.
     pub skip_special_tokens: Option<bool>,
+    /// Special tokens that texts show all the same.
+    pub shown_tokens: Vec<TokenId>,
     /// Alternatives per output token; unset is no scores.
     pub logprobs: Option<Integer>,
     /// Alternatives per prompt token; unset is no scores.
@@ -240,6 +242,7 @@ impl Params {
             ignore_eos: raw.ignore_eos,
             include_in_output: raw.include_stop_str_in_output,
             skip_special_tokens: raw.skip_special_tokens.unwrap_or(true),
+            shown_tokens: raw.shown_tokens,
         };
         let min_tokens = in_range("min_tokens", raw.min_tokens, 0..=u32::MAX)?.unwrap_or(0);
         let held_back = stop.token_ids.iter().chain(&model.eos).copied().filter(|_| min_tokens > 0);

@@ -126,6 +126,8 @@ pub struct Rendering {
     pub ending: Ending,
     /// Further variables for the template.
     pub variables: Map<String, Value>,
+    /// What may be called, in the shape that templates expect.
+    pub tools: Option<Value>,
     /// The request's own template; `None` is the model's.
     pub template: Option<String>,
 }
@@ -174,7 +176,7 @@ impl FrontendState {
             Ending::OpenMessage => mark_last_message(&chat.messages)?,
             Ending::GenerationPrompt | Ending::LastMessage => chat.messages.clone(),
         };
-        let rendered = template.render(&messages, None, add_generation_prompt, &chat.variables);
+        let rendered = template.render(&messages, chat.tools.as_ref(), add_generation_prompt, &chat.variables);
         let rendered = rendered.map_err(|error| match error {
             TemplateError::Refused { .. } | TemplateError::Render { .. } | TemplateError::Exhausted => {
                 ApiError::invalid("messages", format!("can't be rendered: {error}"))

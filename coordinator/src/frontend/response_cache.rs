@@ -10,12 +10,13 @@ use std::{
 };
 
 use metrics::Counter;
+use phalanx_cluster::id::TokenId;
 use prost::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
     metrics::{self as names, Present},
-    request::{Finish, Request, RequestEvent},
+    request::{Finish, Request, RequestEvent, StopConditions},
     scheduler::outbox::size_of_event,
 };
 
@@ -169,15 +170,15 @@ impl Caching {
         part(&sampling.encode_to_vec());
         part(&n.to_le_bytes());
         part(&max_tokens.to_le_bytes());
-        part(&[
-            u8::from(*is_open_ended),
-            u8::from(stop.ignore_eos),
-            u8::from(stop.include_in_output),
-            u8::from(stop.skip_special_tokens),
-        ]);
-        part(&(stop.strings.len() as u64).to_le_bytes());
-        stop.strings.iter().for_each(|text| part(text.as_bytes()));
-        part(&stop.token_ids.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<_>>());
+        // Whoever adds a field has to say here whether answers depend on it.
+        let StopConditions { strings, token_ids, ignore_eos, include_in_output, skip_special_tokens, shown_tokens } =
+            stop;
+        let bytes_of = |tokens: &[TokenId]| tokens.iter().flat_map(|token| token.to_le_bytes()).collect::<Vec<_>>();
+        part(&[*is_open_ended, *ignore_eos, *include_in_output, *skip_special_tokens].map(u8::from));
+        part(&(strings.len() as u64).to_le_bytes());
+        strings.iter().for_each(|text| part(text.as_bytes()));
+        part(&bytes_of(token_ids));
+        part(&bytes_of(shown_tokens));
         part(&cache_root.bytes());
         Some(sha.finalize().into())
     }
@@ -251,7 +252,7 @@ mod tests {
     use phalanx_proto::v1::SamplingParams;
 
     use super::*;
-    use crate::request::{Output, RequestError, StopConditions, Usage};
+    use crate::request::{Output, RequestError, Usage};
 
     fn request() -> Request {
         Request {

@@ -15,7 +15,7 @@ const EFFORTS: &[&str] = &["none", "minimal", "low", "medium", "high", "xhigh"];
 impl Rendering {
     /// Of these messages as they are, with the beginning of an answer behind them.
     pub fn plain(messages: Vec<Value>) -> Self {
-        Self { messages, ending: Ending::GenerationPrompt, variables: Map::new(), template: None }
+        Self { messages, ending: Ending::GenerationPrompt, variables: Map::new(), tools: None, template: None }
     }
 
     /// Takes `add_generation_prompt`, `continue_final_message`, `chat_template`, `chat_template_kwargs`, `documents` and
@@ -24,7 +24,7 @@ impl Rendering {
         let ending = Ending::take(fields)?;
         let variables = fields.take::<Fields>("chat_template_kwargs")?.map(Fields::into_entries).unwrap_or_default();
         let template = fields.take::<String>("chat_template")?;
-        let mut rendering = Self { messages, ending, variables, template };
+        let mut rendering = Self { messages, ending, variables, tools: None, template };
         if let Some(documents) = fields.take::<Vec<Value>>("documents")?.filter(|documents| !documents.is_empty()) {
             if !rendering.reads("documents", state) {
                 return Err(unread("documents"));

@@ -15,3 +15,4 @@ mod responses;
 mod resuming;
 mod security;
 mod tgi;
+mod tools;

@@ -11,6 +11,7 @@ use super::{
     json_body::JsonBody,
     messages,
     prompt::{Prompt, Rendering, SpecialTokens},
+    tools::toolbox::Toolbox,
 };
 
 /// Token ids of a text.
@@ -39,7 +40,8 @@ fn tokens_of(state: &FrontendState, mut fields: Fields) -> Result<Tokenized, Api
     let (text, field, default) = match (fields.take::<String>("prompt")?, fields.take("messages")?) {
         (Some(text), None) => (text, "prompt", true),
         (None, Some(messages)) => {
-            let rendering = Rendering::take(&mut fields, messages::parse(messages)?, state)?;
+            let mut rendering = Rendering::take(&mut fields, messages::parse(messages)?, state)?;
+            state.offer(&mut rendering, &Toolbox::take(&mut fields)?)?;
             (state.render(&rendering)?, "messages", false)
         }
         (None, None) => return Err(ApiError::missing("prompt")),
@@ -79,7 +81,8 @@ pub async fn apply_template(State(state): State<FrontendState>, body: JsonBody) 
         let mut fields = body.parse()?;
         state.check_model(fields.take::<String>("model")?.as_deref())?;
         let messages = messages::parse(fields.require("messages")?)?;
-        let rendering = Rendering::take(&mut fields, messages, state)?;
+        let mut rendering = Rendering::take(&mut fields, messages, state)?;
+        state.offer(&mut rendering, &Toolbox::take(&mut fields)?)?;
         fields.finish()?;
         Ok(Rendered { prompt: state.repeated(state.render(&rendering)?) })
     };

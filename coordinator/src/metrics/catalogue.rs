@@ -89,6 +89,14 @@ catalogue! {
         "Changed files that can't be used, and what was before stays in force";
     AUDIT_FAILING = "phalanx_audit_failing", Gauge, Count, [], "1 while the audit log can't be written";
     AUDIT_LOST = "phalanx_audit_lost_lines_total", Counter, Count, [], "Requests that have no line in the audit log";
+    GUARD_MATCHES = "phalanx_guard_matches_total", Counter, Count, ["direction", "kind"],
+        "What the guard found in prompts (input) and answers (output), by kind: mail, phone, card, iban, ip, key, denylist";
+    GUARD_BLOCKED = "phalanx_guard_blocked_total", Counter, Count, ["by", "direction"],
+        "Requests refused (input) and answers ended (output), by what had them: a kind of match, or moderation";
+    MODERATIONS = "phalanx_moderations_total", Counter, Count, ["direction", "verdict"],
+        "Texts about which the moderation webhook was asked, by verdict: allowed, refused, failed (no answer in time, or a wrong one)";
+    MODERATION_SECONDS = "phalanx_moderation_seconds", Histogram(buckets::REQUEST), Seconds, ["direction"],
+        "From a question to the moderation webhook's answer, waiting for a place included";
 
     // Files and batches, on the leader.
     FILES = "phalanx_files", Gauge, Count, [], "Files that are kept";
@@ -103,14 +111,6 @@ catalogue! {
         "Batches that are over, by status: completed, failed, expired, cancelled";
     BATCH_LINES = "phalanx_batch_lines_total", Counter, Count, ["outcome"],
         "Lines of batches that were answered, by outcome: completed, failed";
-    GUARD_MATCHES = "phalanx_guard_matches_total", Counter, Count, ["direction", "kind"],
-        "What the guard found in prompts (input) and answers (output), by kind: mail, phone, card, iban, ip, key, denylist";
-    GUARD_BLOCKED = "phalanx_guard_blocked_total", Counter, Count, ["by", "direction"],
-        "Requests refused (input) and answers ended (output), by what had them: a kind of match, or moderation";
-    MODERATIONS = "phalanx_moderations_total", Counter, Count, ["direction", "verdict"],
-        "Texts about which the moderation webhook was asked, by verdict: allowed, refused, failed (no answer in time, or a wrong one)";
-    MODERATION_SECONDS = "phalanx_moderation_seconds", Histogram(buckets::REQUEST), Seconds, ["direction"],
-        "From a question to the moderation webhook's answer, waiting for a place included";
 
     // For dashboards that were made for vLLM. The engine is the group.
     VLLM_RUNNING = "vllm:num_requests_running", Gauge, Count, ["model_name", "engine"], "Sequences that run";

@@ -163,6 +163,7 @@ impl Parts {
         let state = FrontendState::new(submit, served, frontend::Limits::of(config), base.metrics.clone())
             .with_security(Arc::clone(&base.security))
             .with_grammars(Arc::clone(&base.model.grammars))
+            .with_parsers(base.config.parsers.clone())
             .with_journal(Arc::clone(&base.journal))
             .with_loading(Arc::clone(&base.loading))
             .with_response_cache(config.response_cache.map(ResponseCache::new));

@@ -98,6 +98,7 @@ impl Servers {
         let state = FrontendState::new(submit, served, limits.clone(), base.metrics.clone())
             .with_security(Arc::clone(&base.security))
             .with_grammars(Arc::clone(&base.model.grammars))
+            .with_parsers(base.config.parsers.clone())
             .with_loading(Arc::clone(&base.loading))
             .with_prober(Prober::of_standby(base.view()));
         let is_shared = !base.store.is_exclusive();

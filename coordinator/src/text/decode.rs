@@ -26,13 +26,13 @@ impl Detokenize for StreamDecoder {
 
 /// Makes detokenizers, one per choice.
 pub trait Detokenizers: Send {
-    /// For a text in which special tokens are left out, or not.
-    fn detokenizer(&self, skip_special_tokens: bool) -> Box<dyn Detokenize>;
+    /// For a text in which special tokens are left out, all but those that are `shown`, or not.
+    fn detokenizer(&self, skip_special_tokens: bool, shown: &[TokenId]) -> Box<dyn Detokenize>;
 }
 
 impl Detokenizers for phalanx_cluster::tokenizer::Tokenizer {
-    fn detokenizer(&self, skip_special_tokens: bool) -> Box<dyn Detokenize> {
-        Box::new(StreamDecoder::new(self.clone(), skip_special_tokens))
+    fn detokenizer(&self, skip_special_tokens: bool, shown: &[TokenId]) -> Box<dyn Detokenize> {
+        Box::new(StreamDecoder::new(self.clone(), skip_special_tokens).showing(shown))
     }
 }
 
@@ -55,7 +55,7 @@ impl OutputText {
     /// Nothing said yet.
     pub fn new(conditions: &StopConditions, detokenizers: &dyn Detokenizers) -> Self {
         Self {
-            detokenizer: detokenizers.detokenizer(conditions.skip_special_tokens),
+            detokenizer: detokenizers.detokenizer(conditions.skip_special_tokens, &conditions.shown_tokens),
             stop: StopMatcher::new(&conditions.strings, conditions.include_in_output),
         }
     }
@@ -109,7 +109,7 @@ mod tests {
     struct Alphabet;
 
     impl Detokenizers for Alphabet {
-        fn detokenizer(&self, _: bool) -> Box<dyn Detokenize> {
+        fn detokenizer(&self, _: bool, _: &[TokenId]) -> Box<dyn Detokenize> {
             Box::new(Letters::default())
         }
     }

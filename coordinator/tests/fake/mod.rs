@@ -298,7 +298,7 @@ impl Detokenize for Held {
 }
 
 impl Detokenizers for Letters {
-    fn detokenizer(&self, _skip_special_tokens: bool) -> Box<dyn Detokenize> {
+    fn detokenizer(&self, _skip_special_tokens: bool, _shown: &[u32]) -> Box<dyn Detokenize> {
         Box::new(Held::default())
     }
 }

@@ -142,6 +142,7 @@ pub fn request(luck: &mut Luck, idx: usize, heads: &[Vec<u32>], now: Instant) ->
             ignore_eos: luck.one_in(3),
             include_in_output: luck.one_in(3),
             skip_special_tokens: true,
+            shown_tokens: Vec::new(),
         },
         deadline: luck.one_in(10).then(|| now + Duration::from_millis(luck.below(80) as u64)),
         priority: 0,

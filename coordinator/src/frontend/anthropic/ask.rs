@@ -1,37 +1,39 @@
 //! What clients of Anthropic's API send.
 
 use phalanx_cluster::id::TokenId;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::turns::Turns;
 use crate::frontend::{
     FrontendState,
     error::ApiError,
-    fields::{Fields, FromJson, Unsupported, kind},
+    fields::{Fields, Unsupported},
     neutral::{Delivery, StreamedUsage},
-    params::{Params, RawParams},
+    params::{Params, RawParams, in_range},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
+    tools::{
+        reader::Reading,
+        toolbox::{Choice, Tool, Toolbox},
+    },
 };
 
-/// A request, checked but not yet rendered.
+/// A request, checked and rendered.
 pub struct MessageAsk {
-    pub prompting: Prompting,
+    pub prompt: Vec<TokenId>,
+    pub reading: Reading,
     pub delivery: Delivery,
     pub params: Params,
 }
 
 /// What the prompt is made of.
-pub struct Prompting(Rendering);
+pub struct Prompting {
+    rendering: Rendering,
+    toolbox: Toolbox,
+    shows_thoughts: bool,
+}
 
-fn is_empty(value: &Value) -> bool {
+pub fn is_empty(value: &Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty)
-}
-
-fn is_disabled(value: &Value) -> bool {
-    value["type"] == "disabled"
-}
-
-fn is_plain_choice(value: &Value) -> bool {
-    matches!(value["type"].as_str(), Some("auto" | "none"))
 }
 
 fn is_plain_tier(value: &Value) -> bool {
@@ -48,9 +50,6 @@ fn never(_: &Value) -> bool {
 
 /// What shapes the prompt and is not there yet.
 static UNSUPPORTED: &[Unsupported] = &[
-    ("tools", is_empty),
-    ("tool_choice", is_plain_choice),
-    ("thinking", is_disabled),
     ("mcp_servers", is_empty),
     ("speed", is_standard),
     ("container", never),
@@ -63,79 +62,109 @@ impl Prompting {
     /// Takes `model`, `system`, `messages` and what may only be empty.
     pub fn take(fields: &mut Fields, state: &FrontendState) -> Result<Self, ApiError> {
         state.check_model(Some(&fields.require::<String>("model")?))?;
-        let mut messages: Vec<Value> = Vec::new();
+        let mut turns = Turns::default();
         if let Some(system) = fields.take::<Value>("system")? {
-            messages.push(json!({"role": "system", "content": text_of(system, "system")?}));
+            turns.add_system(system)?;
         }
         let sent = fields.require::<Vec<Fields>>("messages")?;
         if sent.is_empty() {
             return Err(ApiError::invalid("messages", "must have at least one message"));
         }
-        for mut message in sent {
-            let role: String = message.require("role")?;
-            if !matches!(role.as_str(), "user" | "assistant") {
-                return Err(ApiError::invalid(&message.path("role"), "must be user or assistant"));
-            }
-            let at = message.path("content");
-            let content = text_of(message.require("content")?, &at)?;
-            message.finish()?;
-            match messages.last_mut().filter(|last| last["role"] == role.as_str()) {
-                // Neighbours of one role are one turn.
-                Some(last) => {
-                    last["content"] = format!("{}\n{content}", last["content"].as_str().unwrap_or_default()).into();
-                }
-                None => messages.push(json!({"role": role, "content": content})),
-            }
+        for message in sent {
+            turns.add(message)?;
         }
+        let messages = turns.into_messages();
         fields.refuse(UNSUPPORTED)?;
         // Every prompt's beginning is cached as far as there is memory: a mark changes nothing.
         fields.take::<Fields>("cache_control")?;
         let is_begun = messages.last().is_some_and(|message| message["role"] == "assistant");
         let ending = if is_begun { Ending::OpenMessage } else { Ending::GenerationPrompt };
-        Ok(Self(Rendering { ending, ..Rendering::plain(messages) }))
+        let mut rendering = Rendering { ending, ..Rendering::plain(messages) };
+        let shows_thoughts = take_thinking(fields, &mut rendering, state)?;
+        Ok(Self { rendering, toolbox: take_tools(fields)?, shows_thoughts })
     }
 
-    /// As the model reads it. Takes time.
-    pub fn tokens(&self, state: &FrontendState) -> Result<Vec<TokenId>, ApiError> {
-        let text = state.render(&self.0).map_err(|error| match error.param() {
+    /// As the model reads it, and how its answer is read. Takes time.
+    fn read(
+        &mut self,
+        state: &FrontendState,
+        raw: &mut RawParams,
+        name: &str,
+    ) -> Result<(Vec<TokenId>, Reading), ApiError> {
+        let asked = state.prompt_with_tools(&mut self.rendering, &self.toolbox, raw, name);
+        let (text, reading) = asked.map_err(|error| match error.param() {
             // The field is OpenAI's; here the last message alone says it.
             Some("continue_final_message") => {
                 ApiError::invalid("messages", "ends with a message that can't be gone on with")
             }
             _ => error,
         })?;
-        state.encode(&Prompt::Text(text), SpecialTokens::Leave, "messages")
+        let ids = state.encode(&Prompt::Text(text), SpecialTokens::Leave, "messages")?;
+        Ok((ids, Reading { shows_thoughts: self.shows_thoughts, ..reading }))
+    }
+
+    /// As the model reads it. Takes time.
+    pub fn tokens(&mut self, state: &FrontendState) -> Result<Vec<TokenId>, ApiError> {
+        self.read(state, &mut RawParams::default(), "").map(|(ids, _)| ids)
     }
 }
 
-/// A content: a text, or blocks of text, which are joined by newlines.
-fn text_of(content: Value, at: &str) -> Result<String, ApiError> {
-    match content {
-        Value::String(text) => Ok(text),
-        Value::Array(_) => {
-            let blocks = Vec::<Fields>::from_json(content, at)?;
-            Ok(blocks.into_iter().map(text_block).collect::<Result<Vec<_>, _>>()?.join("\n"))
+/// `thinking`: whether thoughts are told. Nothing limits them but `max_tokens`.
+fn take_thinking(fields: &mut Fields, rendering: &mut Rendering, state: &FrontendState) -> Result<bool, ApiError> {
+    let Some(mut thinking) = fields.take::<Fields>("thinking")? else { return Ok(false) };
+    let is_on = match thinking.require::<String>("type")?.as_str() {
+        "disabled" => false,
+        "enabled" | "adaptive" => true,
+        _ => return Err(ApiError::invalid("thinking.type", "must be enabled, adaptive or disabled")),
+    };
+    let budget = in_range("thinking.budget_tokens", thinking.take("budget_tokens")?, 1024..=u32::MAX)?;
+    if budget.is_some() && !is_on {
+        return Err(ApiError::invalid("thinking.budget_tokens", "means nothing without thoughts"));
+    }
+    thinking.refuse(&[("display", |value| value == "summarized")])?;
+    thinking.finish()?;
+    if rendering.reads("enable_thinking", state) {
+        rendering.variables.insert("enable_thinking".to_owned(), is_on.into());
+    } else if is_on && !state.tells_thoughts(rendering) {
+        return Err(ApiError::invalid("thinking", "is not possible: the model has no thoughts that could be told"));
+    }
+    Ok(is_on)
+}
+
+/// `tools` and `tool_choice`.
+fn take_tools(fields: &mut Fields) -> Result<Toolbox, ApiError> {
+    let mut tools = Vec::new();
+    for mut tool in fields.take::<Vec<Fields>>("tools")?.unwrap_or_default() {
+        if tool.take::<String>("type")?.is_some_and(|kind| kind != "custom") {
+            return Err(ApiError::invalid(&tool.path("type"), "must be \"custom\": there are no other tools here"));
         }
-        other => Err(ApiError::wrong_type(at, "a string or a list of text blocks", kind(&other))),
+        let at = [tool.path("name"), tool.path("input_schema")];
+        let (name, description) = (tool.require("name")?, tool.take("description")?);
+        let (schema, is_strict) = (tool.take("input_schema")?, tool.flag("strict")?);
+        tool.take::<Fields>("cache_control")?;
+        tool.finish()?;
+        tools.push(Tool::new(&at, name, description, schema, is_strict)?);
     }
-}
-
-fn text_block(mut block: Fields) -> Result<String, ApiError> {
-    let kind: String = block.require("type")?;
-    if kind != "text" {
-        return Err(ApiError::invalid(&block.path("type"), "must be \"text\": the model takes nothing else"));
+    let mut toolbox = Toolbox::new("tools", tools)?;
+    if let Some(mut choice) = fields.take::<Fields>("tool_choice")? {
+        toolbox.choice = match choice.require::<String>("type")?.as_str() {
+            "auto" => Choice::Auto,
+            "none" => Choice::None,
+            "any" => Choice::Required,
+            "tool" => Choice::Named(choice.require("name")?),
+            _ => return Err(ApiError::invalid("tool_choice.type", "must be auto, any, tool or none")),
+        };
+        toolbox.is_parallel = !choice.flag("disable_parallel_tool_use")?;
+        choice.finish()?;
+        toolbox.check_choice("tool_choice")?;
     }
-    let text = block.require("text")?;
-    block.take::<Fields>("cache_control")?;
-    block.refuse(&[("citations", is_empty)])?;
-    block.finish()?;
-    Ok(text)
+    Ok(toolbox)
 }
 
 impl MessageAsk {
-    pub fn parse(mut fields: Fields, state: &FrontendState) -> Result<Self, ApiError> {
-        let prompting = Prompting::take(&mut fields, state)?;
-        let raw = RawParams {
+    pub fn parse(mut fields: Fields, state: &FrontendState, name: &str) -> Result<Self, ApiError> {
+        let mut prompting = Prompting::take(&mut fields, state)?;
+        let mut raw = RawParams {
             max_tokens: Some(fields.require("max_tokens")?),
             temperature: fields.take("temperature")?,
             top_p: fields.take("top_p")?,
@@ -155,10 +184,11 @@ impl MessageAsk {
         }
         fields.refuse(&[("service_tier", is_plain_tier)])?;
         fields.finish()?;
+        let (prompt, reading) = prompting.read(state, &mut raw, name)?;
         let params = Params::check(raw, &state.model).map_err(|error| match error.param() {
             Some("stop") => ApiError::invalid("stop_sequences", error.message().trim_start_matches("'stop' ")),
             _ => error,
         })?;
-        Ok(Self { prompting, delivery, params })
+        Ok(Self { prompt, reading, delivery, params })
     }
 }

@@ -2,6 +2,7 @@
 
 mod answer;
 mod ask;
+mod turns;
 
 use std::sync::Arc;
 
@@ -58,11 +59,10 @@ fn error_object(error: &ApiError) -> Value {
 /// `POST /v1/messages`.
 async fn create(asked: Asked) -> Result<Response, ApiError> {
     let prepare = |state: &FrontendState, fields: Fields, call: Call| {
-        let ask = MessageAsk::parse(fields, state)?;
-        let prompt = ask.prompting.tokens(state)?;
+        let ask = MessageAsk::parse(fields, state, &call.name)?;
         let id = format!("msg_{}", call.name);
-        let request = ask.params.request(id.clone(), "messages", prompt, &state.model, call.deadline)?;
-        let answer = Answer { id, model: state.model.name(), n_prompt: request.prompt.len() };
+        let request = ask.params.request(id.clone(), "messages", ask.prompt, &state.model, call.deadline)?;
+        let answer = Answer { id, model: state.model.name(), n_prompt: request.prompt.len(), reading: ask.reading };
         let reply = MessageReply { answer: Arc::new(answer), delivery: ask.delivery };
         Ok(Prepared { requests: vec![request], has_seed: false, reply: Some(Arc::new(reply)) })
     };
@@ -73,7 +73,7 @@ async fn create(asked: Asked) -> Result<Response, ApiError> {
 async fn count_tokens(State(state): State<FrontendState>, body: JsonBody) -> Result<Json<Value>, ApiError> {
     let work = move |state: &FrontendState| {
         let mut fields = body.parse()?;
-        let prompting = Prompting::take(&mut fields, state)?;
+        let mut prompting = Prompting::take(&mut fields, state)?;
         fields.finish()?;
         Ok(json!({"input_tokens": prompting.tokens(state)?.len()}))
     };

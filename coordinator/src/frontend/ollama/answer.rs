@@ -19,6 +19,7 @@ use crate::{
         neutral::Delivery,
         reply::Reply,
         sse::{Chunk, Chunks, Payload, json as text_of},
+        tools::reader::{Piece, Reader, Reading, Told, ToldCall},
     },
     request::{Finish, Output, Usage},
     served_model::ServedModel,
@@ -56,6 +57,7 @@ pub struct Answer {
     pub model: Arc<ServedModel>,
     /// The model's name as the client has it.
     pub name: String,
+    pub reading: Reading,
     pub form: Form,
     /// The prompt's tokens, if the answer ends with all tokens so far.
     pub context: Option<Vec<TokenId>>,
@@ -76,16 +78,63 @@ fn now() -> String {
 /// What is said of a model that was only asked for.
 pub fn loaded(name: &str, form: Form) -> Value {
     let mut object = json!({"model": name, "created_at": now()});
-    say(&mut object, form, String::new());
+    say(&mut object, form, Said::default());
     object["done"] = true.into();
     object["done_reason"] = "load".into();
     object
 }
 
-fn say(object: &mut Value, form: Form, text: String) {
-    match form {
-        Form::Chat => object["message"] = json!({"role": "assistant", "content": text}),
-        Form::Generate => object["response"] = text.into(),
+/// What an object says.
+#[derive(Default)]
+struct Said {
+    content: String,
+    thought: String,
+    calls: Vec<Value>,
+}
+
+impl Said {
+    fn is_empty(&self) -> bool {
+        self.content.is_empty() && self.thought.is_empty() && self.calls.is_empty()
+    }
+
+    /// Adds a call that is complete. What was cut short is no object of arguments, and told as it is.
+    fn add_call(&mut self, index: usize, call: ToldCall) {
+        match serde_json::from_str::<Value>(&call.arguments) {
+            Ok(arguments) => {
+                let function = json!({"index": index, "name": call.name, "arguments": arguments});
+                self.calls.push(json!({"id": call.id, "function": function}));
+            }
+            Err(_) => self.content.push_str(&call.arguments),
+        }
+    }
+}
+
+impl From<Told> for Said {
+    fn from(told: Told) -> Self {
+        let mut said = Self { content: told.content, thought: told.thought, calls: Vec::new() };
+        for (index, call) in told.calls.into_iter().enumerate() {
+            said.add_call(index, call);
+        }
+        said
+    }
+}
+
+fn say(object: &mut Value, form: Form, said: Said) {
+    let message = match form {
+        Form::Chat => {
+            object["message"] = json!({"role": "assistant", "content": said.content});
+            &mut object["message"]
+        }
+        Form::Generate => {
+            object["response"] = said.content.into();
+            object
+        }
+    };
+    if !said.thought.is_empty() {
+        message["thinking"] = said.thought.into();
+    }
+    if !said.calls.is_empty() {
+        message["tool_calls"] = said.calls.into();
     }
 }
 
@@ -98,9 +147,9 @@ struct Ending<'a> {
 }
 
 impl Answer {
-    fn part(&self, text: String, scores: &[TokenScore]) -> Value {
+    fn part(&self, said: Said, scores: &[TokenScore]) -> Value {
         let mut object = json!({"model": self.name, "created_at": now()});
-        say(&mut object, self.form, text);
+        say(&mut object, self.form, said);
         if self.wants_scores {
             let entries = ChatLogprobs::new(&self.model.tokenizer, TokenNames::Texts, scores).into_entries();
             object["logprobs"] = json!(entries);
@@ -141,7 +190,8 @@ impl Reply for OllamaReply {
     fn whole(&self, collected: Collected) -> Response {
         let Collected { choices, usage, first_output_at, .. } = collected;
         let choice = choices.into_iter().next().unwrap_or_default();
-        let mut object = self.answer.part(choice.text, &choice.scores);
+        let told = self.answer.reading.told(0, &choice);
+        let mut object = self.answer.part(told.into(), &choice.scores);
         let finish = choice.finish.as_ref();
         self.answer.end(&mut object, &Ending { finish, usage, token_ids: &choice.token_ids, first_output_at });
         Json(object).into_response()
@@ -149,7 +199,8 @@ impl Reply for OllamaReply {
 
     fn chunks(&self) -> Box<dyn Chunks> {
         let answer = Arc::clone(&self.answer);
-        Box::new(Lines { answer, finish: None, token_ids: Vec::new(), first_output_at: None })
+        let reader = answer.reading.reader(0);
+        Box::new(Lines { answer, reader, call: None, finish: None, token_ids: Vec::new(), first_output_at: None })
     }
 
     fn reveals(&self) -> Option<&'static str> {
@@ -158,17 +209,43 @@ impl Reply for OllamaReply {
 
     fn kept_bytes(&self) -> usize {
         let context = self.answer.context.as_ref().map_or(0, |ids| size_of_val(ids.as_slice()));
-        size_of::<Answer>() + self.answer.name.len() + context
+        size_of::<Answer>() + self.answer.name.len() + self.answer.reading.kept_bytes() + context
     }
 }
 
 /// An answer being made.
 struct Lines {
     answer: Arc<Answer>,
+    reader: Reader,
+    /// The call that grows: it is told when it is complete.
+    call: Option<(usize, ToldCall)>,
     finish: Option<Finish>,
     /// Kept only if the answer ends with them.
     token_ids: Vec<TokenId>,
     first_output_at: Option<Instant>,
+}
+
+impl Lines {
+    fn add(&mut self, pieces: Vec<Piece>, said: &mut Said) {
+        for piece in pieces {
+            match piece {
+                Piece::Arguments { text, .. } => {
+                    if let Some((_, call)) = &mut self.call {
+                        call.arguments.push_str(&text);
+                    }
+                    continue;
+                }
+                Piece::Content(text) => said.content.push_str(&text),
+                Piece::Thought(text) => said.thought.push_str(&text),
+                Piece::Call { index, id, name } => {
+                    let next = (index, ToldCall { id, name, arguments: String::new() });
+                    if let Some((index, call)) = self.call.replace(next) {
+                        said.add_call(index, call);
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Chunks for Lines {
@@ -178,18 +255,29 @@ impl Chunks for Lines {
 
     fn output(&mut self, _: usize, output: Output) -> Vec<Chunk> {
         self.first_output_at.get_or_insert_with(Instant::now);
+        let is_last = output.finish.is_some();
         self.finish = output.finish.or(self.finish.take());
         if self.answer.context.is_some() {
             self.token_ids.extend(&output.token_ids);
         }
-        if output.text.is_empty() && output.scores.is_empty() {
+        let pieces = self.reader.push(&output.text, output.token_ids.len());
+        let mut said = Said::default();
+        self.add(pieces, &mut said);
+        if is_last {
+            let pieces = self.reader.finish();
+            self.add(pieces, &mut said);
+            if let Some((index, call)) = self.call.take() {
+                said.add_call(index, call);
+            }
+        }
+        if said.is_empty() && output.scores.is_empty() {
             return Vec::new();
         }
-        vec![Chunk::Body(text_of(&self.answer.part(output.text, &output.scores)).into())]
+        vec![Chunk::Body(text_of(&self.answer.part(said, &output.scores)).into())]
     }
 
     fn finished(&mut self, usage: Usage) -> Option<Payload> {
-        let mut object = self.answer.part(String::new(), &[]);
+        let mut object = self.answer.part(Said::default(), &[]);
         let (finish, first_output_at) = (self.finish.as_ref(), self.first_output_at);
         self.answer.end(&mut object, &Ending { finish, usage, token_ids: &self.token_ids, first_output_at });
         if let Some(object) = object.as_object_mut() {

@@ -9,16 +9,19 @@ use crate::frontend::{
     error::ApiError,
     fields::{Fields, Integer, Unsupported, kind},
     neutral::{Delivery, StreamedUsage},
-    params::{MAX_LOGPROBS, Params, in_range},
+    params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
     structured::{self, Wanted},
+    tools::{reader::Reading, toolbox::Toolbox},
 };
 
-/// A request, checked but not yet rendered.
+/// A request, checked and rendered.
 pub struct Ask {
     /// The model's name as the client has it.
     pub name: String,
     pub input: Input,
+    pub prompt: Vec<TokenId>,
+    pub reading: Reading,
     pub delivery: Delivery,
     pub params: Params,
 }
@@ -78,7 +81,8 @@ impl Ask {
         Ok(name)
     }
 
-    pub fn parse(mut fields: Fields, state: &FrontendState, form: Form) -> Result<Self, ApiError> {
+    /// `request` is the request's unique name.
+    pub fn parse(mut fields: Fields, state: &FrontendState, form: Form, request: &str) -> Result<Self, ApiError> {
         let name = take_model(&mut fields, state)?;
         let is_streamed = fields.take("stream")?.unwrap_or(true);
         let delivery = if is_streamed { Delivery::Streamed(StreamedUsage::Included) } else { Delivery::Whole };
@@ -96,11 +100,14 @@ impl Ask {
             Form::Chat => chat(&mut fields)?,
             Form::Generate => generate(&mut fields)?,
         };
-        take_think(&mut fields, &mut input, state)?;
+        let shows_thoughts = take_think(&mut fields, &mut input, state)?;
+        let toolbox = if form == Form::Chat { Toolbox::take_tools(&mut fields)? } else { Toolbox::default() };
         fields.refuse(UNSUPPORTED)?;
         fields.finish()?;
+        let (prompt, reading) = input.read(state, form.prompt_field(), &toolbox, &mut raw, request)?;
+        let reading = Reading { shows_thoughts, ..reading };
         let params = Params::check(raw, &state.model).map_err(options::renamed)?;
-        Ok(Self { name, input, delivery, params })
+        Ok(Self { name, input, prompt, reading, delivery, params })
     }
 }
 
@@ -137,7 +144,10 @@ fn chat(fields: &mut Fields) -> Result<Input, ApiError> {
         let content: String = message.take("content")?.unwrap_or_default();
         let thinking = message.take::<String>("thinking")?;
         let tool_name = message.take::<String>("tool_name")?;
-        message.refuse(&[("images", is_empty), ("tool_calls", is_empty)])?;
+        let tool_call_id = message.take::<String>("tool_call_id")?;
+        let calls = message.take::<Vec<Fields>>("tool_calls")?.unwrap_or_default();
+        let calls = calls.into_iter().map(earlier_call).collect::<Result<Vec<_>, _>>()?;
+        message.refuse(&[("images", is_empty)])?;
         message.finish()?;
         let mut message = json!({"role": role, "content": content});
         if let Some(thinking) = thinking.filter(|t| !t.is_empty()) {
@@ -145,6 +155,12 @@ fn chat(fields: &mut Fields) -> Result<Input, ApiError> {
         }
         if let Some(name) = tool_name {
             message["name"] = name.into();
+        }
+        if let Some(id) = tool_call_id {
+            message["tool_call_id"] = id.into();
+        }
+        if !calls.is_empty() {
+            message["tool_calls"] = calls.into();
         }
         messages.push(message);
     }
@@ -154,6 +170,19 @@ fn chat(fields: &mut Fields) -> Result<Input, ApiError> {
     });
     let ending = if is_begun { Ending::OpenMessage } else { Ending::GenerationPrompt };
     Ok(Input::Rendered { before: Vec::new(), chat: Rendering { ending, ..Rendering::plain(messages) } })
+}
+
+/// A call that an answer had.
+fn earlier_call(mut call: Fields) -> Result<Value, ApiError> {
+    let id = call.take::<String>("id")?;
+    call.take::<String>("type")?;
+    let mut function: Fields = call.require("function")?;
+    let name: String = function.require("name")?;
+    let arguments = function.take::<Fields>("arguments")?.map(Fields::into_entries).unwrap_or_default();
+    function.take::<Integer>("index")?;
+    function.finish()?;
+    call.finish()?;
+    Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}))
 }
 
 fn generate(fields: &mut Fields) -> Result<Input, ApiError> {
@@ -179,32 +208,52 @@ fn generate(fields: &mut Fields) -> Result<Input, ApiError> {
     Ok(Input::Rendered { before, chat: Rendering::plain(messages) })
 }
 
-/// `think`: thoughts can be left out where the template knows how. Nothing tells them from the answer yet.
-fn take_think(fields: &mut Fields, input: &mut Input, state: &FrontendState) -> Result<(), ApiError> {
-    match fields.take::<Value>("think")? {
-        None => Ok(()),
-        Some(Value::Bool(false)) => match input {
-            Input::Rendered { chat, .. } => chat.set_effort("think", "none", state),
-            Input::Raw(_) => Ok(()),
-        },
-        Some(Value::Bool(true) | Value::String(_)) => Err(ApiError::unsupported("think")),
-        Some(other) => Err(ApiError::wrong_type("think", "true, false or a level", kind(&other))),
+/// `think`: whether the model thinks before it answers, and how much, where its template knows how. Whether thoughts are told.
+fn take_think(fields: &mut Fields, input: &mut Input, state: &FrontendState) -> Result<bool, ApiError> {
+    let think = fields.take::<Value>("think")?;
+    let effort = match &think {
+        None => return Ok(true),
+        Some(Value::Bool(false)) => "none",
+        Some(Value::Bool(true)) => "medium",
+        Some(Value::String(level)) => level,
+        Some(other) => return Err(ApiError::wrong_type("think", "true, false or a level", kind(other))),
+    };
+    match input {
+        Input::Raw(_) if effort == "none" => {}
+        Input::Raw(_) => return Err(ApiError::invalid("think", "means nothing with 'raw': true")),
+        // It thinks anyway.
+        Input::Rendered { chat, .. } if think == Some(true.into()) && state.always_thinks(chat) => {}
+        Input::Rendered { chat, .. } => chat.set_effort("think", effort, state)?,
     }
+    Ok(effort != "none")
 }
 
 impl Input {
-    /// As the model reads it. Takes time.
-    pub fn tokens(&self, state: &FrontendState, field: &str) -> Result<Vec<TokenId>, ApiError> {
+    /// As the model reads it, and how its answer is read. Takes time.
+    fn read(
+        &mut self,
+        state: &FrontendState,
+        field: &str,
+        toolbox: &Toolbox,
+        raw: &mut RawParams,
+        request: &str,
+    ) -> Result<(Vec<TokenId>, Reading), ApiError> {
         match self {
-            Self::Raw(text) => state.encode(&Prompt::Text(text.clone()), SpecialTokens::Add, field),
+            Self::Raw(text) => {
+                let ids = state.encode(&Prompt::Text(text.clone()), SpecialTokens::Add, field)?;
+                Ok((ids, Reading::plain()))
+            }
             Self::Rendered { before, chat } => {
-                let text = state.render(chat).map_err(|error| match error.param() {
-                    Some("messages") | None => error,
-                    Some(_) => ApiError::invalid(field, format!("can't be rendered: {}", error.message())),
+                let asked = state.prompt_with_tools(chat, toolbox, raw, request);
+                let (text, reading) = asked.map_err(|error| match error.param() {
+                    Some("continue_final_message" | "chat_template") => {
+                        ApiError::invalid(field, format!("can't be rendered: {}", error.message()))
+                    }
+                    _ => error,
                 })?;
                 let mut ids = state.encode(&Prompt::Ids(before.clone()), SpecialTokens::Leave, "context")?;
                 ids.extend(state.encode(&Prompt::Text(text), SpecialTokens::Leave, field)?);
-                Ok(ids)
+                Ok((ids, reading))
             }
         }
     }

@@ -78,11 +78,10 @@ async fn respond(asked: Asked, form: Form) -> Result<Response, ApiError> {
         return Ok(Json(answer::loaded(&name, form)).into_response());
     }
     let prepare = move |state: &FrontendState, fields: Fields, call: Call| {
-        let ask = Ask::parse(fields, state, form)?;
+        let ask = Ask::parse(fields, state, form, &call.name)?;
         let field = form.prompt_field();
-        let prompt = ask.input.tokens(state, field)?;
         let request =
-            ask.params.request(format!("ollama-{}", call.name), field, prompt, &state.model, call.deadline)?;
+            ask.params.request(format!("ollama-{}", call.name), field, ask.prompt, &state.model, call.deadline)?;
         let context = match (&ask.input, form) {
             (Input::Rendered { .. }, Form::Generate) if !state.hides_tokens() => Some(request.prompt.clone()),
             _ => None,
@@ -90,6 +89,7 @@ async fn respond(asked: Asked, form: Form) -> Result<Response, ApiError> {
         let answer = Answer {
             model: Arc::clone(&state.model),
             name: ask.name,
+            reading: ask.reading,
             form,
             context,
             wants_scores: ask.params.wants_scores(),

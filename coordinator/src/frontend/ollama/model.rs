@@ -80,7 +80,7 @@ pub async fn show(State(state): State<FrontendState>, body: JsonBody) -> Result<
                 (format!("{architecture}.context_length")): state.model.max_model_len,
                 (format!("{architecture}.vocab_size")): state.model.vocab,
             },
-            "capabilities": ["completion"],
+            "capabilities": state.capabilities(),
             "modified_at": created(state),
         }))
     };

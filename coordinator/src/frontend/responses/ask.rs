@@ -2,22 +2,29 @@
 
 use serde_json::{Map, Value, json};
 
+use super::items;
 use crate::frontend::{
     FrontendState,
     error::ApiError,
-    fields::{Fields, FromJson, Unsupported, kind},
+    fields::{Fields, FromJson, Unsupported},
     neutral::{Delivery, StreamedUsage},
     params::{MAX_LOGPROBS, Params, RawParams, in_range},
     prompt::Rendering,
     structured,
+    tools::{
+        reader::Reading,
+        toolbox::{Toolbox, flat},
+    },
 };
 
 /// The only thing that can be asked for beside the text.
 const LOGPROBS: &str = "message.output_text.logprobs";
 
-/// A request, checked but not yet rendered.
+/// A request, checked and rendered.
 pub struct ResponseAsk {
-    pub rendering: Rendering,
+    /// What the model reads.
+    pub text: String,
+    pub reading: Reading,
     pub delivery: Delivery,
     pub params: Params,
     pub echo: Echo,
@@ -35,11 +42,12 @@ pub struct Echo {
     pub temperature: f32,
     pub top_p: f32,
     pub top_logprobs: u32,
-    pub tool_choice: String,
+    pub tools: Value,
+    pub tool_choice: Value,
     pub user: Value,
 }
 
-fn is_empty(value: &Value) -> bool {
+pub fn is_empty(value: &Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty)
 }
 
@@ -62,7 +70,6 @@ fn never(_: &Value) -> bool {
 /// What has no implementation, with the value that asks for nothing.
 static UNSUPPORTED: &[Unsupported] = &[
     ("background", is_false),
-    ("tools", is_empty),
     ("truncation", is_disabled),
     ("service_tier", is_plain_tier),
     ("max_tool_calls", never),
@@ -75,12 +82,12 @@ static UNSUPPORTED: &[Unsupported] = &[
 static STORED: &[&str] = &["previous_response_id", "conversation"];
 
 impl ResponseAsk {
-    pub fn parse(mut fields: Fields, state: &FrontendState) -> Result<Self, ApiError> {
+    pub fn parse(mut fields: Fields, state: &FrontendState, name: &str) -> Result<Self, ApiError> {
         state.check_model(fields.take::<String>("model")?.as_deref())?;
         let instructions = fields.take::<String>("instructions")?;
         let mut messages: Vec<Value> = Vec::new();
         messages.extend(instructions.iter().map(|text| json!({"role": "system", "content": text})));
-        input(fields.require("input")?, &mut messages)?;
+        items::input(fields.require("input")?, &mut messages)?;
         for name in STORED {
             if fields.take::<Value>(name)?.is_some() {
                 return Err(ApiError::invalid(
@@ -126,38 +133,40 @@ impl ResponseAsk {
         let mut rendering = Rendering::plain(messages);
         let effort = take_reasoning(&mut fields, &mut rendering, state)?;
         let format = take_format(&mut fields, &mut raw)?;
-        let tool_choice = match fields.take::<Value>("tool_choice")? {
-            None => "auto".to_owned(),
-            Some(Value::String(choice)) if matches!(choice.as_str(), "auto" | "none") => choice,
-            Some(_) => return Err(ApiError::unsupported("tool_choice")),
-        };
+        let (toolbox, tools, tool_choice) = take_tools(&mut fields)?;
         let metadata = fields.take::<Fields>("metadata")?.map(Fields::into_entries).unwrap_or_default();
         if metadata.len() > 16 || metadata.values().any(|value| !value.is_string()) {
             return Err(ApiError::invalid("metadata", "must be at most 16 strings by name"));
         }
-        let parallel_tool_calls = fields.take("parallel_tool_calls")?.unwrap_or(true);
         let user = fields.take::<String>("user")?;
         fields.take::<String>("safety_identifier")?;
         fields.take::<String>("prompt_cache_key")?;
         fields.refuse(UNSUPPORTED)?;
         fields.finish()?;
         let max_output_tokens = raw.max_tokens;
+        let (text, reading) = state.prompt_with_tools(&mut rendering, &toolbox, &mut raw, name)?;
+        if wants_scores && reading.tells_apart() {
+            let reason =
+                format!("can't have \"{LOGPROBS}\" where calls or thoughts may come: a token may belong to both");
+            return Err(ApiError::invalid("include", reason));
+        }
         let params = Params::check(raw, &state.model)?;
         let sampling = params.sampling();
         let echo = Echo {
             instructions: json!(instructions),
             max_output_tokens: json!(max_output_tokens.and_then(|n| u32::try_from(n).ok())),
             metadata,
-            parallel_tool_calls,
+            parallel_tool_calls: toolbox.is_parallel,
             effort: json!(effort),
             format,
             temperature: sampling.temperature,
             top_p: sampling.top_p,
             top_logprobs: top_logprobs.unwrap_or(0),
+            tools,
             tool_choice,
             user: json!(user),
         };
-        Ok(Self { rendering, delivery, params, echo })
+        Ok(Self { text, reading, delivery, params, echo })
     }
 }
 
@@ -192,6 +201,24 @@ fn take_format(fields: &mut Fields, raw: &mut RawParams) -> Result<Value, ApiErr
     Ok(repeated)
 }
 
+/// Tools, and them and the choice as they were sent.
+fn take_tools(fields: &mut Fields) -> Result<(Toolbox, Value, Value), ApiError> {
+    let sent = fields.take::<Value>("tools")?.unwrap_or_else(|| json!([]));
+    let mut tools = Vec::new();
+    for mut tool in Vec::<Fields>::from_json(sent.clone(), "tools")? {
+        if tool.require::<String>("type")? != "function" {
+            let reason = "must be \"function\": there are no other tools here";
+            return Err(ApiError::invalid(&tool.path("type"), reason));
+        }
+        tools.push(flat(tool)?);
+    }
+    let mut toolbox = Toolbox::new("tools", tools)?;
+    let choice = fields.take::<Value>("tool_choice")?.unwrap_or_else(|| "auto".into());
+    toolbox.choose(choice.clone(), |choice| choice.require("name"))?;
+    toolbox.is_parallel = fields.take("parallel_tool_calls")?.unwrap_or(true);
+    Ok((toolbox, sent, choice))
+}
+
 /// `reasoning`: the effort, if the template knows one.
 fn take_reasoning(
     fields: &mut Fields,
@@ -206,70 +233,4 @@ fn take_reasoning(
     reasoning.refuse(&[("summary", never), ("generate_summary", never)])?;
     reasoning.finish()?;
     Ok(effort)
-}
-
-/// `input`: a text, or what was said so far.
-fn input(input: Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
-    match input {
-        Value::String(text) => messages.push(json!({"role": "user", "content": text})),
-        Value::Array(_) => {
-            let items = Vec::<Fields>::from_json(input, "input")?;
-            if items.is_empty() {
-                return Err(ApiError::invalid("input", "must not be empty"));
-            }
-            for item in items {
-                messages.push(message(item)?);
-            }
-        }
-        other => return Err(ApiError::wrong_type("input", "a string or a list of items", kind(&other))),
-    }
-    Ok(())
-}
-
-fn message(mut item: Fields) -> Result<Value, ApiError> {
-    if item.take::<String>("type")?.is_some_and(|kind| kind != "message") {
-        let reason = "must be \"message\": there are no other items without tools";
-        return Err(ApiError::invalid(&item.path("type"), reason));
-    }
-    let role: String = item.require("role")?;
-    let template_role = match role.as_str() {
-        "developer" => "system",
-        "system" | "user" | "assistant" => role.as_str(),
-        _ => {
-            let reason = "must be one of system, developer, user and assistant";
-            return Err(ApiError::invalid(&item.path("role"), reason));
-        }
-    };
-    let at = item.path("content");
-    let content = match item.require::<Value>("content")? {
-        Value::String(text) => text,
-        parts @ Value::Array(_) => {
-            let parts = Vec::<Fields>::from_json(parts, &at)?;
-            parts.into_iter().map(part).collect::<Result<Vec<_>, _>>()?.join("\n")
-        }
-        other => return Err(ApiError::wrong_type(&at, "a string or a list of text parts", kind(&other))),
-    };
-    // What clients repeat of earlier answers.
-    item.take::<String>("id")?;
-    item.take::<String>("status")?;
-    item.finish()?;
-    Ok(json!({"role": template_role, "content": content}))
-}
-
-fn part(mut part: Fields) -> Result<String, ApiError> {
-    let kind: String = part.require("type")?;
-    match kind.as_str() {
-        "input_text" | "text" => {}
-        "output_text" => {
-            part.take::<Vec<Value>>("logprobs")?;
-            part.refuse(&[("annotations", is_empty)])?;
-        }
-        _ => {
-            let reason = "must be \"input_text\" or \"output_text\": the model takes nothing else";
-            return Err(ApiError::invalid(&part.path("type"), reason));
-        }
-    }
-    let text = part.require("text")?;
-    part.finish()?;
-    Ok(text)
 }

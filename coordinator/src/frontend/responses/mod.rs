@@ -2,6 +2,7 @@
 
 mod answer;
 mod ask;
+mod items;
 
 use std::sync::Arc;
 
@@ -52,9 +53,8 @@ fn error_event(error: &ApiError, sequence_number: u64) -> Value {
 /// The endpoint.
 async fn create(asked: Asked) -> Result<Response, ApiError> {
     let prepare = |state: &FrontendState, fields: Fields, call: Call| {
-        let ask = ResponseAsk::parse(fields, state)?;
-        let text = Prompt::Text(state.render(&ask.rendering)?);
-        let prompt = state.encode(&text, SpecialTokens::Leave, "input")?;
+        let ask = ResponseAsk::parse(fields, state, &call.name)?;
+        let prompt = state.encode(&Prompt::Text(ask.text), SpecialTokens::Leave, "input")?;
         let request =
             ask.params.request(format!("resp_{}", call.name), "input", prompt, &state.model, call.deadline)?;
         let wants_scores = ask.params.wants_scores();
@@ -62,6 +62,7 @@ async fn create(asked: Asked) -> Result<Response, ApiError> {
             name: call.name,
             created_at: unix_seconds(),
             model: Arc::clone(&state.model),
+            reading: ask.reading,
             echo: ask.echo,
             wants_scores,
         };

@@ -174,6 +174,15 @@ impl Server {
         Self::with(move |request| Ok(reply(&tokenizer, request, text, &Finish::EndOfSequence)))
     }
 
+    /// The same with another chat template, and a context that tools fit in.
+    pub fn with_template(self, template: &str) -> Self {
+        let mut model = ServedModel::clone(&self.state.model);
+        let template = ChatTemplate::new(template, self.tokenizer.special_tokens()).unwrap();
+        (model.chat_template, model.max_model_len) = (Some(Arc::new(template)), 1 << 16);
+        let state = FrontendState { model: Arc::new(model), ..self.state };
+        Self { router: http_router(state.clone()), state, ..self }
+    }
+
     /// The same behind a door that these keys open.
     pub fn with_keys(self, records: Vec<KeyRecord>) -> (Self, Arc<Security>) {
         let security = Security::with_keys(records);

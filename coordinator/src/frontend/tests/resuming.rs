@@ -7,10 +7,10 @@ use super::fake::{Server, post};
 
 /// An event: its id, and what is in it.
 #[derive(Debug, Clone, PartialEq)]
-struct Event {
-    id: String,
+pub(super) struct Event {
+    pub id: String,
     name: String,
-    said: Value,
+    pub said: Value,
 }
 
 fn events(body: &str) -> Vec<Event> {
@@ -29,7 +29,7 @@ fn events(body: &str) -> Vec<Event> {
     body.split_terminator("\n\n").map(event).collect()
 }
 
-async fn read(
+pub(super) async fn read(
     server: &Server,
     path: &str,
     body: &Value,

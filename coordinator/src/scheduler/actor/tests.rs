@@ -23,7 +23,7 @@ impl Detokenize for Crosses {
 }
 
 impl Detokenizers for Crosses {
-    fn detokenizer(&self, _: bool) -> Box<dyn Detokenize> {
+    fn detokenizer(&self, _: bool, _: &[TokenId]) -> Box<dyn Detokenize> {
         Box::new(Crosses)
     }
 }
