@@ -1,4 +1,4 @@
-//! Stock clients: openai, anthropic, ollama, huggingface_hub and grpcio from the package index, in a virtual environment of
+//! Stock clients: openai, langchain-openai, anthropic, ollama, huggingface_hub and grpcio from the package index, in a virtual environment of
 //! their own. They ask the same and hear the same, whole and streamed, whichever API they speak.
 
 use std::{
@@ -158,6 +158,16 @@ async fn stock_clients_are_served() {
     println!("{checked}");
     assert_eq!(checked["wrong"], serde_json::json!([]));
     assert!(checked["complete"].as_u64() >= Some(10), "{checked}");
+
+    let langchain = script(&python, "langchain_client.py", &[&cluster.http]);
+    println!("{langchain}");
+    assert_eq!(langchain["whole"], openai["whole"], "the same prompt through another client");
+    assert_eq!(langchain["whole"], langchain["streamed"]);
+    assert_eq!(langchain["usage"], langchain["streamed_usage"]);
+    assert_eq!(langchain["batch"][0], langchain["whole"]);
+    assert!(langchain["completion"].as_str().is_some_and(|t| t.starts_with(" Paris")));
+    assert!(langchain["person"]["name"].is_string() && langchain["person"]["age"].as_u64() <= Some(120));
+    assert_eq!(langchain["calls"], serde_json::json!([["note", ["age", "name"]]]));
 
     let address = cluster.grpc.trim_start_matches("http://");
     let grpc = script(&python, "grpc_client.py", &[address]);
