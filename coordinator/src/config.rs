@@ -4,8 +4,10 @@
 //! Flags come before `PHALANX_*` variables, those before the file, the file before defaults.
 
 mod choices;
+mod error;
 mod files;
 mod flags;
+mod gathered;
 mod guard;
 mod join_token;
 mod security;
@@ -13,24 +15,24 @@ mod security;
 mod tests;
 
 use std::{
-    fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use clap::error::ErrorKind;
 use phalanx_cluster::{
     byte_size::ByteSize,
     error_text::with_causes,
     source::DEFAULT_MODEL,
     store::{self, TlsFiles},
-    tls::{ClusterTls, ClusterTlsError},
+    tls::ClusterTls,
 };
 use phalanx_proto::dial::Dialer;
 
+use self::error::{within, wrong};
 pub use self::{
     choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
+    error::ConfigError,
     flags::Flags,
     join_token::JoinToken,
 };
@@ -39,7 +41,7 @@ use crate::{
     batches::FilesConfig,
     frontend::tools::Parsers,
     security::{SecurityConfig, tls::SslFiles},
-    trace::destination::{Destination, DestinationError, Variables},
+    trace::destination::{Destination, Variables},
 };
 
 /// What the process runs with.
@@ -145,65 +147,6 @@ pub struct Config {
     pub otlp_sample_ratio: f64,
 }
 
-/// Why the process does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// Help or version was asked for, or the command line or a variable can't be parsed.
-    #[error(transparent)]
-    CommandLine(#[from] clap::Error),
-    /// The file, or a key of it.
-    #[error("configuration: {0}")]
-    Merge(Box<figment::Error>),
-    /// A variable that looks like ours but is none.
-    #[error("environment variable {name}: no such option{hint}")]
-    UnknownVariable {
-        /// Its name.
-        name: String,
-        /// What may have been meant.
-        hint: String,
-    },
-    /// A collector of traces.
-    #[error(transparent)]
-    Traces(#[from] DestinationError),
-    /// A value, alone or beside another.
-    #[error("--{option} {value}: {reason}")]
-    Value {
-        /// Name of the flag.
-        option: &'static str,
-        /// As given.
-        value: String,
-        /// What is wrong, and what would do.
-        reason: String,
-    },
-}
-
-impl From<ClusterTlsError> for ConfigError {
-    fn from(ClusterTlsError { option, value, reason }: ClusterTlsError) -> Self {
-        Self::Value { option, value, reason }
-    }
-}
-
-impl ConfigError {
-    /// Prints the error, or the help that was asked for. Returns the process's exit code: 0 for help, 2 for errors.
-    pub fn report(&self) -> u8 {
-        match self {
-            Self::CommandLine(error) => {
-                // Nothing can be done where the terminal is gone.
-                let _gone = error.print();
-                if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) { 0 } else { 2 }
-            }
-            error => {
-                eprintln!("coordinator: {error}");
-                2
-            }
-        }
-    }
-}
-
-fn wrong(option: &'static str, value: impl fmt::Display, reason: impl Into<String>) -> ConfigError {
-    ConfigError::Value { option, value: value.to_string(), reason: reason.into() }
-}
-
 /// What `resolve` needs to know of the machine.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -234,15 +177,6 @@ impl Machine {
                 .filter(|(name, _)| name.starts_with("OTEL_"))
                 .collect(),
         }
-    }
-}
-
-/// Checks that a number is within limits.
-fn within(option: &'static str, value: u32, least: u32, most: u32) -> Result<u32, ConfigError> {
-    if (least..=most).contains(&value) {
-        Ok(value)
-    } else {
-        Err(wrong(option, value, format!("want {least} to {most}")))
     }
 }
 

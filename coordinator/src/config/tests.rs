@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, ffi::OsString};
 
 use clap::CommandFactory;
 
-use super::{flags::check_variables, *};
+use super::{gathered::check_variables, *};
 
 fn machine() -> Machine {
     Machine { cores: 8, state_home: Some("/home/me/state".into()), store_credentials: None, otel: BTreeMap::new() }
