@@ -6,11 +6,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use ureq::http::{Response, StatusCode, header};
-use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use super::lock::{hash, remove};
 use super::{SourceError, SourceOptions};
+use crate::web;
 
 /// Longer lists of files are not read.
 const LONGEST_DOCUMENT_BYTES: u64 = 64 << 20;
@@ -44,10 +44,7 @@ enum Failure {
 
 impl Downloader {
     pub(super) fn new(options: &SourceOptions) -> Self {
-        // ureq takes the ring provider; its own default is a list of roots that was compiled in.
-        let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
-        let agent = Agent::config_builder()
-            .tls_config(tls)
+        let agent = web::agent()
             .http_status_as_error(false)
             // A compressed body could not be resumed.
             .accept_encoding("identity")

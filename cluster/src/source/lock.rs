@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::SourceError;
+use crate::hex::hex;
 
 /// Held while a file is fetched; let go when dropped, and by the system when the process dies.
 pub(super) struct FetchLock {
@@ -105,11 +106,6 @@ pub(super) fn hash(path: &Path) -> Result<String, SourceError> {
             n => hasher.update(&buffer[..n]),
         }
     }
-}
-
-/// Hexadecimal digits, lower case.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Removes a file; that it is gone already is as good.

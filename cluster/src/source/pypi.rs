@@ -8,8 +8,9 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::download::{Downloader, Remote};
-use super::lock::{FetchLock, beside, finish, hex, is_finished, remove};
+use super::lock::{FetchLock, beside, finish, is_finished, remove};
 use super::{Progress, ResolvedModel, Source, SourceError, SourceOptions};
+use crate::hex::hex;
 
 /// The index's JSON form (PEP 691).
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json";

@@ -22,7 +22,7 @@ fn options(cache: &Path, stub: &Stub) -> SourceOptions {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    lock::hex(&Sha256::digest(bytes))
+    crate::hex::hex(&Sha256::digest(bytes))
 }
 
 /// Bytes that cannot be compressed: so many in the file are so many on the wire.

@@ -8,7 +8,7 @@ use axum::{
 };
 use futures::{FutureExt, future::BoxFuture};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, header};
-use phalanx_cluster::error_text::with_causes;
+use phalanx_cluster::{error_text::with_causes, web};
 use serde_json::Value;
 use tower::ServiceExt;
 
@@ -111,11 +111,10 @@ impl There {
     pub fn new(url: &str, key: Option<&str>) -> Self {
         let url = url.trim_end_matches('/');
         let url = url.strip_suffix("/v1").unwrap_or(url).to_owned();
-        let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
-        let config = ureq::Agent::config_builder().http_status_as_error(false).tls_config(tls);
+        let config = web::agent().http_status_as_error(false);
         let config = config.timeout_connect(Some(CONNECT_LIMIT)).timeout_global(Some(ANSWER_LIMIT));
         let authorization = key.map(|key| format!("Bearer {key}"));
-        Self { agent: config.build().into(), url, authorization }
+        Self { agent: config.build().new_agent(), url, authorization }
     }
 }
 

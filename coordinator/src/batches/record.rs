@@ -195,7 +195,7 @@ impl Batch {
     }
 
     /// Goes on to a status, at that time.
-    pub fn become_(&mut self, status: Status, now: u64) {
+    pub fn move_to(&mut self, status: Status, now: u64) {
         let at = match status {
             Status::Validating => None,
             Status::Failed => Some(&mut self.failed_at),
@@ -217,17 +217,17 @@ impl Batch {
         let data = faults(looked, &self.endpoint);
         self.request_counts = Counts { total: looked.n_lines, ..Counts::default() };
         if data.is_empty() {
-            return self.become_(Status::InProgress, now);
+            return self.move_to(Status::InProgress, now);
         }
         self.errors = Some(Errors { object: "list".to_owned(), data });
-        self.become_(Status::Failed, now);
+        self.move_to(Status::Failed, now);
     }
 
     /// Its file could not be read.
     pub fn fail(&mut self, code: &str, message: String, now: u64) {
         let data = vec![LineError { code: code.to_owned(), message, param: None, line: None }];
         self.errors = Some(Errors { object: "list".to_owned(), data });
-        self.become_(Status::Failed, now);
+        self.move_to(Status::Failed, now);
     }
 }
 

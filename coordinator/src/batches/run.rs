@@ -139,7 +139,7 @@ async fn work(shared: &Arc<Shared>, stored: &Stored) -> Result<(), Unfinished> {
             stored.batch.request_counts = counts;
             // It may have been cancelled in the last moment.
             if is_over && stored.batch.status == Status::InProgress {
-                stored.batch.become_(Status::Finalizing, unix_seconds());
+                stored.batch.move_to(Status::Finalizing, unix_seconds());
             }
         })?)
     })
@@ -201,7 +201,7 @@ async fn conclude(shared: &Arc<Shared>, stored: Stored, end: Status) -> Result<(
         shared.update(&stored.batch.id, |stored| {
             (stored.batch.output_file_id, stored.batch.error_file_id) = (output, error);
             stored.batch.request_counts = counts;
-            stored.batch.become_(end, now);
+            stored.batch.move_to(end, now);
         })?;
         count_end(end);
         let (id, Counts { total, completed, failed }) = (&stored.batch.id, counts);

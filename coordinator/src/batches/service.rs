@@ -400,7 +400,7 @@ impl Shared {
         let stored = self.update(id, |stored| {
             // It may have gone on since.
             if matches!(stored.batch.status, Status::Validating | Status::InProgress) {
-                stored.batch.become_(Status::Cancelling, now);
+                stored.batch.move_to(Status::Cancelling, now);
             }
         })?;
         if stored.batch.status != Status::Cancelling {

@@ -7,6 +7,7 @@ use axum::{
     extract::{Path, State},
 };
 use http::HeaderMap;
+use phalanx_cluster::hex::hex;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -58,7 +59,7 @@ pub async fn create(
         sha.update([0]);
         sha.update(key);
         let digest: [u8; 32] = sha.finalize().into();
-        digest[..16].iter().fold("batch_".to_owned(), |id, byte| format!("{id}{byte:02x}"))
+        format!("batch_{}", hex(&digest[..16]))
     });
     let file = new.input_file_id.clone();
     batches.create(owner, new).await.map(Json).map_err(about(&file))

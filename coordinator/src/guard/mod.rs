@@ -17,14 +17,13 @@ use std::{
 };
 
 use anyhow::Context;
+use phalanx_cluster::watched::Watched;
 use serde::{Deserialize, Serialize};
 
 use self::{
     pii::Kind,
     rules::{Pattern, Rules},
 };
-use phalanx_cluster::watched::Watched;
-
 use crate::metrics::{self as names, count_reload};
 
 /// What files of phrases are called in logs and metrics.

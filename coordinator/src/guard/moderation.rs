@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use phalanx_cluster::{hex::hex, web};
 use ring::hmac;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Semaphore, task::spawn_blocking, time::timeout};
@@ -113,19 +114,17 @@ impl Moderation {
             }
             Ok(hmac::Key::new(hmac::HMAC_SHA256, secret))
         });
-        let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
-        let agent = ureq::Agent::config_builder()
+        let agent = web::agent()
             .timeout_global(Some(config.limit))
             .max_redirects(0)
             .max_idle_connections_per_host(MOST_QUESTIONS)
-            .tls_config(tls)
             .build();
         Ok(Arc::new(Self {
             url: config.url.clone(),
             limit: config.limit,
             on_error: config.on_error,
             secret: secret.transpose()?,
-            agent: agent.into(),
+            agent: agent.new_agent(),
             places: Semaphore::new(MOST_QUESTIONS),
         }))
     }
@@ -196,7 +195,7 @@ fn sign(secret: &hmac::Key, now: &str, body: &[u8]) -> String {
     signing.update(now.as_bytes());
     signing.update(b".");
     signing.update(body);
-    signing.sign().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(signing.sign().as_ref())
 }
 
 fn harmless(reason: Option<String>) -> String {
@@ -211,7 +210,7 @@ mod tests {
     fn time_and_body_are_signed_together() {
         let secret = hmac::Key::new(hmac::HMAC_SHA256, b"Jefe");
         let plain = hmac::sign(&secret, b"1.{}");
-        let hex: String = plain.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = hex(plain.as_ref());
         assert_eq!(sign(&secret, "1", b"{}"), hex);
         assert_eq!(hex.len(), 64);
     }

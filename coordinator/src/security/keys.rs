@@ -7,6 +7,7 @@ use std::{
 
 use http::{HeaderMap, header};
 use jiff::Timestamp;
+use phalanx_cluster::hex::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -69,7 +70,7 @@ impl KeyHash {
 
 impl fmt::Display for KeyHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&hex(&self.0))
     }
 }
 
@@ -89,7 +90,7 @@ pub fn new_key() -> std::io::Result<String> {
     while filled < KEY_BYTES {
         filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
     }
-    Ok(bytes.iter().fold(PREFIX.to_owned(), |key, byte| format!("{key}{byte:02x}")))
+    Ok(format!("{PREFIX}{}", hex(&bytes)))
 }
 
 /// A key before anybody has shown it.

@@ -2,6 +2,7 @@
 
 use std::{fs, io};
 
+use phalanx_cluster::{error_text::with_causes, web};
 use prost::Message;
 use tokio::runtime::Runtime;
 use tonic::{
@@ -59,7 +60,8 @@ struct OverHttp {
 
 impl OverHttp {
     fn new(destination: &Destination, authorities: Option<&[u8]>) -> Self {
-        let roots = match authorities {
+        let config = web::agent().timeout_global(Some(destination.limit));
+        let config = match authorities {
             Some(pem) => {
                 let all: Vec<_> = ureq::tls::parse_pem(pem)
                     .filter_map(|item| match item {
@@ -67,13 +69,12 @@ impl OverHttp {
                         _ => None,
                     })
                     .collect();
-                ureq::tls::RootCerts::new_with_certs(&all)
+                let roots = ureq::tls::RootCerts::new_with_certs(&all);
+                config.tls_config(ureq::tls::TlsConfig::builder().root_certs(roots).build())
             }
-            None => ureq::tls::RootCerts::PlatformVerifier,
+            None => config,
         };
-        let tls = ureq::tls::TlsConfig::builder().root_certs(roots).build();
-        let config = ureq::Agent::config_builder().timeout_global(Some(destination.limit)).tls_config(tls);
-        Self { agent: config.build().into(), destination: destination.clone() }
+        Self { agent: config.build().new_agent(), destination: destination.clone() }
     }
 }
 
@@ -145,19 +146,14 @@ impl Carrier for OverGrpc {
         let limit = self.destination.limit;
         runtime.block_on(async move {
             let call = async {
-                client.ready().await.map_err(|e| with_cause(&e))?;
+                client.ready().await.map_err(|e| with_causes(&e))?;
                 let codec = ProstCodec::<Export, Accepted>::default();
                 let answer = client.unary(request, PathAndQuery::from_static(CALL), codec).await;
-                answer.map(tonic::Response::into_inner).map_err(|status| with_cause(&status))
+                answer.map(tonic::Response::into_inner).map_err(|status| with_causes(&status))
             };
             tokio::time::timeout(limit, call).await.map_err(|_| format!("no answer within {limit:?}"))?
         })
     }
-}
-
-/// An error with what caused it, which says more.
-fn with_cause(error: &dyn std::error::Error) -> String {
-    phalanx_cluster::error_text::with_causes(error)
 }
 
 #[cfg(test)]

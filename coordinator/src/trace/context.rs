@@ -1,5 +1,7 @@
 //! Who a span is, as W3C Trace Context has it.
 
+use phalanx_cluster::hex::hex;
+
 /// Identity of a span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SpanContext {
@@ -16,13 +18,13 @@ impl SpanContext {
     pub fn parse(header: &str) -> Option<Self> {
         let mut fields = header.trim().split('-');
         let (version, trace, span, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-        let [version] = hex(version)?;
+        let [version] = from_hex(version)?;
         // Later versions may have more fields; 255 is none.
         if version == 255 || (version == 0 && fields.next().is_some()) {
             return None;
         }
-        let (trace, span): ([u8; 16], [u8; 8]) = (hex(trace)?, hex(span)?);
-        let [flags] = hex(flags)?;
+        let (trace, span): ([u8; 16], [u8; 8]) = (from_hex(trace)?, from_hex(span)?);
+        let [flags] = from_hex(flags)?;
         let is_nobody = trace == [0; 16] || span == [0; 8];
         (!is_nobody).then_some(Self { trace, span, is_sampled: flags & 1 == 1 })
     }
@@ -42,7 +44,7 @@ impl SpanContext {
 
     /// The trace's id as logs and collectors show it.
     pub fn trace_id(&self) -> String {
-        self.trace.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.trace)
     }
 }
 
@@ -55,7 +57,7 @@ fn new_span() -> [u8; 8] {
 }
 
 /// Bytes from lower-case digits, of exactly that many.
-fn hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let digits = text.as_bytes();
     if digits.len() != 2 * N || !digits.iter().all(|d| matches!(d, b'0'..=b'9' | b'a'..=b'f')) {
         return None;

@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use self::header::Header;
 pub use self::value::{Array, Value};
 use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile, update_with_samples};
-use crate::{checkpoint::hex, model_config::ModelConfig, tokenizer::GgufTokenizer};
+use crate::{hex::hex, model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// Files that begin with `GGUF`.
 pub struct GgufFormat;

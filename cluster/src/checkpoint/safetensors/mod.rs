@@ -14,8 +14,8 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use self::header::Entry;
-use super::{Checkpoint, CheckpointError, Format, TensorInfo, hex, map::MappedFile, update_with_samples};
-use crate::model_config::ModelConfig;
+use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile, update_with_samples};
+use crate::{hex::hex, model_config::ModelConfig};
 
 const CONFIG: &str = "config.json";
 const WHOLE: &str = "model.safetensors";

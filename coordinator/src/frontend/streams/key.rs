@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
+use phalanx_cluster::hex::hex;
 use sha2::{Digest, Sha256};
 
 use super::position::Position;
@@ -80,7 +81,7 @@ impl Keyed {
     /// A part of answers' names: every coordinator gives the same to the same request.
     pub fn name(&self) -> String {
         let digest = self.digest("name");
-        digest[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&digest[..16])
     }
 
     /// Seed of a request that brings none: every coordinator draws the same.

@@ -1,7 +1,6 @@
 //! From a choice's text to what an answer says of it.
 
-use std::fmt::Write as _;
-
+use phalanx_cluster::hex::hex;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -212,11 +211,7 @@ impl CallIds {
     fn of(&self, index: usize) -> String {
         let digest = Sha256::digest(format!("{}\n{}\n{index}", self.request, self.choice));
         match self.form {
-            Ids::Long => digest.iter().take(12).fold("call_".to_owned(), |mut id, byte| {
-                // Writing to a string does not fail.
-                let _ = write!(id, "{byte:02x}");
-                id
-            }),
+            Ids::Long => format!("call_{}", hex(&digest[..12])),
             Ids::NineLetters => {
                 const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
                 digest.iter().take(9).map(|byte| char::from(LETTERS[usize::from(byte % 32)])).collect()

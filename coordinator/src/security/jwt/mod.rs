@@ -6,6 +6,7 @@ mod source;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use phalanx_cluster::hex::hex;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -143,7 +144,7 @@ fn name(subject: &str) -> String {
         return format!("{NAMED}{subject}");
     }
     let digest: [u8; 32] = Sha256::digest(subject.as_bytes()).into();
-    digest[..16].iter().fold(format!("{NAMED}sha256:"), |name, byte| format!("{name}{byte:02x}"))
+    format!("{NAMED}sha256:{}", hex(&digest[..16]))
 }
 
 fn base64url(text: &str) -> Option<Vec<u8>> {

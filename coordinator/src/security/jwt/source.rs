@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::Context;
-use phalanx_cluster::watched::Watched;
+use phalanx_cluster::{watched::Watched, web};
 
 use super::jwks::KeySet;
 use crate::metrics::{self as names, count_reload};
@@ -95,8 +95,7 @@ fn is_address(source: &str) -> bool {
 }
 
 fn fetch(url: &str) -> Result<Vec<u8>, String> {
-    let tls = ureq::tls::TlsConfig::builder().root_certs(ureq::tls::RootCerts::PlatformVerifier).build();
-    let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(LIMIT)).tls_config(tls).build().into();
+    let agent = web::agent().timeout_global(Some(LIMIT)).build().new_agent();
     let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
     answer.body_mut().with_config().limit(MOST_BYTES).read_to_vec().map_err(|e| e.to_string())
 }
