@@ -18,16 +18,32 @@ pub struct Fields {
     /// Where the object stands, such as `messages[2]`; empty for the body itself.
     at: String,
     map: Map<String, Value>,
+    /// Names that were asked for and have a meaning.
+    #[cfg(test)]
+    read: std::collections::BTreeSet<String>,
 }
+
+/// A body with this field is refused with the names of all fields that were read: tests compare them with what is documented.
+#[cfg(test)]
+pub const TELL: &str = "tell which fields are read";
 
 impl Fields {
     /// The object in a body. Nesting deeper than 128 levels is an error, not a stack overflow: the parser counts. So are
     /// more than a million values.
     pub fn of_body(body: &[u8]) -> Result<Self, ApiError> {
         match bounded::parse(body) {
-            Ok(Value::Object(map)) => Ok(Self { at: String::new(), map }),
+            Ok(Value::Object(map)) => Ok(Self::new(String::new(), map)),
             Ok(other) => Err(ApiError::not_json(format!("it is {}", kind(&other)))),
             Err(error) => Err(ApiError::not_json(error)),
+        }
+    }
+
+    fn new(at: String, map: Map<String, Value>) -> Self {
+        Self {
+            at,
+            map,
+            #[cfg(test)]
+            read: std::collections::BTreeSet::new(),
         }
     }
 
@@ -38,6 +54,8 @@ impl Fields {
 
     /// Takes a field of a type; `None` if it is absent or null.
     pub fn take<T: FromJson>(&mut self, name: &str) -> Result<Option<T>, ApiError> {
+        #[cfg(test)]
+        self.read.insert(name.to_owned());
         match self.map.remove(name) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => T::from_json(value, &self.path(name)).map(Some),
@@ -60,12 +78,19 @@ impl Fields {
             if self.take::<Value>(name)?.is_some_and(|value| !is_neutral(&value)) {
                 return Err(ApiError::unsupported(&self.path(name)));
             }
+            #[cfg(test)]
+            self.read.remove(*name);
         }
         Ok(())
     }
 
     /// An error if a field is left that nobody took.
     pub fn finish(self) -> Result<(), ApiError> {
+        #[cfg(test)]
+        if self.map.contains_key(TELL) {
+            let names = self.read.into_iter().collect::<Vec<_>>().join(",");
+            return Err(ApiError::invalid(TELL, format!("<{names}>")));
+        }
         match self.map.iter().find(|(_, value)| !value.is_null()) {
             Some((name, _)) => Err(ApiError::unknown_field(&self.path(name))),
             None => Ok(()),
@@ -126,7 +151,7 @@ impl FromJson for Integer {
 impl FromJson for Fields {
     fn from_json(value: Value, at: &str) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => Ok(Self { at: at.to_owned(), map }),
+            Value::Object(map) => Ok(Self::new(at.to_owned(), map)),
             other => Err(ApiError::wrong_type(at, "an object", kind(&other))),
         }
     }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     admin::{self, http::AdminHttp, testing::FakeControl},
-    frontend::{http_router, tests::fake::Server},
+    frontend::{fields::TELL, http_router, tests::fake::Server},
     security::{
         Security,
         keys::{KeyHash, KeyRecord, Role},
@@ -205,6 +205,28 @@ async fn examples_are_answered_and_described_fields_are_known() {
         assert!(server.post(path, &unknown).await.body.contains("no_such_field"), "{path}");
     }
     assert!(n_fields > 150, "{n_fields}");
+}
+
+#[tokio::test]
+async fn fields_that_are_read_are_described() {
+    let server = Server::saying(" Paris");
+    let mut missing = Vec::new();
+    let mut n_read = 0;
+    for (path, _, operation) in operations(&DOCUMENT) {
+        let Some(mut asked) = example(operation).filter(|_| operation["tags"] != json!(["Batches"])) else { continue };
+        asked[TELL] = 1.into();
+        let answer = server.post(path, &asked).await.body;
+        // Those of the administration are no `Fields`.
+        let Some((_, told)) = answer.split_once('<') else { continue };
+        let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+        let described: BTreeSet<&str> = fields(&DOCUMENT, schema).iter().map(|field| field.name).collect();
+        let read = told.split('>').next().unwrap().split(',');
+        for name in read.inspect(|_| n_read += 1).filter(|name| !described.contains(name)) {
+            missing.push(format!("{path}: {name}"));
+        }
+    }
+    assert!(n_read > 150, "{n_read}");
+    assert!(missing.is_empty(), "read, and described nowhere: {missing:#?}");
 }
 
 #[tokio::test]
