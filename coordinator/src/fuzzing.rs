@@ -22,7 +22,17 @@ use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
 use crate::{
-    frontend::{FrontendState, family::FAMILIES, forward, http_router, prometheus, sse::Payload},
+    frontend::{
+        FrontendState,
+        family::FAMILIES,
+        forward, http_router, prometheus,
+        sse::Payload,
+        tools::{
+            FORMATS,
+            reader::{Reading, Told},
+            thoughts::{Start, THOUGHTS},
+        },
+    },
     grammars::Grammars,
     guard::{Action, DENIED, Guard, denylist, pii, rules::Rules, transducer::Transducer},
     model_facts::ModelFacts,
@@ -189,6 +199,34 @@ pub fn guarded(bytes: &[u8]) {
     assert_eq!((said + &rest.text, [found, rest.found].concat()), (whole.text, whole.found));
 }
 
+/// What a model has written is read alike however it is cut: text, thoughts and calls. Bytes: the format of calls, that of
+/// thoughts, how it is cut, then the text.
+pub fn calls(bytes: &[u8]) {
+    let [format, thoughts, cut, text @ ..] = bytes else { return };
+    let start = [Start::Open, Start::Inside, Start::Behind][usize::from(thoughts / 64) % 3];
+    let reading = Reading {
+        format: FORMATS.get(usize::from(*format) % (FORMATS.len() + 1)).copied(),
+        names: ["f", "get_weather"].into_iter().collect(),
+        thoughts: THOUGHTS.get(usize::from(thoughts % 64) % (THOUGHTS.len() + 1)).map(|form| (*form, start)),
+        ..Reading::plain()
+    };
+    let letters: Vec<char> = String::from_utf8_lossy(text).chars().collect();
+    let read = |n_letters: usize| {
+        let mut reader = reading.reader(0);
+        let mut told = Told::default();
+        for piece in letters.chunks(n_letters) {
+            told.add(reader.push(&piece.iter().collect::<String>(), 0));
+        }
+        told.add(reader.finish());
+        told
+    };
+    let whole = read(letters.len().max(1));
+    assert_eq!(read(usize::from(*cut).max(1)), whole);
+    for call in &whole.calls {
+        assert!(["f", "get_weather"].contains(&call.name.as_str()), "{call:?}");
+    }
+}
+
 /// A schema is compiled or refused, within bounds.
 pub fn schema(bytes: &[u8]) {
     static COMPILER: OnceLock<Compiler> = OnceLock::new();
@@ -280,6 +318,44 @@ mod tests {
         "x",
     ];
 
+    /// What models write, in parts.
+    const OUTPUTS: &[&str] = &[
+        "<tool_call>",
+        "</tool_call>",
+        "<|tool_call|>",
+        "<think>",
+        "</think>",
+        "[THINK]",
+        "[/THINK]",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        "<|channel|>analysis<|message|>",
+        "<|channel|>commentary to=functions.f<|message|>",
+        "<|call|>",
+        "<|end|>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁calls▁end｜>",
+        "{\"name\": \"f\", \"arguments\": ",
+        "{\"name\": \"get_weather\", \"parameters\": ",
+        "{\"a\": [1, \"é\"]}",
+        "{}",
+        "}",
+        "[",
+        "]",
+        "f(a=1, b='x')",
+        "get_weather(",
+        ")",
+        ", ",
+        "; ",
+        "\n",
+        "Text.",
+        "f",
+    ];
+
     fn value() -> impl Strategy<Value = Value> {
         let text = prop_oneof![
             Just("tiny".to_owned()),
@@ -348,6 +424,14 @@ mod tests {
         }
 
         #[test]
+        fn outputs_are_read_alike(
+            format: u8, thoughts: u8, cut in 0..9_u8,
+            parts in prop::collection::vec(prop::sample::select(OUTPUTS), 0..12), noise in "[{}a\"<>|:, \\[\\]]{0,12}",
+        ) {
+            calls(&[&[format, thoughts, cut], parts.concat().as_bytes(), noise.as_bytes()].concat());
+        }
+
+        #[test]
         fn schemas_are_compiled_or_refused(schema in value()) {
             super::schema(schema.to_string().as_bytes());
         }
@@ -358,8 +442,13 @@ mod tests {
     fn seeds_do_no_harm() {
         let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/seeds"));
         type Target = fn(&[u8]);
-        let targets: [(&str, Target); 4] =
-            [("request", request), ("events", events), ("guarded", guarded), ("schema", super::schema)];
+        let targets: [(&str, Target); 5] = [
+            ("request", request),
+            ("events", events),
+            ("guarded", guarded),
+            ("calls", calls),
+            ("schema", super::schema),
+        ];
         for (name, target) in targets {
             let files = std::fs::read_dir(folder.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
             let mut n_seeds = 0;
