@@ -235,7 +235,7 @@ fn options_are_those_of_the_programs() {
     let mut shard = options("shard/src/config/flags.rs");
     // Of its log, which has no option.
     shard.variables.insert("PHALANX_LOG".to_owned());
-    let source = read("coordinator/src/config/flags.rs");
+    let source = read("coordinator/src/config/gathered.rs");
     let (_, others) = source.split_once("OTHER_VARIABLES").expect("the list of variables that are no options");
     coordinator.variables.extend(variables(others.split(';').next().unwrap_or_default()));
     assert!(coordinator.flags.contains("tensor-parallel-size") && shard.flags.contains("leave-timeout"));
