@@ -1,7 +1,8 @@
 //! Frequencies of the rotary embedding, scaling applied.
 //!
 //! Formulas are those of Hugging Face's `modeling_rope_utils`, so that its checkpoints give its numbers. They are
-//! evaluated in f64 and rounded to f32 once.
+//! evaluated in f64 and rounded to f32 once. Powers and logarithms are `libm`'s: those of C libraries differ, and with
+//! them the bits of every answer would.
 
 use std::f64::consts::TAU;
 
@@ -10,7 +11,7 @@ use crate::model_config::{RopeConfig, RopeScaling};
 impl RopeConfig {
     /// Radians per position of each pair, `[dims / 2]`, and the factor on cosine and sine.
     pub fn frequencies(&self) -> (Vec<f32>, f32) {
-        let plain = (0..self.dims / 2).map(|i| self.theta.powf(-2.0 * i as f64 / self.dims as f64));
+        let plain = (0..self.dims / 2).map(|i| libm::pow(self.theta, -2.0 * i as f64 / self.dims as f64));
         let mut magnitude = 1.0;
         let scaled: Vec<f64> = match &self.scaling {
             RopeScaling::None => plain.collect(),
@@ -28,8 +29,9 @@ impl RopeConfig {
             RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, truncate } => {
                 magnitude = attention_factor.unwrap_or_else(|| yarn_magnitude(*factor, 1.0));
                 // The dimension whose pair turns that often over the original context.
-                let dim_of =
-                    |turns: f64| self.dims as f64 * (original_context / (turns * TAU)).ln() / (2.0 * self.theta.ln());
+                let dim_of = |turns: f64| {
+                    self.dims as f64 * libm::log(original_context / (turns * TAU)) / (2.0 * libm::log(self.theta))
+                };
                 let (mut low, mut high) = (dim_of(*beta_fast), dim_of(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -52,7 +54,7 @@ impl RopeConfig {
 
 /// YaRN's factor on cosine and sine for a stretch, with DeepSeek's multiplier `mscale` (1 elsewhere).
 pub(crate) fn yarn_magnitude(factor: f64, mscale: f64) -> f64 {
-    if factor > 1.0 { 0.1 * mscale * factor.ln() + 1.0 } else { 1.0 }
+    if factor > 1.0 { 0.1 * mscale * libm::log(factor) + 1.0 } else { 1.0 }
 }
 
 #[cfg(test)]

@@ -101,6 +101,7 @@ fn surface() -> &'static Surface {
             eos: tokenizer.eos_ids().to_vec(),
             created: 1_700_000_000,
             facts,
+            fingerprint: "0.1.0-abababababab".to_owned(),
         };
         let metrics = prometheus::recorder().expect("a good recorder").build_recorder().handle();
         // Grammars have a function of their own.

@@ -16,6 +16,11 @@ use phalanx_coordinator::{
     spawn::SHARD,
 };
 
+/// musl's own has one lock for all threads.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A word that, as the first argument, makes the program another one.
 struct Entry {
     name: &'static str,

@@ -14,7 +14,12 @@ use phalanx_cluster::{
     tokenizer::{Tokenizer, TokenizerError},
 };
 
-use crate::{config::Config, grammars::Grammars, model_facts::ModelFacts, served_model::ServedModel};
+use crate::{
+    config::{Config, Dtype},
+    grammars::Grammars,
+    model_facts::ModelFacts,
+    served_model::ServedModel,
+};
 
 /// A model that is ready to be served.
 pub struct OpenedModel {
@@ -108,6 +113,7 @@ pub fn open(config: &Config) -> Result<OpenedModel, ModelError> {
         chat_template: chat_template.map(Arc::new),
         created,
         facts: ModelFacts::of(&*checkpoint),
+        fingerprint: fingerprint(config, &*checkpoint),
     };
     let tokenizer = Arc::clone(&served.tokenizer);
     let grammars = match &config.tokenizer {
@@ -117,6 +123,15 @@ pub fn open(config: &Config) -> Result<OpenedModel, ModelError> {
     };
     let identity = checkpoint.identity().to_owned();
     Ok(OpenedModel { served, shape, identity, location, path: resolved.path, grammars: Arc::new(grammars) })
+}
+
+/// Shards have the coordinator's version, which decides the numerics: nothing of a machine does.
+fn fingerprint(config: &Config, checkpoint: &dyn Checkpoint) -> String {
+    let precision = match config.dtype {
+        Dtype::Auto => "",
+        Dtype::Float32 => "-float32",
+    };
+    format!("{}{precision}-{:.12}", env!("CARGO_PKG_VERSION"), checkpoint.identity())
 }
 
 /// Options that only the model can judge. Returns the longest sequence.

@@ -25,6 +25,8 @@ pub struct ServedModel {
     pub created: u64,
     /// What its checkpoint is.
     pub facts: ModelFacts,
+    /// What the numbers of answers depend on beside the request.
+    pub fingerprint: String,
 }
 
 impl ServedModel {

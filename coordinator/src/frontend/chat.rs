@@ -169,7 +169,7 @@ struct Completion<C, U> {
     object: &'static str,
     created: u64,
     model: String,
-    system_fingerprint: Option<String>,
+    system_fingerprint: String,
     choices: Vec<C>,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<U>,
@@ -279,7 +279,7 @@ impl Answer {
             object,
             created: self.created,
             model: self.model.name(),
-            system_fingerprint: None,
+            system_fingerprint: self.model.fingerprint.clone(),
             choices,
             usage,
             prompt_logprobs: None,

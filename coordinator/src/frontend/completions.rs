@@ -189,7 +189,7 @@ struct Completion<U> {
     object: &'static str,
     created: u64,
     model: String,
-    system_fingerprint: Option<String>,
+    system_fingerprint: String,
     choices: Vec<Choice>,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<U>,
@@ -217,7 +217,7 @@ impl Answer {
             object: "text_completion",
             created: self.created,
             model: self.model.name(),
-            system_fingerprint: None,
+            system_fingerprint: self.model.fingerprint.clone(),
             choices,
             usage,
         }

@@ -11,7 +11,7 @@
 //!   half to even and added as an integer, wrapping.
 //! - Norm, exponential, rotation: `generic/elementwise.rs`. Attention: `generic/attention.rs`.
 //! - Cosine and sine of a rotation: the angle is position * frequency in f32; its f64 cosine and sine are rounded to f32
-//!   and multiplied by the magnitude.
+//!   and multiplied by the magnitude. They are `libm`'s: the C library's are others with each library, version and CPU.
 //! - The KV cache is f16 (rounded half to even) in [`Precision::Auto`], f32 in [`Precision::Float32`]; a block is a multiple
 //!   of 16 positions.
 

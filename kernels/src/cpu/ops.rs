@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Number of these numerics: changes whenever a result, or a choice among results, changes in a bit.
-const NUMERICS: u32 = 2;
+const NUMERICS: u32 = 3;
 
 /// Elements of a task of an element-wise operation.
 const ELEMENTS_PER_TASK: usize = 16_384;

@@ -90,7 +90,7 @@ impl RopeTable {
         self.sin.clear();
         for &position in &step.positions {
             for &inv_freq in &self.spec.inv_freq {
-                let (sin, cos) = f64::from(position as f32 * inv_freq).sin_cos();
+                let (sin, cos) = libm::sincos(f64::from(position as f32 * inv_freq));
                 self.cos.push(cos as f32 * self.spec.magnitude);
                 self.sin.push(sin as f32 * self.spec.magnitude);
             }

@@ -45,14 +45,14 @@ pub fn add_fixed(x: f32, delta: i64) -> f32 {
 }
 
 /// Rotates the heads of one row by its position: pair (a, b) becomes (a cos - b sin, b cos + a sin), every product and
-/// sum rounded. The angle is position * frequency in f32; its f64 cosine and sine are rounded, then multiplied by the
-/// magnitude.
+/// sum rounded. The angle is position * frequency in f32; its f64 cosine and sine, as `libm` has them, are rounded, then
+/// multiplied by the magnitude.
 pub fn rope(x: &mut [f32], head_dim: usize, position: usize, spec: &RopeSpec) {
     let n_pairs = spec.inv_freq.len();
     for head in x.chunks_exact_mut(head_dim) {
         for (i, inv_freq) in spec.inv_freq.iter().enumerate() {
             let angle = f64::from(position as f32 * inv_freq);
-            let (cos, sin) = (angle.cos() as f32 * spec.magnitude, angle.sin() as f32 * spec.magnitude);
+            let (cos, sin) = (libm::cos(angle) as f32 * spec.magnitude, libm::sin(angle) as f32 * spec.magnitude);
             let (at_a, at_b) = match spec.style {
                 RopeStyle::Interleaved => (2 * i, 2 * i + 1),
                 RopeStyle::Half => (i, i + n_pairs),

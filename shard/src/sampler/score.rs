@@ -68,7 +68,7 @@ impl Normalizer {
             sums.iter_mut().zip(chunk).for_each(|(sum, odds)| *sum += f64::from(*odds));
         }
         sums.iter_mut().zip(chunks.remainder()).for_each(|(sum, odds)| *sum += f64::from(*odds));
-        Self { max, log_sum: f64::ln(sums.iter().sum()) }
+        Self { max, log_sum: libm::log(sums.iter().sum()) }
     }
 
     fn logprob(&self, logit: f32) -> f32 {

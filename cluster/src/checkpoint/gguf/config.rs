@@ -174,7 +174,7 @@ impl<'a> Fields<'a> {
                 let attention_factor = self
                     .float(&key("attn_factor"))?
                     .filter(|&f| f != 1.0)
-                    .map(|f| f * (0.1 * factor.max(1.0).ln() + 1.0));
+                    .map(|f| f * (0.1 * libm::log(factor.max(1.0)) + 1.0));
                 Ok(RopeScaling::Yarn {
                     factor,
                     original_context: original as f64,

@@ -21,6 +21,7 @@ async fn a_whole_answer_has_openai_s_shape() {
     assert!(answer["id"].as_str().unwrap().starts_with("chatcmpl-"));
     assert_eq!(answer["object"], "chat.completion");
     assert_eq!(answer["model"], "tiny");
+    assert_eq!(answer["system_fingerprint"], "0.1.0-abababababab");
     assert!(answer["created"].as_u64().unwrap() > 1_600_000_000);
     assert_eq!(answer["choices"].as_array().unwrap().len(), 2);
     for (index, choice) in answer["choices"].as_array().unwrap().iter().enumerate() {

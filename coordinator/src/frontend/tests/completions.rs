@@ -13,6 +13,7 @@ async fn a_whole_answer_has_openai_s_shape() {
     let answer = answer.json();
     assert!(answer["id"].as_str().unwrap().starts_with("cmpl-"));
     assert_eq!(answer["object"], "text_completion");
+    assert_eq!(answer["system_fingerprint"], "0.1.0-abababababab");
     let choice = &answer["choices"][0];
     assert_eq!((&choice["text"], &choice["index"]), (&json!(" and then"), &json!(0)));
     assert_eq!((&choice["logprobs"], &choice["finish_reason"]), (&Value::Null, &json!("stop")));

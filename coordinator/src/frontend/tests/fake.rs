@@ -162,6 +162,7 @@ impl Server {
                 n_weights: 1_500_000,
                 weight_type: "Q4_0".to_owned(),
             },
+            fingerprint: "0.1.0-abababababab".to_owned(),
         };
         let metrics = prometheus::recorder().unwrap().build_recorder().handle();
         let state = FrontendState::new(Arc::clone(&fake) as Arc<dyn Submit>, model, limits, metrics);
