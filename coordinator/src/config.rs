@@ -31,7 +31,7 @@ use phalanx_proto::dial::Dialer;
 
 use self::error::{within, wrong};
 pub use self::{
-    choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
+    choices::{CollectiveChoice, Dtype, GenerationConfig, KvMirror, LogFormat},
     error::ConfigError,
     flags::Flags,
     join_token::JoinToken,
@@ -91,6 +91,8 @@ pub struct Config {
     pub threads_per_shard: u32,
     /// Jinja file instead of the model's template.
     pub chat_template: Option<PathBuf>,
+    /// Where defaults of parameters come from.
+    pub generation_config: GenerationConfig,
     /// Tokenizer instead of the model's.
     pub tokenizer: Option<PathBuf>,
     /// How calls of tools and thoughts are found in outputs.
@@ -340,6 +342,12 @@ impl Config {
             response_cache,
             threads_per_shard: within("threads-per-shard", threads, 1, 1024)?,
             chat_template: exists("chat-template", flags.chat_template)?,
+            generation_config: match flags.generation_config.unwrap_or_default() {
+                GenerationConfig::File(path) => {
+                    exists("generation-config", Some(path))?.map_or(GenerationConfig::Auto, GenerationConfig::File)
+                }
+                other => other,
+            },
             tokenizer: exists("tokenizer", flags.tokenizer)?,
             parsers,
             max_num_queued_reqs: within("max-num-queued-reqs", flags.max_num_queued_reqs.unwrap_or(1024), 1, 1 << 20)?,
@@ -412,6 +420,7 @@ impl Config {
             store_key: self.store_tls.as_ref().and_then(|tls| Some(tls.identity.as_ref()?.1.clone())),
             threads_per_shard: Some(self.threads_per_shard),
             chat_template: self.chat_template.clone(),
+            generation_config: Some(self.generation_config.clone()),
             tokenizer: self.tokenizer.clone(),
             tool_call_parser,
             reasoning_parser,

@@ -102,6 +102,7 @@ fn surface() -> &'static Surface {
             created: 1_700_000_000,
             facts,
             fingerprint: "0.1.0-abababababab".to_owned(),
+            defaults: phalanx_cluster::checkpoint::generation::GenerationDefaults::default(),
         };
         let metrics = prometheus::recorder().expect("a good recorder").build_recorder().handle();
         // Grammars have a function of their own.

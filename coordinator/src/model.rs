@@ -8,14 +8,14 @@ use std::{
 
 use phalanx_cluster::{
     chat_template::{ChatTemplate, TemplateError},
-    checkpoint::{self, Checkpoint, CheckpointError},
+    checkpoint::{self, Checkpoint, CheckpointError, generation::GenerationDefaults},
     model_config::ModelConfig,
     source::{self, SourceError, SourceOptions},
     tokenizer::{Tokenizer, TokenizerError},
 };
 
 use crate::{
-    config::{Config, Dtype},
+    config::{Config, Dtype, GenerationConfig},
     grammars::Grammars,
     model_facts::ModelFacts,
     served_model::ServedModel,
@@ -114,6 +114,11 @@ pub fn open(config: &Config) -> Result<OpenedModel, ModelError> {
         created,
         facts: ModelFacts::of(&*checkpoint),
         fingerprint: fingerprint(config, &*checkpoint),
+        defaults: match &config.generation_config {
+            GenerationConfig::Auto => checkpoint.generation_defaults()?,
+            GenerationConfig::None => GenerationDefaults::default(),
+            GenerationConfig::File(path) => GenerationDefaults::from_file(path)?,
+        },
     };
     let tokenizer = Arc::clone(&served.tokenizer);
     let grammars = match &config.tokenizer {

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use phalanx_cluster::{chat_template::ChatTemplate, id::TokenId, tokenizer::Tokenizer};
+use phalanx_cluster::{
+    chat_template::ChatTemplate, checkpoint::generation::GenerationDefaults, id::TokenId, tokenizer::Tokenizer,
+};
 
 use crate::model_facts::ModelFacts;
 
@@ -27,6 +29,8 @@ pub struct ServedModel {
     pub facts: ModelFacts,
     /// What the numbers of answers depend on beside the request.
     pub fingerprint: String,
+    /// What requests that leave parameters out get.
+    pub defaults: GenerationDefaults,
 }
 
 impl ServedModel {

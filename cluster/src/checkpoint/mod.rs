@@ -8,6 +8,7 @@
 //! checked against the file's length before anything is allocated or sliced, and what is wrong is an error that names
 //! file and field.
 
+pub mod generation;
 pub mod gguf;
 mod map;
 pub mod safetensors;
@@ -21,6 +22,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use self::generation::GenerationDefaults;
 use crate::{model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// A way in which checkpoints are published.
@@ -160,6 +162,11 @@ pub trait Checkpoint: Send + Sync {
     /// The tokenizer that the header describes; `None` if it is in files of its own, beside the weights.
     fn tokenizer(&self) -> Result<Option<GgufTokenizer>, CheckpointError> {
         Ok(None)
+    }
+
+    /// How its makers want it sampled, as far as they say.
+    fn generation_defaults(&self) -> Result<GenerationDefaults, CheckpointError> {
+        Ok(GenerationDefaults::default())
     }
 
     /// Bytes of some rows of a tensor. Borrowed from the memory map where the format allows it.

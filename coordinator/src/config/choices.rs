@@ -1,5 +1,7 @@
 //! Options of which a few words are possible.
 
+use std::path::PathBuf;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +70,39 @@ impl CollectiveChoice {
             Self::Auto => "auto",
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// Where defaults of parameters come from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum GenerationConfig {
+    /// The checkpoint.
+    #[default]
+    Auto,
+    /// Nowhere: they are OpenAI's.
+    None,
+    /// A file such as Hugging Face's `generation_config.json`.
+    File(PathBuf),
+}
+
+impl From<String> for GenerationConfig {
+    fn from(text: String) -> Self {
+        match text.as_str() {
+            "auto" => Self::Auto,
+            "none" => Self::None,
+            _ => Self::File(text.into()),
+        }
+    }
+}
+
+impl From<GenerationConfig> for String {
+    fn from(config: GenerationConfig) -> Self {
+        match config {
+            GenerationConfig::Auto => "auto".to_owned(),
+            GenerationConfig::None => "none".to_owned(),
+            GenerationConfig::File(path) => path.display().to_string(),
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ByteSize,
-    choices::{CollectiveChoice, Dtype, KvMirror, LogFormat},
+    choices::{CollectiveChoice, Dtype, GenerationConfig, KvMirror, LogFormat},
 };
 use crate::{
     admin::http::AdminHttp,
@@ -165,6 +165,12 @@ pub struct Flags {
     #[arg(long, env = "PHALANX_CHAT_TEMPLATE", value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<PathBuf>,
+
+    /// What requests that leave temperature, top_k, top_p, min_p, repetition_penalty or max_tokens out get: auto (what the
+    /// model's makers say), none (OpenAI's defaults), or a generation_config.json [default: auto]
+    #[arg(long, env = "PHALANX_GENERATION_CONFIG", value_name = "auto|none|FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation_config: Option<GenerationConfig>,
 
     /// Folder with tokenizer.json, or a .gguf file, to take the tokenizer from [default: the model's own]
     #[arg(long, env = "PHALANX_TOKENIZER", value_name = "PATH")]

@@ -41,15 +41,15 @@ pub const MAX_ALLOWED_TOKENS: usize = 4096;
 /// Parameters as a client gave them, of the right types but otherwise unchecked. `None` is unset.
 #[derive(Debug, Default)]
 pub struct RawParams {
-    /// See [`SamplingParams`]; unset is 1.
+    /// See [`SamplingParams`]; unset is the model's default, else 1.
     pub temperature: Option<f32>,
-    /// -1 and 0 keep all tokens.
+    /// -1 and 0 keep all tokens; unset is the model's default, else 0.
     pub top_k: Option<Integer>,
-    /// See [`SamplingParams`]; unset is 1.
+    /// See [`SamplingParams`]; unset is the model's default, else 1.
     pub top_p: Option<f32>,
-    /// See [`SamplingParams`]; unset is 0.
+    /// See [`SamplingParams`]; unset is the model's default, else 0.
     pub min_p: Option<f32>,
-    /// See [`SamplingParams`]; unset is 1.
+    /// See [`SamplingParams`]; unset is the model's default, else 1.
     pub repetition_penalty: Option<f32>,
     /// See [`SamplingParams`]; unset is 0.
     pub presence_penalty: Option<f32>,
@@ -67,7 +67,7 @@ pub struct RawParams {
     pub max_tokens_field: &'static str,
     /// Most tokens per choice; unset is `default_max_tokens`.
     pub max_tokens: Option<Integer>,
-    /// What unset `max_tokens` means, as far as the context has room; `None` is the whole room.
+    /// What unset `max_tokens` means, as far as the context has room; `None` is the model's default, else the whole room.
     pub default_max_tokens: Option<u32>,
     /// Tokens before any may end the choice.
     pub min_tokens: Option<Integer>,
@@ -198,6 +198,7 @@ enum Truncation {
 impl Params {
     /// Checks everything that does not depend on the prompt.
     pub fn check(raw: RawParams, model: &ServedModel) -> Result<Self, ApiError> {
+        let defaults = model.defaults;
         let max_tokens_field = if raw.max_tokens_field.is_empty() { "max_tokens" } else { raw.max_tokens_field };
         let positive = |name, value: Option<f32>, default, most| match value.unwrap_or(default) {
             x if x > 0.0 && x <= most => Ok(x),
@@ -260,11 +261,17 @@ impl Params {
         };
         Ok(Self {
             sampling: SamplingParams {
-                temperature: number_in("temperature", raw.temperature, 1.0, 0.0..=2.0)?,
-                top_k: top_k.and_then(|k| u32::try_from(k).ok()).unwrap_or(0),
-                top_p: positive("top_p", raw.top_p, 1.0, 1.0)?,
-                min_p: number_in("min_p", raw.min_p, 0.0, 0.0..=1.0)?,
-                repetition_penalty: positive("repetition_penalty", raw.repetition_penalty, 1.0, 10.0)?,
+                temperature: number_in("temperature", raw.temperature.or(defaults.temperature), 1.0, 0.0..=2.0)?,
+                // -1 keeps all, too.
+                top_k: top_k.map_or(defaults.top_k, |k| u32::try_from(k).ok()).unwrap_or(0),
+                top_p: positive("top_p", raw.top_p.or(defaults.top_p), 1.0, 1.0)?,
+                min_p: number_in("min_p", raw.min_p.or(defaults.min_p), 0.0, 0.0..=1.0)?,
+                repetition_penalty: positive(
+                    "repetition_penalty",
+                    raw.repetition_penalty.or(defaults.repetition_penalty),
+                    1.0,
+                    10.0,
+                )?,
                 presence_penalty: number_in("presence_penalty", raw.presence_penalty, 0.0, -2.0..=2.0)?,
                 frequency_penalty: number_in("frequency_penalty", raw.frequency_penalty, 0.0, -2.0..=2.0)?,
                 logit_bias: raw.logit_bias.iter().map(bias).collect::<Result<_, _>>()?,
@@ -283,7 +290,7 @@ impl Params {
             priority: priority.and_then(|p| i32::try_from(p).ok()).unwrap_or(0),
             max_tokens_field,
             max_tokens: in_range(max_tokens_field, raw.max_tokens, least_tokens..=u32::MAX)?,
-            default_max_tokens: raw.default_max_tokens.unwrap_or(u32::MAX),
+            default_max_tokens: raw.default_max_tokens.or(defaults.max_new_tokens).unwrap_or(u32::MAX),
             stop,
             truncation,
             cache_root: match &raw.cache_salt {

@@ -27,7 +27,7 @@ pub(super) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    fn error(&self, key: &str, reason: impl Into<String>) -> CheckpointError {
+    pub(super) fn error(&self, key: &str, reason: impl Into<String>) -> CheckpointError {
         CheckpointError::Invalid { file: self.path.to_owned(), field: format!("metadata {key}"), reason: reason.into() }
     }
 

@@ -3,6 +3,7 @@
 mod config;
 mod header;
 mod reader;
+mod sampling;
 mod tokenizer;
 mod value;
 
@@ -17,7 +18,10 @@ use sha2::{Digest, Sha256};
 
 use self::header::Header;
 pub use self::value::{Array, Value};
-use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile, update_with_samples};
+use super::{
+    Checkpoint, CheckpointError, Format, TensorInfo, generation::GenerationDefaults, map::MappedFile,
+    update_with_samples,
+};
 use crate::{hex::hex, model_config::ModelConfig, tokenizer::GgufTokenizer};
 
 /// Files that begin with `GGUF`.
@@ -93,6 +97,10 @@ impl Checkpoint for Gguf {
 
     fn tokenizer(&self) -> Result<Option<GgufTokenizer>, CheckpointError> {
         self.fields().tokenizer().map(Some)
+    }
+
+    fn generation_defaults(&self) -> Result<GenerationDefaults, CheckpointError> {
+        self.fields().generation_defaults()
     }
 
     fn rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {

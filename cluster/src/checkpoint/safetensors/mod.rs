@@ -14,7 +14,12 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use self::header::Entry;
-use super::{Checkpoint, CheckpointError, Format, TensorInfo, map::MappedFile, update_with_samples};
+use super::{
+    Checkpoint, CheckpointError, Format, TensorInfo,
+    generation::{self, GenerationDefaults},
+    map::MappedFile,
+    update_with_samples,
+};
 use crate::{hex::hex, model_config::ModelConfig};
 
 const CONFIG: &str = "config.json";
@@ -111,6 +116,11 @@ impl Checkpoint for Safetensors {
 
     fn find(&self, name: &str) -> Option<&TensorInfo> {
         self.index.by_name.get(name).map(|&i| &self.index.tensors[i])
+    }
+
+    fn generation_defaults(&self) -> Result<GenerationDefaults, CheckpointError> {
+        let path = self.folder.join(generation::FILE);
+        if path.exists() { GenerationDefaults::from_file(&path) } else { Ok(GenerationDefaults::default()) }
     }
 
     fn rows(&self, name: &str, rows: Range<usize>) -> Result<Cow<'_, [u8]>, CheckpointError> {

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use super::exercise;
 use crate::{
-    checkpoint::{Checkpoint, TensorType, gguf::Gguf, testing::*},
+    checkpoint::{Checkpoint, TensorType, generation::GenerationDefaults, gguf::Gguf, testing::*},
     model_config::RopeScaling,
 };
 
@@ -293,5 +293,32 @@ fn flipped_bits_and_wild_numbers_never_panic() {
             scratch.write(&bytes);
             let _either = exercise(&scratch.path);
         }
+    }
+}
+
+#[test]
+fn what_its_makers_want_is_read() {
+    let scratch = Scratch::new();
+    assert_eq!(scratch.open(&GgufFile::tiny()).generation_defaults().expect("none"), GenerationDefaults::default());
+    let mut file = GgufFile::tiny();
+    file.set("general.sampling.temp", F32, 0.7f32.to_le_bytes().to_vec());
+    file.set("general.sampling.top_k", I32, (-1i32).to_le_bytes().to_vec());
+    file.set("general.sampling.penalty_repeat", F32, 1.1f32.to_le_bytes().to_vec());
+    let want = GenerationDefaults {
+        temperature: Some(0.7),
+        top_k: Some(0),
+        repetition_penalty: Some(1.1),
+        ..GenerationDefaults::default()
+    };
+    assert_eq!(scratch.open(&file).generation_defaults().expect("right types"), want);
+    for (key, kind, bytes) in [
+        ("general.sampling.top_p", F32, 1.5f32.to_le_bytes().to_vec()),
+        ("general.sampling.top_p", STRING, string("much")),
+        ("general.sampling.top_k", F32, 2.5f32.to_le_bytes().to_vec()),
+    ] {
+        let mut file = GgufFile::tiny();
+        file.set(key, kind, bytes);
+        let error = scratch.open(&file).generation_defaults().expect_err("it can't be used").to_string();
+        assert!(error.contains("general.sampling."), "{error}");
     }
 }

@@ -1,3 +1,5 @@
+use phalanx_cluster::checkpoint::generation::GenerationDefaults;
+
 use super::*;
 use crate::frontend::tests::fake::{CONTEXT, Server};
 
@@ -17,6 +19,39 @@ fn unset_is_openai_s_default() {
     assert_eq!((sampling.logprobs, sampling.prompt_logprobs, sampling.min_tokens), (None, None, 0));
     assert_eq!((request.n, request.max_tokens as usize), (1, CONTEXT - 10));
     assert!(request.stop.skip_special_tokens && !request.stop.ignore_eos && request.stop.strings.is_empty());
+}
+
+#[test]
+fn unset_is_what_the_model_s_makers_say() {
+    let mut model = model();
+    model.defaults = GenerationDefaults {
+        temperature: Some(0.5),
+        top_k: Some(7),
+        top_p: Some(0.75),
+        min_p: Some(0.25),
+        repetition_penalty: Some(1.5),
+        max_new_tokens: Some(9),
+    };
+    let request = |raw| {
+        let params = Params::check(raw, &model).unwrap();
+        params.request("r".to_owned(), "prompt", vec![5; 10], &model, None).unwrap()
+    };
+    let unset = request(RawParams::default());
+    let drawing = |sampling: &SamplingParams| {
+        (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+    };
+    assert_eq!((drawing(&unset.sampling), unset.max_tokens), ((0.5, 7, 0.75, 0.25, 1.5), 9));
+    // What is set counts, "all tokens" too; so does the default of an API.
+    let set = request(RawParams {
+        temperature: Some(0.0),
+        top_k: Some(-1),
+        top_p: Some(1.0),
+        min_p: Some(0.0),
+        repetition_penalty: Some(1.0),
+        default_max_tokens: Some(16),
+        ..RawParams::default()
+    });
+    assert_eq!((drawing(&set.sampling), set.max_tokens), ((0.0, 0, 1.0, 0.0, 1.0), 16));
 }
 
 #[test]

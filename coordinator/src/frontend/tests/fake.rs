@@ -163,6 +163,7 @@ impl Server {
                 weight_type: "Q4_0".to_owned(),
             },
             fingerprint: "0.1.0-abababababab".to_owned(),
+            defaults: phalanx_cluster::checkpoint::generation::GenerationDefaults::default(),
         };
         let metrics = prometheus::recorder().unwrap().build_recorder().handle();
         let state = FrontendState::new(Arc::clone(&fake) as Arc<dyn Submit>, model, limits, metrics);

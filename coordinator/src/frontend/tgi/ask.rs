@@ -143,9 +143,11 @@ fn take(
         || raw.temperature.is_some_and(|t| t != 1.0)
         || raw.top_k.is_some()
         || raw.top_p.is_some_and(|p| p < 1.0);
-    if !draws {
-        raw.temperature = Some(0.0);
-    }
+    // This API's own defaults, whatever the model's makers say.
+    raw.temperature = if draws { raw.temperature.or(Some(1.0)) } else { Some(0.0) };
+    raw.top_k = raw.top_k.or(Some(0));
+    raw.top_p = raw.top_p.or(Some(1.0));
+    raw.repetition_penalty = raw.repetition_penalty.or(Some(1.0));
     let n_top = in_range("top_n_tokens", fields.take("top_n_tokens")?, 0..=MAX_LOGPROBS)?.unwrap_or(0);
     let wants_details = fields.flag("details")?;
     let prefill = fields.flag("decoder_input_details")?;
