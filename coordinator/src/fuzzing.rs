@@ -17,7 +17,7 @@ use phalanx_cluster::{
     grammar::{Compiler, Grammar, Limits, STACK_BYTES, WhiteSpace},
     tokenizer::Tokenizer,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tower::ServiceExt;
 
@@ -28,9 +28,10 @@ use crate::{
         forward, http_router, prometheus,
         sse::Payload,
         tools::{
-            FORMATS,
+            FORMATS, Names,
             reader::{Reading, Told},
             thoughts::{Start, THOUGHTS},
+            toolbox::Tool,
         },
     },
     grammars::Grammars,
@@ -204,11 +205,20 @@ pub fn guarded(bytes: &[u8]) {
 /// What a model has written is read alike however it is cut: text, thoughts and calls. Bytes: the format of calls, that of
 /// thoughts, how it is cut, then the text.
 pub fn calls(bytes: &[u8]) {
+    static TOOLS: OnceLock<Names> = OnceLock::new();
+    let tools = || {
+        let schema = |kind: &str| json!({"type": "object", "properties": {"a": {"type": kind}}});
+        let tool = |(name, kind): (&str, &str)| {
+            let places = [String::new(), String::new()];
+            Tool::new(&places, name.to_owned(), None, Some(schema(kind)), false).expect("a good tool")
+        };
+        Names::of_tools([("f", "string"), ("get_weather", "integer")].map(tool).iter())
+    };
     let [format, thoughts, cut, text @ ..] = bytes else { return };
     let start = [Start::Open, Start::Inside, Start::Behind][usize::from(thoughts / 64) % 3];
     let reading = Reading {
         format: FORMATS.get(usize::from(*format) % (FORMATS.len() + 1)).copied(),
-        names: ["f", "get_weather"].into_iter().collect(),
+        names: TOOLS.get_or_init(tools).clone(),
         thoughts: THOUGHTS.get(usize::from(thoughts % 64) % (THOUGHTS.len() + 1)).map(|form| (*form, start)),
         ..Reading::plain()
     };
@@ -251,7 +261,6 @@ pub fn schema(bytes: &[u8]) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
 
     use super::*;
 
@@ -298,6 +307,7 @@ mod tests {
         "raw",
         "keep_alive",
         "think",
+        "thinking_token_budget",
         "text",
         "reasoning",
         "instructions",
@@ -341,6 +351,18 @@ mod tests {
         "<｜tool▁sep｜>",
         "<｜tool▁call▁end｜>",
         "<｜tool▁calls▁end｜>",
+        "<function=f>",
+        "<parameter=a>\n",
+        "</parameter>",
+        "</function>",
+        "f<arg_key>a</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>functions.f:0",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
         "{\"name\": \"f\", \"arguments\": ",
         "{\"name\": \"get_weather\", \"parameters\": ",
         "{\"a\": [1, \"é\"]}",

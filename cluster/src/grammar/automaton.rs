@@ -60,6 +60,13 @@ pub struct Mask {
 }
 
 impl Mask {
+    /// Of one token.
+    pub fn only(token: u32) -> Self {
+        let mut bits = vec![0; token as usize / 32 + 1];
+        bits[token as usize / 32] = 1 << (token % 32);
+        Self { bits }
+    }
+
     /// Whether it has a token.
     pub fn allows(&self, token: u32) -> bool {
         self.bits.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
@@ -70,6 +77,12 @@ impl Mask {
         let mut rest = self.clone();
         rest.remove(tokens);
         rest.bits.iter().any(|word| *word != 0)
+    }
+
+    /// Whether it has all tokens of another one.
+    pub fn has_all_of(&self, other: &Self) -> bool {
+        let word = |index: usize| self.bits.get(index).copied().unwrap_or(0);
+        other.bits.iter().enumerate().all(|(index, wanted)| wanted & !word(index) == 0)
     }
 
     /// Takes tokens out.
@@ -119,5 +132,10 @@ mod tests {
         let mask = Mask { bits: vec![0b101] };
         assert!(mask.has_other_than(&[0, 1]) && !mask.has_other_than(&[2, 0, 500]));
         assert!(!Mask::default().has_other_than(&[]));
+        for token in [0, 31, 32, 100] {
+            let only = Mask::only(token);
+            assert!(only.allows(token) && !only.allows(token + 1) && !only.has_other_than(&[token]));
+            assert!(only.has_all_of(&only) && !only.has_all_of(&mask));
+        }
     }
 }

@@ -7,7 +7,7 @@ use llguidance::{
     api::{ParserLimits, TopLevelGrammar},
 };
 
-use super::{Automaton, Grammar, GrammarError, MAX_BYTES, automaton, vocabulary};
+use super::{Automaton, Grammar, GrammarError, MAX_BYTES, automaton, vocabulary, vocabulary::Vocabulary};
 use crate::tokenizer::Tokenizer;
 
 /// Stack of a thread that compiles: the library recurses as deep as a grammar is nested.
@@ -66,6 +66,11 @@ impl Compiler {
     /// Which vocabulary it is for: see [`vocabulary::fingerprint`].
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
+    }
+
+    /// What its tokens say.
+    pub fn vocabulary(&self) -> Vocabulary {
+        Vocabulary::new(self.factory.tok_env())
     }
 
     /// Tokens that end a text.

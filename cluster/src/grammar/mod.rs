@@ -3,7 +3,7 @@
 //! A [`Grammar`] is text: a JSON schema, a regular expression, or a grammar in Lark's notation. A [`Compiler`], one for each
 //! model's vocabulary, makes an [`Automaton`] of it, which takes the output's tokens one by one and says as a [`Mask`] what
 //! may follow. What it says depends on the grammar and on these tokens, and on nothing else: a sequence that is computed
-//! again after a loss goes on with the same masks.
+//! again after a loss goes on with the same masks. [`Thinking`] does the same for outputs that may think for so long only.
 //!
 //! The work is done by the `llguidance` crate. Everything it does is bounded by [`Limits`] but the expansion of a schema;
 //! who takes grammars from strangers compiles them in a process that can be killed first.
@@ -12,13 +12,15 @@ mod automaton;
 mod compiler;
 mod gbnf;
 mod sources;
+mod thinking;
 mod vocabulary;
 
 pub use automaton::{Automaton, Mask};
 pub use compiler::{Compiler, Limits, STACK_BYTES};
 pub use gbnf::quoted;
 pub use sources::WhiteSpace;
-pub use vocabulary::fingerprint;
+pub use thinking::{Thinking, ThoughtLimit, ThoughtPlace};
+pub use vocabulary::{Vocabulary, fingerprint};
 
 /// Longest text of a grammar, in bytes.
 pub const MAX_BYTES: usize = 64 << 10;

@@ -11,6 +11,26 @@ use crate::tokenizer::Tokenizer;
 /// Longer tokens can't follow a grammar: the trie has no room for deeper nodes. No known vocabulary has one.
 const LONGEST_TOKEN: usize = 1000;
 
+/// What the tokens of a model say. Copies share it.
+#[derive(Clone)]
+pub struct Vocabulary(TokEnv);
+
+impl Vocabulary {
+    pub(super) fn new(environment: &TokEnv) -> Self {
+        Self(Arc::clone(environment))
+    }
+
+    /// A token's bytes, and whether it is a control token. None outside the vocabulary.
+    pub fn bytes(&self, token: u32) -> (&[u8], bool) {
+        let trie = self.0.tok_trie();
+        let bytes = if (token as usize) < trie.vocab_size() { trie.token(token) } else { &[] };
+        match bytes.split_first() {
+            Some((&TokTrie::SPECIAL_TOKEN_MARKER, rest)) => (rest, true),
+            _ => (bytes, false),
+        }
+    }
+}
+
 /// The trie of all tokens' bytes. Control tokens are no text: they stand under a marker byte that no text has.
 ///
 /// # Errors

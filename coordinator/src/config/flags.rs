@@ -177,8 +177,8 @@ pub struct Flags {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
 
-    /// How the model writes calls of tools: auto (by its chat template and family), none, hermes, llama3_json, pythonic,
-    /// mistral, granite, openai or deepseek_v3 [default: auto]
+    /// How the model writes calls of tools: auto (by its chat template and family), none, hermes, qwen3_coder,
+    /// llama3_json, pythonic, mistral, granite, openai, deepseek_v3, glm45 or kimi_k2 [default: auto]
     #[arg(long, env = "PHALANX_TOOL_CALL_PARSER", value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_call_parser: Option<String>,

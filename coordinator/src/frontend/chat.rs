@@ -26,6 +26,7 @@ use super::{
     sse::{self, Chunk, Chunks, Payload},
     streams::Prepared,
     tools::{
+        budget::ThoughtBudget,
         reader::{Piece, Reader, Reading, Told, ToldCall},
         toolbox::Toolbox,
     },
@@ -73,6 +74,7 @@ impl ChatRequest {
         let mut rendering = Rendering::take(&mut fields, messages, state)?;
         let toolbox = Toolbox::take(&mut fields)?;
         let shows_thoughts = fields.take("include_reasoning")?.unwrap_or(true);
+        raw.thought_budget = ThoughtBudget::take(&mut fields)?;
         let special_tokens = if fields.flag("add_special_tokens")? { SpecialTokens::Add } else { SpecialTokens::Leave };
         let returns_token_ids = fields.flag("return_token_ids")?;
         let token_names = TokenNames::take(&mut fields)?;

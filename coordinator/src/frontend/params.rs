@@ -5,13 +5,14 @@ mod forbidden;
 use std::{fmt::Display, ops::RangeInclusive, time::Instant};
 
 use phalanx_cluster::{id::TokenId, seal::Seal};
-use phalanx_proto::v1::{LogitBias, SamplingParams};
+use phalanx_proto::v1::{LogitBias, SamplingParams, ThoughtLimit};
 use serde_json::Value;
 
 use super::{
     error::ApiError,
     fields::{Fields, FromJson, Integer, kind},
     structured::{self, Wanted},
+    tools::budget::{self, ThoughtBudget},
 };
 use crate::{
     grammars,
@@ -91,6 +92,10 @@ pub struct RawParams {
     pub score_prompt: bool,
     /// What the output has to follow.
     pub structured: Option<Wanted>,
+    /// How long it may think.
+    pub thought_budget: Option<ThoughtBudget>,
+    /// The same once it is known how the model thinks, and the field that it came in.
+    pub thought_limit: Option<(String, ThoughtLimit)>,
     /// The only tokens that may be chosen; `None` is all.
     pub allowed_token_ids: Option<Vec<Integer>>,
     /// Words that may not be written.
@@ -259,7 +264,7 @@ impl Params {
             Some(-1) => Some(Truncation::Fitting),
             n => in_range("truncate_prompt_tokens", n, 1..=u32::MAX)?.map(|n| Truncation::Last(n as usize)),
         };
-        Ok(Self {
+        let mut params = Self {
             sampling: SamplingParams {
                 temperature: number_in("temperature", raw.temperature.or(defaults.temperature), 1.0, 0.0..=2.0)?,
                 // -1 keeps all, too.
@@ -300,7 +305,12 @@ impl Params {
                     return Err(ApiError::invalid("cache_salt", format!("must have 1 to {MAX_SALT_BYTES} bytes")));
                 }
             },
-        })
+        };
+        if let Some((field, limit)) = raw.thought_limit {
+            budget::check_end_may_come(&field, &limit, &params.sampling)?;
+            grammars::limit_thoughts(&mut params.sampling.grammar, field, limit);
+        }
+        Ok(params)
     }
 
     /// Whether the client named a seed.

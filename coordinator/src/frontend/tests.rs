@@ -15,4 +15,5 @@ mod responses;
 mod resuming;
 mod security;
 mod tgi;
+mod thought_budgets;
 mod tools;

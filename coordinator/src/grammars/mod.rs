@@ -82,7 +82,9 @@ impl Grammars {
     /// The field that the first bad one came in, and what is wrong.
     pub async fn admit(&self, requests: &mut [Request]) -> Result<(), (String, Refusal)> {
         for grammar in requests.iter_mut().filter_map(|request| request.sampling.grammar.as_mut()) {
-            let wanted = of_wire(grammar);
+            // What bounds thoughts needs what grammars need, and no more.
+            let anything = || grammar.thoughts.is_some().then(|| Grammar::Regex("(?s:.*)".to_owned()));
+            let wanted = of_wire(grammar).or_else(anything);
             let verdict = match wanted {
                 Some(wanted) => self.admit_one(wanted).await,
                 None => Err(Refusal::OfGrammar("is of no known kind".to_owned())),
@@ -135,7 +137,12 @@ pub fn to_wire(grammar: Grammar, field: String, ignore_eos: bool) -> v1::Grammar
         Grammar::Regex(text) => Text::Regex(text),
         Grammar::Lark(text) => Text::Lark(text),
     };
-    v1::Grammar { text: Some(text), vocabulary: 0, ignore_eos, field }
+    v1::Grammar { text: Some(text), vocabulary: 0, ignore_eos, field, thoughts: None }
+}
+
+/// Bounds the thoughts of an output, which follows a grammar beside, or none. `field` is where the bound came in.
+pub fn limit_thoughts(grammar: &mut Option<v1::Grammar>, field: String, limit: v1::ThoughtLimit) {
+    grammar.get_or_insert_with(|| v1::Grammar { field, ..v1::Grammar::default() }).thoughts = Some(limit);
 }
 
 fn of_wire(grammar: &v1::Grammar) -> Option<Grammar> {

@@ -218,7 +218,8 @@ fn extend_output(
 ) -> Output {
     let stop = &request.stop;
     // A grammar allows these tokens where the output is complete, and with `ignore_eos` only where it can't go on.
-    let ending = if (!stop.ignore_eos || request.sampling.grammar.is_some()) && eos.contains(&token) {
+    let is_bound = request.sampling.grammar.as_ref().is_some_and(|grammar| grammar.text.is_some());
+    let ending = if (!stop.ignore_eos || is_bound) && eos.contains(&token) {
         Some(Finish::EndOfSequence)
     } else if stop.token_ids.contains(&token) {
         Some(Finish::StopToken(token))

@@ -431,7 +431,7 @@ impl Executor {
                     }
                 }
                 Purpose::Sample => {
-                    let allowed = self.followed.get(&w.sequence).map(|followed| followed.mask());
+                    let allowed = self.followed.get(&w.sequence).and_then(|followed| followed.mask().transpose());
                     chosen.push(sampling::choose(sequence, allowed, &mut host.row, &mut host.sampling)?);
                 }
                 Purpose::Greedy => {}

@@ -14,10 +14,12 @@ use std::{
 
 use phalanx_cluster::{
     checkpoint::Checkpoint,
-    grammar::{Automaton, Compiler, Grammar, GrammarError, Limits, Mask, STACK_BYTES},
+    grammar::{
+        Automaton, Compiler, Grammar, GrammarError, Limits, Mask, STACK_BYTES, Thinking, ThoughtLimit, ThoughtPlace,
+    },
     tokenizer::Tokenizer,
 };
-use phalanx_proto::v1::{self, grammar::Text};
+use phalanx_proto::v1::{self, grammar::Text, thought_limit::Place};
 
 /// Threads that compile grammars and compute masks ahead: as many as processors, within these bounds.
 const N_THREADS: RangeInclusive<usize> = 2..=4;
@@ -68,14 +70,49 @@ enum State {
     /// Not compiled yet; with the output so far.
     New(Arc<v1::Grammar>, Vec<u32>),
     Begun {
-        automaton: Box<Automaton>,
-        /// End-of-sequence tokens that are held back while there is anything else.
-        held_back: Vec<u32>,
-        /// Tokens that the automaton has not taken yet.
+        bounds: Box<Bounds>,
+        /// Tokens that these have not taken yet.
         pending: Vec<u32>,
-        mask: Option<Mask>,
+        allowed: Option<Allowed>,
     },
     Failed(Refusal),
+}
+
+/// What an output has to follow.
+struct Bounds {
+    automaton: Option<Automaton>,
+    /// End-of-sequence tokens that are held back while there is anything else.
+    held_back: Vec<u32>,
+    thinking: Option<Thinking>,
+}
+
+/// What may come next.
+#[derive(Debug, Clone, PartialEq)]
+enum Allowed {
+    All,
+    Some(Mask),
+}
+
+impl Bounds {
+    fn push(&mut self, token: u32) -> Result<(), GrammarError> {
+        if let Some(thinking) = &mut self.thinking {
+            thinking.push(token);
+        }
+        self.automaton.as_mut().map_or(Ok(()), |automaton| automaton.advance(token))
+    }
+
+    fn allowed(&mut self) -> Result<Allowed, GrammarError> {
+        let required = self.thinking.as_ref().and_then(Thinking::required).map(Mask::only);
+        let Some(automaton) = &mut self.automaton else {
+            return Ok(required.map_or(Allowed::All, Allowed::Some));
+        };
+        let mut mask = automaton.mask()?;
+        if !self.held_back.is_empty() && mask.has_other_than(&self.held_back) {
+            mask.remove(&self.held_back);
+        }
+        // A thought ends where the grammar lets it.
+        Ok(Allowed::Some(required.filter(|required| mask.has_all_of(required)).unwrap_or(mask)))
+    }
 }
 
 impl Grammars {
@@ -119,9 +156,9 @@ impl Grammars {
     pub fn push(&self, followed: &Arc<Followed>, token: u32) {
         match &mut *followed.lock() {
             State::New(_, output) => output.push(token),
-            State::Begun { pending, mask, .. } => {
+            State::Begun { pending, allowed, .. } => {
                 pending.push(token);
-                *mask = None;
+                *allowed = None;
             }
             State::Failed(_) => return,
         }
@@ -143,18 +180,19 @@ impl Followed {
         Arc::new(Self { state: Mutex::new(state), begun: Condvar::new() })
     }
 
-    /// What may come next.
+    /// What may come next; `None` is everything.
     ///
     /// # Errors
     /// If the grammar can't be followed.
-    pub fn mask(&self) -> Result<Mask, Refusal> {
+    pub fn mask(&self) -> Result<Option<Mask>, Refusal> {
         let mut state = self.lock();
         while let State::New(..) = *state {
             state = self.begun.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         advance(&mut state);
         match &*state {
-            State::Begun { mask: Some(mask), .. } => Ok(mask.clone()),
+            State::Begun { allowed: Some(Allowed::All), .. } => Ok(None),
+            State::Begun { allowed: Some(Allowed::Some(mask)), .. } => Ok(Some(mask.clone())),
             State::Failed(refusal) => Err(refusal.clone()),
             // `advance` leaves a mask or a refusal.
             State::Begun { .. } | State::New(..) => Err(Refusal::OfShard("no mask was computed".to_owned())),
@@ -179,24 +217,18 @@ impl Followed {
     }
 }
 
-/// Takes pending tokens and computes the mask, if it is not there.
+/// Takes pending tokens and finds out what may come next, if it is not known.
 fn advance(state: &mut State) {
-    let State::Begun { automaton, held_back, pending, mask } = state else { return };
-    if mask.is_some() {
+    let State::Begun { bounds, pending, allowed } = state else { return };
+    if allowed.is_some() {
         return;
     }
-    let work = || -> Result<Mask, GrammarError> {
-        for token in pending.drain(..) {
-            automaton.advance(token)?;
-        }
-        let mut mask = automaton.mask()?;
-        if !held_back.is_empty() && mask.has_other_than(held_back) {
-            mask.remove(held_back);
-        }
-        Ok(mask)
+    let work = || -> Result<Allowed, GrammarError> {
+        pending.drain(..).try_for_each(|token| bounds.push(token))?;
+        bounds.allowed()
     };
     match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Ok(computed)) => *mask = Some(computed),
+        Ok(Ok(found)) => *allowed = Some(found),
         Ok(Err(error)) => *state = State::Failed(Refusal::OfGrammar(error)),
         Err(_) => *state = State::Failed(panicked()),
     }
@@ -217,9 +249,15 @@ impl Shared {
         if compiler.fingerprint() != grammar.vocabulary {
             return Err(Refusal::OfShard("its model's vocabulary is not the coordinator's".to_owned()));
         }
-        let automaton = Box::new(self.automaton(compiler, grammar)?);
+        let limit = grammar.thoughts.as_ref().map(limit_of_wire).transpose()?;
+        let automaton = match (&grammar.text, &limit) {
+            (None, Some(_)) => None,
+            _ => Some(self.automaton(compiler, grammar)?),
+        };
         let held_back = if grammar.ignore_eos { compiler.eos().to_vec() } else { Vec::new() };
-        Ok(State::Begun { automaton, held_back, pending: output, mask: None })
+        let thinking = limit.map(|limit| Thinking::new(Arc::new(limit), compiler.vocabulary()));
+        let bounds = Box::new(Bounds { automaton, held_back, thinking });
+        Ok(State::Begun { bounds, pending: output, allowed: None })
     }
 
     /// The grammar before the first token.
@@ -245,6 +283,19 @@ fn of_wire(grammar: &v1::Grammar) -> Result<Grammar, Refusal> {
         Some(Text::Lark(text)) => Ok(Grammar::Lark(text)),
         None => Err(Refusal::OfShard("the plan has a grammar of a kind that is not known here".to_owned())),
     }
+}
+
+fn limit_of_wire(limit: &v1::ThoughtLimit) -> Result<ThoughtLimit, Refusal> {
+    let place = match limit.place() {
+        Place::Begun => ThoughtPlace::Begun,
+        Place::First => ThoughtPlace::First,
+        Place::Anywhere => ThoughtPlace::Anywhere,
+        Place::Unspecified => {
+            return Err(Refusal::OfShard("the plan limits thoughts in a way that is not known here".to_owned()));
+        }
+    };
+    let v1::ThoughtLimit { tokens, opens, closes, end, end_again, .. } = limit.clone();
+    Ok(ThoughtLimit { tokens, opens, closes, place, end, end_again })
 }
 
 fn serve(shared: &Shared, jobs: &Mutex<mpsc::Receiver<Job>>) {
@@ -302,13 +353,13 @@ mod tests {
         let first = grammars.begin(&grammar, &[]);
         let (a, b) = (token("a"), token("b"));
         for token in [a, b, a] {
-            assert!(first.mask().expect("a good grammar").allows(token));
+            assert!(first.mask().expect("a good grammar").expect("a mask").allows(token));
             grammars.push(&first, token);
         }
         let again = grammars.begin(&grammar, &[a, b]);
         grammars.push(&again, a);
-        let mask = again.mask().expect("a good grammar");
-        assert_eq!(mask, first.mask().expect("a good grammar"));
+        let mask = again.mask().expect("a good grammar").expect("a mask");
+        assert_eq!(Some(&mask), first.mask().expect("a good grammar").as_ref());
         assert!(mask.allows(token("c")) && !mask.allows(a));
     }
 
@@ -320,12 +371,55 @@ mod tests {
         let a = token("a");
         for (grammar, is_held_back) in [(held_back, true), (Arc::new(regex("aa?")), false)] {
             let followed = grammars.begin(&grammar, &[a]);
-            let mask = followed.mask().expect("a good grammar");
+            let mask = followed.mask().expect("a good grammar").expect("a mask");
             assert_eq!((mask.allows(a), mask.allows(end)), (true, !is_held_back));
             grammars.push(&followed, a);
-            let mask = followed.mask().expect("a good grammar");
+            let mask = followed.mask().expect("a good grammar").expect("a mask");
             assert_eq!((mask.allows(a), mask.allows(end)), (false, true));
         }
+    }
+
+    fn limit(tokens: u32) -> v1::ThoughtLimit {
+        v1::ThoughtLimit {
+            tokens,
+            place: Place::Begun.into(),
+            opens: vec!["<think>".to_owned()],
+            closes: vec!["</think>".to_owned()],
+            end: tokenizer().encode("</think>", false).expect("text"),
+            end_again: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_thought_ends_with_or_without_a_grammar() {
+        let grammars = grammars();
+        let end = limit(0).end;
+        for text in ["(?s:.*)", r"x+</think>\n?yes", r"[a-z]*</think>[0-9]"] {
+            let bound = Arc::new(v1::Grammar { thoughts: Some(limit(3)), ..regex(text) });
+            let free = Arc::new(v1::Grammar { text: None, ..v1::Grammar::clone(&bound) });
+            let x = token("x");
+            for grammar in [bound, free] {
+                let followed = grammars.begin(&grammar, &[x]);
+                for token in [x, x].into_iter().chain(end.iter().copied()) {
+                    let mask = followed.mask().expect("a good grammar");
+                    if token == x {
+                        assert!(mask.is_none_or(|mask| mask.allows(x) && mask.has_other_than(&[x])));
+                    } else {
+                        assert_eq!(mask, Some(Mask::only(token)), "{text}");
+                    }
+                    grammars.push(&followed, token);
+                }
+                let behind = followed.mask().expect("a good grammar");
+                assert_eq!(behind.is_none(), grammar.text.is_none());
+                let replayed: Vec<u32> = [x; 3].into_iter().chain(end[..1].iter().copied()).collect();
+                let again = grammars.begin(&grammar, &replayed).mask().expect("a good grammar");
+                assert_eq!(again, Some(Mask::only(end[1])), "{text}");
+            }
+        }
+        // What a grammar wants is stronger.
+        let digits = Arc::new(v1::Grammar { thoughts: Some(limit(0)), ..regex("[0-9]{2}</think>") });
+        let mask = grammars.begin(&digits, &[]).mask().expect("a good grammar").expect("a mask");
+        assert!(mask.allows(token("1")) && !mask.allows(end[0]));
     }
 
     #[test]

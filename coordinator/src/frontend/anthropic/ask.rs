@@ -12,6 +12,7 @@ use crate::frontend::{
     params::{Params, RawParams, in_range},
     prompt::{Ending, Prompt, Rendering, SpecialTokens},
     tools::{
+        budget::ThoughtBudget,
         reader::Reading,
         toolbox::{Choice, Tool, Toolbox},
     },
@@ -29,7 +30,14 @@ pub struct MessageAsk {
 pub struct Prompting {
     rendering: Rendering,
     toolbox: Toolbox,
-    shows_thoughts: bool,
+    thinking: Thinking,
+}
+
+/// What is said of thoughts.
+#[derive(Default)]
+struct Thinking {
+    is_told: bool,
+    budget: Option<ThoughtBudget>,
 }
 
 pub fn is_empty(value: &Value) -> bool {
@@ -80,8 +88,8 @@ impl Prompting {
         let is_begun = messages.last().is_some_and(|message| message["role"] == "assistant");
         let ending = if is_begun { Ending::OpenMessage } else { Ending::GenerationPrompt };
         let mut rendering = Rendering { ending, ..Rendering::plain(messages) };
-        let shows_thoughts = take_thinking(fields, &mut rendering, state)?;
-        Ok(Self { rendering, toolbox: take_tools(fields)?, shows_thoughts })
+        let thinking = take_thinking(fields, &mut rendering, state)?;
+        Ok(Self { rendering, toolbox: take_tools(fields)?, thinking })
     }
 
     /// As the model reads it, and how its answer is read. Takes time.
@@ -91,6 +99,7 @@ impl Prompting {
         raw: &mut RawParams,
         name: &str,
     ) -> Result<(Vec<TokenId>, Reading), ApiError> {
+        raw.thought_budget = self.thinking.budget.take();
         let asked = state.prompt_with_tools(&mut self.rendering, &self.toolbox, raw, name);
         let (text, reading) = asked.map_err(|error| match error.param() {
             // The field is OpenAI's; here the last message alone says it.
@@ -100,7 +109,7 @@ impl Prompting {
             _ => error,
         })?;
         let ids = state.encode(&Prompt::Text(text), SpecialTokens::Leave, "messages")?;
-        Ok((ids, Reading { shows_thoughts: self.shows_thoughts, ..reading }))
+        Ok((ids, Reading { shows_thoughts: self.thinking.is_told, ..reading }))
     }
 
     /// As the model reads it. Takes time.
@@ -109,17 +118,18 @@ impl Prompting {
     }
 }
 
-/// `thinking`: whether thoughts are told. Nothing limits them but `max_tokens`.
-fn take_thinking(fields: &mut Fields, rendering: &mut Rendering, state: &FrontendState) -> Result<bool, ApiError> {
-    let Some(mut thinking) = fields.take::<Fields>("thinking")? else { return Ok(false) };
+/// `thinking`: whether thoughts are told, and how long they may be.
+fn take_thinking(fields: &mut Fields, rendering: &mut Rendering, state: &FrontendState) -> Result<Thinking, ApiError> {
+    let Some(mut thinking) = fields.take::<Fields>("thinking")? else { return Ok(Thinking::default()) };
     let is_on = match thinking.require::<String>("type")?.as_str() {
         "disabled" => false,
         "enabled" | "adaptive" => true,
         _ => return Err(ApiError::invalid("thinking.type", "must be enabled, adaptive or disabled")),
     };
-    let budget = in_range("thinking.budget_tokens", thinking.take("budget_tokens")?, 1024..=u32::MAX)?;
-    if budget.is_some() && !is_on {
-        return Err(ApiError::invalid("thinking.budget_tokens", "means nothing without thoughts"));
+    let field = thinking.path("budget_tokens");
+    let tokens = in_range(&field, thinking.take("budget_tokens")?, 1024..=u32::MAX)?;
+    if tokens.is_some() && !is_on {
+        return Err(ApiError::invalid(&field, "means nothing without thoughts"));
     }
     thinking.refuse(&[("display", |value| value == "summarized")])?;
     thinking.finish()?;
@@ -128,7 +138,7 @@ fn take_thinking(fields: &mut Fields, rendering: &mut Rendering, state: &Fronten
     } else if is_on && !state.tells_thoughts(rendering) {
         return Err(ApiError::invalid("thinking", "is not possible: the model has no thoughts that could be told"));
     }
-    Ok(is_on)
+    Ok(Thinking { is_told: is_on, budget: tokens.map(|tokens| ThoughtBudget { field, tokens }) })
 }
 
 /// `tools` and `tool_choice`.

@@ -12,6 +12,7 @@ use crate::frontend::{
     prompt::Rendering,
     structured,
     tools::{
+        budget::ThoughtBudget,
         reader::Reading,
         toolbox::{Toolbox, flat},
     },
@@ -132,6 +133,7 @@ impl ResponseAsk {
 
         let mut rendering = Rendering::plain(messages);
         let effort = take_reasoning(&mut fields, &mut rendering, state)?;
+        raw.thought_budget = ThoughtBudget::take(&mut fields)?;
         let format = take_format(&mut fields, &mut raw)?;
         let (toolbox, tools, tool_choice) = take_tools(&mut fields)?;
         let metadata = fields.take::<Fields>("metadata")?.map(Fields::into_entries).unwrap_or_default();

@@ -42,6 +42,10 @@ impl FrontendState {
             None => {}
         }
         self.bind(toolbox, format.filter(|_| toolbox.is_open()), template, &mut thoughts, raw)?;
+        if let Some(budget) = raw.thought_budget.take() {
+            let limit = budget.limit(thoughts, format, &self.model.tokenizer)?;
+            raw.thought_limit = limit.map(|limit| (budget.field, limit));
+        }
         raw.shown_tokens = self.shown_tokens(format, thoughts);
         let names = toolbox.names();
         let reading = Reading { request: request.to_owned(), format, names, thoughts, shows_thoughts: true };

@@ -11,6 +11,8 @@ pub enum Part {
     Call {
         /// Of the tool.
         name: String,
+        /// What the model calls the call, if it has a name for it.
+        id: Option<String>,
     },
     /// Arguments of the call that began last: JSON as the model wrote it.
     Arguments(String),
@@ -45,7 +47,13 @@ impl Found {
     /// Begins a call.
     pub fn call(&mut self, name: &str) {
         self.n_calls += 1;
-        self.parts.push(Part::Call { name: name.to_owned() });
+        self.parts.push(Part::Call { name: name.to_owned(), id: None });
+    }
+
+    /// Begins a call that the model has named.
+    pub fn call_with_id(&mut self, name: &str, id: &str) {
+        self.n_calls += 1;
+        self.parts.push(Part::Call { name: name.to_owned(), id: Some(id.to_owned()) });
     }
 
     /// Adds to the arguments of the last call.

@@ -8,7 +8,7 @@ use phalanx_cluster::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    Format, Spelling,
+    ArgumentForm, Format, Spelling,
     thoughts::{Start, Thoughts},
     toolbox::{Choice, Tool, Toolbox},
 };
@@ -19,6 +19,9 @@ const TEXT: &str = "/(?s:.+)/";
 const ANYTHING: &str = "/(?s:.*)/";
 /// What may stand between thoughts and what follows.
 const BLANKS: &str = "/[ \\n]{1,4}/";
+
+/// The number of a call.
+const NUMBER: &str = "/[0-9]{1,4}/";
 
 /// Keywords of schemas whose properties can stand as arguments of a Python call.
 const PLAIN_KEYWORDS: &[&str] = &[
@@ -64,7 +67,7 @@ impl Bounds<'_> {
     }
 
     /// The token of a mark that is a control token, which no text has.
-    fn control(&self, mark: &str) -> Option<u32> {
+    pub(super) fn control(&self, mark: &str) -> Option<u32> {
         self.tokenizer.token_id(mark).filter(|id| self.tokenizer.is_special(*id))
     }
 
@@ -73,7 +76,7 @@ impl Bounds<'_> {
     }
 
     /// A text in the grammar's notation: literals, and control tokens.
-    fn spelt(&self, text: &str) -> String {
+    pub(super) fn spelt(&self, text: &str) -> String {
         let mut atoms = Vec::new();
         let mut rest = text;
         while !rest.is_empty() {
@@ -96,7 +99,7 @@ impl Bounds<'_> {
     }
 
     /// A rule for a text up to and with a mark.
-    fn until(&self, rule: &str, mark: &str, rules: &mut Vec<String>) {
+    pub(super) fn until(&self, rule: &str, mark: &str, rules: &mut Vec<String>) {
         rules.push(match self.control(mark) {
             Some(token) => format!("{rule}: {TEXT}? <[{token}]>"),
             None => format!("{rule}[lazy]: {ANYTHING} {}", quoted(mark)),
@@ -152,8 +155,14 @@ impl Bounds<'_> {
         }
         let call = |rule: &str, before: &str, rules: &mut Vec<String>| {
             let one = |(index, tool): (usize, &&Tool)| {
-                let head = format!("{before}{}{}", tool.name, spelling.middle);
-                format!("{} arguments_{index} {}", self.spelt(&head), self.spelt(spelling.after))
+                let (name, middle, after) = (&tool.name, spelling.middle, self.spelt(spelling.after));
+                let head = match spelling.number {
+                    None => self.spelt(&format!("{before}{name}{middle}")),
+                    Some(colon) => {
+                        format!("{} {NUMBER} {}", self.spelt(&format!("{before}{name}{colon}")), self.spelt(middle))
+                    }
+                };
+                format!("{head} arguments_{index} {after}")
             };
             let all: Vec<_> = tools.iter().enumerate().map(one).collect();
             rules.push(format!("{rule}: {}", all.join(" | ")));
@@ -197,13 +206,15 @@ impl Bounds<'_> {
         spelling: &Spelling,
         rules: &mut Vec<String>,
     ) -> Result<(), GrammarError> {
-        // Keywords have no form that any object has: they follow the schema in any case.
-        let is_bound = tool.is_strict || self.toolbox.choice != Choice::Auto || spelling.has_keywords;
+        // These have no form that any object has: they follow the schema in any case.
+        let form = spelling.arguments;
+        let is_bound = tool.is_strict || self.toolbox.choice != Choice::Auto || form != ArgumentForm::Object;
         let schema = schema_of(tool, is_bound);
-        if spelling.has_keywords {
-            return keywords(index, &schema, rules);
+        match form {
+            ArgumentForm::Object => rules.push(format!("arguments_{index}: {}", json_of(Value::Object(schema))?)),
+            ArgumentForm::Keywords => keywords(index, &schema, rules)?,
+            ArgumentForm::Elements(spelling) => self.elements(index, &schema, spelling, rules)?,
         }
-        rules.push(format!("arguments_{index}: {}", json_of(Value::Object(schema))?));
         Ok(())
     }
 }
@@ -224,66 +235,76 @@ fn schema_of(tool: &Tool, is_bound: bool) -> Map<String, Value> {
     schema
 }
 
-fn json_of(schema: Value) -> Result<String, GrammarError> {
+pub(super) fn json_of(schema: Value) -> Result<String, GrammarError> {
     Ok(format!("%json {}", Grammar::of_schema(schema, &WhiteSpace::Some)?.text()))
+}
+
+/// A parameter of a tool.
+pub(super) struct Parameter {
+    /// Its key.
+    pub(super) name: String,
+    /// What it may be, with the definitions that this refers to.
+    pub(super) schema: Value,
+    pub(super) is_required: bool,
+}
+
+/// Parameters, in the order of the schema, if there is no more to say of them together.
+pub(super) fn parameters(schema: &Map<String, Value>) -> Result<Vec<Parameter>, GrammarError> {
+    if let Some(odd) = schema.keys().find(|keyword| !PLAIN_KEYWORDS.contains(&keyword.as_str())) {
+        let reason = format!("has the keyword '{odd}', which arguments of this model's calls can't follow");
+        return Err(GrammarError::Refused(reason));
+    }
+    let required = schema.get("required").and_then(Value::as_array);
+    let is_required = |name: &str| required.into_iter().flatten().any(|required| required == name);
+    let shared = schema.iter().filter(|(name, _)| matches!(name.as_str(), "$defs" | "definitions"));
+    let one = |(name, property): (&String, &Value)| {
+        let mut schema = property.clone();
+        if let Value::Object(own) = &mut schema {
+            own.extend(shared.clone().map(|(name, value)| (name.clone(), value.clone())));
+        }
+        Parameter { name: name.clone(), schema, is_required: is_required(name) }
+    };
+    Ok(schema.get("properties").and_then(Value::as_object).into_iter().flatten().map(one).collect())
+}
+
+/// A parameter whose name can't stand in a call.
+pub(super) fn unwritable(name: &str) -> GrammarError {
+    GrammarError::Refused(format!("has the property '{name}', which can't be an argument of this model's calls"))
 }
 
 /// Arguments as `key=value, …`, in the order of the schema. Those that need not be there may be left out.
 fn keywords(index: usize, schema: &Map<String, Value>, rules: &mut Vec<String>) -> Result<(), GrammarError> {
-    let refused = |reason: String| Err(GrammarError::Refused(reason));
-    if let Some(odd) = schema.keys().find(|keyword| !PLAIN_KEYWORDS.contains(&keyword.as_str())) {
-        return refused(format!("has the keyword '{odd}', which arguments of this model's calls can't follow"));
-    }
-    let none = Map::new();
-    let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
-    let required: Vec<&str> =
-        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
-    let shared: Map<String, Value> = schema
-        .iter()
-        .filter(|(name, _)| matches!(name.as_str(), "$defs" | "definitions"))
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect();
+    let parameters = parameters(schema)?;
     let rule = |kind: &str, position: usize| match position {
         0 if kind == "first" => format!("arguments_{index}"),
         _ => format!("{kind}_{index}_{position}"),
     };
-    for (position, (name, property)) in properties.iter().enumerate() {
+    for (position, Parameter { name, schema, is_required }) in parameters.iter().enumerate() {
         if !name.chars().all(|c| c.is_ascii_alphanumeric() || "_.:/-".contains(c)) || name.is_empty() {
-            return refused(format!("has the property '{name}', which can't be an argument of this model's calls"));
+            return Err(unwritable(name));
         }
-        let value = match property {
-            Value::Object(property) => {
-                let mut property = property.clone();
-                property.extend(shared.clone());
-                Value::Object(property)
-            }
-            other => other.clone(),
-        };
-        rules.push(format!("value_{index}_{position}: {}", json_of(value)?));
+        rules.push(format!("value_{index}_{position}: {}", json_of(schema.clone())?));
         let next = rule("next", position + 1);
         for (kind, before) in [("first", ""), ("next", ", ")] {
             let head = quoted(&format!("{before}{name}="));
-            let without = match required.contains(&name.as_str()) {
-                true => String::new(),
-                false => format!(" | {}", rule(kind, position + 1)),
-            };
+            let without = if *is_required { String::new() } else { format!(" | {}", rule(kind, position + 1)) };
             rules.push(format!("{}: {head} value_{index}_{position} {next}{without}", rule(kind, position)));
         }
     }
     for kind in ["first", "next"] {
-        rules.push(format!("{}: \"\"", rule(kind, properties.len())));
+        rules.push(format!("{}: \"\"", rule(kind, parameters.len())));
     }
     Ok(())
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use phalanx_cluster::grammar::{Compiler, Limits, STACK_BYTES};
 
     use super::*;
     use crate::frontend::{
         tests::fake::folder,
-        tools::{FORMATS, reader::Reading, thoughts::THOUGHTS},
+        tools::{ElementSpelling, FORMATS, reader::Reading, thoughts::THOUGHTS},
     };
 
     fn toolbox(choice: Choice) -> Toolbox {
@@ -302,7 +323,7 @@ mod tests {
     }
 
     /// Whether each of these texts is whole under a grammar.
-    fn allows(bounds: &Bounds<'_>, texts: &[&str]) -> Vec<bool> {
+    pub fn allows(bounds: &Bounds<'_>, texts: &[&str]) -> Vec<bool> {
         let grammar = bounds.grammar().unwrap();
         let tokenizer = bounds.tokenizer;
         std::thread::scope(|scope| {
@@ -323,11 +344,28 @@ mod tests {
         })
     }
 
+    /// Arguments as elements: texts without quotes. What is no text in JSON where one has to be is here a text where none may be.
+    fn elements(form: &ElementSpelling, json: &str) -> String {
+        let json = json.replace("\"city\": 5, \"now\": true", "\"city\": \"5\", \"now\": \"maybe\"");
+        let value: Map<String, Value> = serde_json::from_str(&json).unwrap();
+        let one = |(key, value): (&String, &Value)| {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let line = if form.has_lines { "\n" } else { "" };
+            format!("{}{key}{}{text}{line}{}{}", form.before, form.middle, form.end, form.after)
+        };
+        value.iter().map(one).collect()
+    }
+
     /// Calls of `weather` with these arguments.
     fn call(spelling: &Spelling, all: &[(&str, &str, &str)]) -> String {
         let one = |(name, json, keywords): &(&str, &str, &str)| {
-            let arguments = if spelling.has_keywords { keywords } else { json };
-            format!("{}{name}{}{arguments}{}", spelling.before, spelling.middle, spelling.after)
+            let arguments = match spelling.arguments {
+                ArgumentForm::Object => (*json).to_owned(),
+                ArgumentForm::Keywords => (*keywords).to_owned(),
+                ArgumentForm::Elements(form) => elements(form, json),
+            };
+            let number = spelling.number.map_or(String::new(), |colon| format!("{colon}7"));
+            format!("{}{name}{number}{}{arguments}{}", spelling.before, spelling.middle, spelling.after)
         };
         let calls: Vec<_> = all.iter().map(one).collect();
         format!("{}{}{}", spelling.open, calls.join(spelling.between.unwrap_or_default()), spelling.close)
@@ -345,7 +383,7 @@ mod tests {
     fn required_calls_are_calls_and_are_read() {
         let tokenizer = Tokenizer::from_folder(folder()).unwrap();
         for format in FORMATS {
-            for template in ["", "[ARGS]", "```json", "<|tool_call|>"] {
+            for template in ["", "[ARGS]", "```json", "<|tool_call|>", "</arg_key><arg_value>"] {
                 let spelling = format.spelling(template);
                 let toolbox = toolbox(Choice::Required);
                 let bounds = Bounds {

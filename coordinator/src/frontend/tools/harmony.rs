@@ -3,6 +3,7 @@
 
 use super::{
     Format, Names, Parser, Spelling,
+    budget::ThoughtMarks,
     found::Found,
     sections::{Opening, Prose, Read},
 };
@@ -37,8 +38,14 @@ impl Format for Harmony {
         &["gpt-oss", "gpt_oss"]
     }
 
-    fn finds_thoughts(&self) -> bool {
-        true
+    fn thought_marks(&self) -> Option<ThoughtMarks> {
+        Some(ThoughtMarks {
+            open: &["<|channel|>analysis<|message|>"],
+            close: ENDS,
+            end: "<|end|>",
+            // It would go on in the next message.
+            end_again: Some("<|end|><|start|>assistant<|channel|>final<|message|>"),
+        })
     }
 
     fn parser(&self, names: &Names) -> Box<dyn Parser> {

@@ -5,21 +5,29 @@
 //! [`reader::Reader`] turns a choice's text into what every API tells in its own words.
 
 pub mod ask;
+pub mod budget;
 mod call_list;
 mod call_object;
 mod deepseek;
+mod element_grammar;
+mod elements;
 pub mod found;
+mod glm45;
 mod grammar;
 mod granite;
 mod harmony;
 mod hermes;
 mod json;
+mod kimi_k2;
+mod kinds;
 mod llama3_json;
 mod mistral;
 mod named_call;
+mod names;
 mod parsers;
 mod python;
 mod pythonic;
+mod qwen3_coder;
 pub mod reader;
 mod sections;
 #[cfg(test)]
@@ -27,10 +35,11 @@ mod tests;
 pub mod thoughts;
 pub mod toolbox;
 
-use std::sync::Arc;
-
-use self::found::Found;
-pub use self::parsers::{Parsers, UnknownParser};
+use self::{budget::ThoughtMarks, found::Found};
+pub use self::{
+    names::Names,
+    parsers::{Parsers, UnknownParser},
+};
 
 /// How a family of models writes calls.
 pub trait Format: Sync {
@@ -51,9 +60,14 @@ pub trait Format: Sync {
         Ids::Long
     }
 
+    /// How it marks thoughts, if it does.
+    fn thought_marks(&self) -> Option<ThoughtMarks> {
+        None
+    }
+
     /// Whether it marks thoughts too.
     fn finds_thoughts(&self) -> bool {
-        false
+        self.thought_marks().is_some()
     }
 
     /// Reads a text in which these tools may be called.
@@ -69,6 +83,9 @@ pub static FORMATS: &[&dyn Format] = &[
     &deepseek::DeepSeek,
     &mistral::Mistral,
     &granite::Granite,
+    &kimi_k2::KimiK2,
+    &glm45::Glm45,
+    &qwen3_coder::Qwen3Coder,
     &hermes::Hermes,
     &pythonic::Pythonic,
     &llama3_json::Llama3Json,
@@ -88,28 +105,6 @@ pub trait Parser: Send {
     }
 }
 
-/// Names of tools that may be called.
-#[derive(Debug, Clone, Default)]
-pub struct Names(Arc<[String]>);
-
-impl Names {
-    /// Whether it is one of them.
-    pub fn contains(&self, name: &str) -> bool {
-        self.0.iter().any(|known| known == name)
-    }
-
-    /// Memory that they take.
-    pub fn bytes(&self) -> usize {
-        self.0.iter().map(|name| size_of::<String>() + name.len()).sum()
-    }
-}
-
-impl<S: Into<String>> FromIterator<S> for Names {
-    fn from_iter<I: IntoIterator<Item = S>>(names: I) -> Self {
-        Self(names.into_iter().map(Into::into).collect())
-    }
-}
-
 /// What names of calls look like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ids {
@@ -126,6 +121,8 @@ pub struct Spelling {
     pub open: &'static str,
     /// Before a name.
     pub before: &'static str,
+    /// Between name and middle there is a number behind this.
+    pub number: Option<&'static str>,
     /// Between name and arguments.
     pub middle: &'static str,
     /// Behind arguments.
@@ -136,10 +133,37 @@ pub struct Spelling {
     pub close: &'static str,
     /// The character that calls begin with and other answers don't, if there is no mark.
     pub first: Option<char>,
-    /// Whether arguments are `key=value, …` instead of a JSON object.
-    pub has_keywords: bool,
+    /// How arguments are written.
+    pub arguments: ArgumentForm,
     /// What thoughts stand between, if the format marks them.
     pub thoughts: Option<(&'static str, &'static str)>,
     /// Before text for the reader.
     pub text: &'static str,
+}
+
+/// How the arguments of a call are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ArgumentForm {
+    /// As a JSON object.
+    #[default]
+    Object,
+    /// As `key=value, …`.
+    Keywords,
+    /// As elements.
+    Elements(&'static ElementSpelling),
+}
+
+/// How an argument is written: `before` key `middle` value `end` `after`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ElementSpelling {
+    /// Before a key.
+    pub before: &'static str,
+    /// Between key and value.
+    pub middle: &'static str,
+    /// What ends a value.
+    pub end: &'static str,
+    /// Behind that.
+    pub after: &'static str,
+    /// Whether a line break before the end is not the value's.
+    pub has_lines: bool,
 }

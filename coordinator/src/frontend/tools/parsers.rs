@@ -167,6 +167,9 @@ mod tests {
             ("should use the format [func_name1(params_name1=params_value1)]", "llama", Some("pythonic")),
             ("<|channel|>", "gpt-oss", Some("openai")),
             ("<｜tool▁calls▁begin｜>", "deepseek2", Some("deepseek_v3")),
+            ("<tool_call>\n<function=example_function_name>", "qwen3", Some("qwen3_coder")),
+            ("<tool_call>{name}\n<arg_key>{key}</arg_key>", "glm4_moe", Some("glm45")),
+            ("<|tool_calls_section_begin|>", "kimi_k2", Some("kimi_k2")),
             ("{{ tools }}", "qwen2", Some("hermes")),
             ("{{ tools }}", "gemma3", None),
         ] {

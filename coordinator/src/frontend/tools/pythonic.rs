@@ -1,7 +1,7 @@
 //! Calls as Python: the whole answer is `[f(a=1, b="x"), g()]`. Their arguments are told as JSON.
 
 use super::{
-    Format, Names, Parser, Spelling,
+    ArgumentForm, Format, Names, Parser, Spelling,
     found::Found,
     python::{Literal, Scan},
     sections::{Body, Opening, Sections, Step},
@@ -44,7 +44,7 @@ impl Format for Pythonic {
             between: Some(", "),
             close: "]",
             first: Some('['),
-            has_keywords: true,
+            arguments: ArgumentForm::Keywords,
             ..Spelling::default()
         }
     }

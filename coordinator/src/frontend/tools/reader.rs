@@ -69,6 +69,7 @@ impl Reading {
             call_ids: CallIds {
                 request: self.request.clone(),
                 choice,
+                of_model: Vec::new(),
                 form: self.format.map_or(Ids::Long, Format::ids),
             },
             splitter: self.thoughts.map(|(form, start)| Splitter::new(form, start)),
@@ -188,10 +189,10 @@ impl Reader {
                 Part::Content(text) => Piece::Content(text),
                 Part::Thought(_) if !self.shows_thoughts => continue,
                 Part::Thought(text) => Piece::Thought(text),
-                Part::Call { name } => {
+                Part::Call { name, id } => {
                     let index = self.n_told;
                     self.n_told += 1;
-                    Piece::Call { index, id: self.call_ids.of(index), name }
+                    Piece::Call { index, id: self.call_ids.of(index, id), name }
                 }
                 Part::Arguments(text) => Piece::Arguments { index: self.n_told.saturating_sub(1), text },
             });
@@ -204,11 +205,18 @@ impl Reader {
 struct CallIds {
     request: String,
     choice: usize,
+    /// Those that the model has given.
+    of_model: Vec<String>,
     form: Ids,
 }
 
 impl CallIds {
-    fn of(&self, index: usize) -> String {
+    /// The model's own, if it is a new one.
+    fn of(&mut self, index: usize, own: Option<String>) -> String {
+        if let Some(own) = own.filter(|own| !self.of_model.contains(own)) {
+            self.of_model.push(own.clone());
+            return own;
+        }
         let digest = Sha256::digest(format!("{}\n{}\n{index}", self.request, self.choice));
         match self.form {
             Ids::Long => format!("call_{}", hex(&digest[..12])),

@@ -36,7 +36,7 @@ pub struct Opening {
 pub struct Sections<B> {
     prose: Prose,
     inside: Option<Inside<B>>,
-    body: Box<dyn Fn() -> B + Send>,
+    body: Box<dyn Fn(&str) -> B + Send>,
 }
 
 /// A section that has begun.
@@ -51,6 +51,11 @@ struct Inside<B> {
 impl<B: Body> Sections<B> {
     /// At the beginning of a text. `body` makes what reads a section.
     pub fn new(opening: Opening, body: impl Fn() -> B + Send + 'static) -> Self {
+        Self::marked(opening, move |_| body())
+    }
+
+    /// The same where the body has to know the mark that it stands behind.
+    pub fn marked(opening: Opening, body: impl Fn(&str) -> B + Send + 'static) -> Self {
         Self { prose: Prose::new(opening), inside: None, body: Box::new(body) }
     }
 
@@ -91,10 +96,10 @@ impl<B: Body> Parser for Sections<B> {
         match self.prose.push(c, found) {
             Read::Text => {}
             Read::Mark(raw) => {
-                self.inside = Some(Inside { body: (self.body)(), raw, n_calls: found.n_calls() });
+                self.inside = Some(Inside { body: (self.body)(raw.trim_start()), raw, n_calls: found.n_calls() });
             }
             Read::First(raw) => {
-                let inside = Inside { body: (self.body)(), raw, n_calls: found.n_calls() };
+                let inside = Inside { body: (self.body)(""), raw, n_calls: found.n_calls() };
                 self.push_inside(inside, c, found);
             }
         }

@@ -6,6 +6,7 @@ use super::{
     FORMATS, Format, Names,
     reader::{Piece, Reading, Told},
     thoughts::{Start, THOUGHTS, Thoughts},
+    toolbox::Tool,
 };
 
 fn format(name: &str) -> &'static dyn Format {
@@ -159,6 +160,63 @@ static CASES: &[Case] = &[
     ),
     ("deepseek_v3", "<｜tool▁calls▁begin｜>none", "<｜tool▁calls▁begin｜>none", &[]),
     (
+        "qwen3_coder",
+        "I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        "I look.",
+        &[("get_weather", PARIS)],
+    ),
+    // Without the first mark, and two in a row, as some models have it.
+    (
+        "qwen3_coder",
+        "<function=f>\n<parameter=a>\n[1,  2]\n</parameter><parameter=b>\nTrue\n</parameter>\n</function>\n<function=f>\n\
+         </function>\n</tool_call> done",
+        " done",
+        &[("f", "{\"a\": [1,  2], \"b\": true}"), ("f", "{}")],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=f>\n<parameter=a>\n\nx </parameter\n\n</parameter>\n</function>\n</tool_call>",
+        "",
+        &[("f", "{\"a\": \"\\nx </parameter\\n\"}")],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
+        &[],
+    ),
+    ("qwen3_coder", "<function=f> is how I call.", "<function=f> is how I call.", &[]),
+    ("qwen3_coder", "<tool_call>soon", "<tool_call>soon", &[]),
+    ("qwen3_coder", "<function=f><parameter=a>\nhalf of", "", &[("f", "{\"a\": ")]),
+    (
+        "glm45",
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>",
+        "",
+        &[("get_weather", PARIS)],
+    ),
+    (
+        "glm47",
+        "Hm.<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value><arg_key>b</arg_key><arg_value>x < y\n</arg_value>\
+         </tool_call><tool_call>f</tool_call>",
+        "Hm.",
+        &[("f", "{\"a\": 1, \"b\": \"x < y\\n\"}"), ("f", "{}")],
+    ),
+    ("glm45", "<tool_call>rm\n</tool_call>", "<tool_call>rm\n</tool_call>", &[]),
+    ("glm45", "<tool_call>f\n<arg_key>a</arg_key> oops", "oops", &[("f", "{\"a\": ")]),
+    (
+        "kimi_k2",
+        "I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{\"city\": \"Paris\"}\
+         <|tool_call_end|><|tool_call_begin|>functions.f:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+        "I look.",
+        &[("get_weather", PARIS), ("f", "{}")],
+    ),
+    (
+        "kimi_k2",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.rm:0<|tool_call_argument_begin|>{}",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.rm:0<|tool_call_argument_begin|>{}",
+        &[],
+    ),
+    (
         "openai",
         "<|channel|>analysis<|message|>I need it.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather \
          <|constrain|>json<|message|>{\"city\": \"Paris\"}",
@@ -199,6 +257,49 @@ fn formats_are_read_alike_at_every_split() {
         let letters: Vec<&str> = text.split_inclusive(|_: char| true).collect();
         assert_eq!(told(&reading, letters).0, whole.0, "{name}: {text}, letter by letter");
     }
+}
+
+#[test]
+fn texts_in_elements_come_as_they_are_written() {
+    let schema = serde_json::json!({"type": "object", "properties": {
+        "code": {"type": "string"}, "unit": {"anyOf": [{"enum": ["c", "f"]}, {"type": "null"}]}, "n": {"type": "integer"},
+    }});
+    let tool = Tool::new(&[String::new(), String::new()], "run".to_owned(), None, Some(schema), false).unwrap();
+    let reading = |format: &str| Reading { names: Names::of_tools([&tool].into_iter()), ..reading(format) };
+    let arguments = "{\"code\": \"1 < \\\"2\\\"\\n</par\\ttrue\", \"unit\": null, \"n\": 3}";
+    for (format, text, from) in [
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=run>\n<parameter=code>\n1 < \"2\"\n</par\ttrue\n</parameter>\n<parameter=unit>\nnull\n\
+             </parameter>\n<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>",
+            "\n1 < ",
+        ),
+        (
+            "glm45",
+            "<tool_call>run\n<arg_key>code</arg_key>\n<arg_value>1 < \"2\"\n</par\ttrue</arg_value>\n<arg_key>unit</arg_key>\n\
+             <arg_value>null</arg_value><arg_key>n</arg_key>\n<arg_value>3</arg_value>\n</tool_call>",
+            "1 < ",
+        ),
+    ] {
+        let reading = reading(format);
+        let whole = told(&reading, [text]).0;
+        assert_eq!((whole.calls[0].arguments.as_str(), whole.content.as_str()), (arguments, ""), "{format}");
+        for (at, _) in text.char_indices() {
+            assert_eq!(told(&reading, [&text[..at], &text[at..]]).0, whole, "{format} at {at}");
+        }
+        let end = text.find(from).unwrap() + from.len();
+        let (begun, _) = told(&reading, [&text[..end]]);
+        assert_eq!(begun.calls[0].arguments, "{\"code\": \"1 < ", "{format}");
+    }
+}
+
+#[test]
+fn calls_have_the_names_that_the_model_gave_them() {
+    let call = |id: &str| format!("<|tool_call_begin|>{id}<|tool_call_argument_begin|>{{}}<|tool_call_end|>");
+    let text = format!("<|tool_calls_section_begin|>{}{}{}", call("functions.f:3"), call("functions.f:3"), call("f:4"));
+    let ids: Vec<String> = told(&reading("kimi_k2"), [text.as_str()]).0.calls.into_iter().map(|call| call.id).collect();
+    assert_eq!((ids[0].as_str(), ids[2].as_str()), ("functions.f:3", "f:4"));
+    assert!(ids[1].starts_with("call_"), "no two calls have one name: {ids:?}");
 }
 
 #[test]
@@ -313,6 +414,18 @@ fn scraps() -> impl Strategy<Value = String> {
         "<｜tool▁call▁end｜>",
         "<｜tool▁calls▁end｜>",
         "function",
+        "<function=f>",
+        "<parameter=a>\n",
+        "</parameter>",
+        "</function>",
+        "<arg_key>a</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "<|tool_calls_section_begin|>",
+        "<|tool_call_begin|>functions.f:0",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
         "{\"name\": \"f\", \"arguments\": ",
         "{\"name\": \"f\", \"parameters\": ",
         "{\"a\": [1, \"é😀\\n\"]}",

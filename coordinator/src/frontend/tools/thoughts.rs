@@ -1,6 +1,7 @@
 //! What models think before they answer, between marks.
 
 use super::{
+    budget::ThoughtMarks,
     found::Found,
     sections::{Opening, Prose, Read},
 };
@@ -32,7 +33,7 @@ static DEEPSEEK_R1: Thoughts = Thoughts {
 };
 
 static QWEN3: Thoughts = Thoughts {
-    names: &["qwen3", "deepseek_v3", "think"],
+    names: &["qwen3", "deepseek_v3", "glm45", "kimi_k2", "think"],
     open: &["<think>"],
     close: &["</think>"],
     is_assumed: false,
@@ -67,6 +68,12 @@ pub enum Start {
 }
 
 impl Thoughts {
+    /// Where they begin and end.
+    pub fn marks(&self) -> ThoughtMarks {
+        let end = self.close.first().copied().unwrap_or_default();
+        ThoughtMarks { open: self.open, close: self.close, end, end_again: None }
+    }
+
     /// Where the answer to a prompt begins. `is_fresh` says that the prompt ends with the beginning of an answer.
     pub fn start(&self, prompt: &str, is_fresh: bool) -> Start {
         let prompt = prompt.trim_end();

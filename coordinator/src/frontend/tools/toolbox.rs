@@ -224,9 +224,9 @@ impl Toolbox {
         })
     }
 
-    /// Their names.
+    /// Their names, and what their parameters may be.
     pub fn names(&self) -> Names {
-        self.callable().map(|tool| tool.name.as_str()).collect()
+        Names::of_tools(self.callable())
     }
 
     /// Whether a grammar has to see to it that the output is what was asked for.
