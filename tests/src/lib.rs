@@ -6,4 +6,6 @@ pub mod faults;
 pub mod golden;
 pub mod model_cache;
 pub mod process;
+pub mod programs;
+pub mod python;
 pub mod workload;

@@ -86,11 +86,20 @@ impl Process {
             }
             None => Command::new(binary),
         };
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args);
+        Self::run(command)
+    }
+
+    /// Starts any command with a clean `PHALANX_*` environment.
+    ///
+    /// # Panics
+    /// If it can't be started.
+    pub fn run(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (key, _) in std::env::vars().filter(|(key, _)| key.starts_with("PHALANX_") && key != "PHALANX_CACHE") {
             command.env_remove(key);
         }
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("start {name}: {e}"));
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("start {command:?}: {e}"));
         let log = Log::default();
         let (sender, lines) = mpsc::channel();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));

@@ -1,42 +1,14 @@
 //! Stock clients: openai, langchain-openai, anthropic, ollama, huggingface_hub and grpcio from the package index, in a virtual environment of
 //! their own. They ask the same and hear the same, whole and streamed, whichever API they speak.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{path::Path, process::Command};
 
 use phalanx_tests::{
     model_cache::{SMOLLM2, model},
     process::{Cluster, repository},
+    python::{environment, run},
 };
 use serde_json::Value;
-
-/// A Python with the client packages; made once per machine and kept beside the build.
-fn python() -> PathBuf {
-    let requirements = repository().join("tests/clients/requirements.txt");
-    let target = std::env::current_exe().expect("the test has a path");
-    let target = target.ancestors().nth(3).expect("tests lie in target/PROFILE/deps");
-    let folder = target.join("client-venv");
-    let marker = folder.join("complete");
-    // Which packages are in it: others are wanted when the list changes.
-    let wanted = std::fs::read_to_string(&requirements).expect("the list of packages is readable");
-    if std::fs::read_to_string(&marker).ok() != Some(wanted.clone()) {
-        let _ = std::fs::remove_dir_all(&folder);
-        run(Command::new("python3").args(["-m", "venv"]).arg(&folder));
-        let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"];
-        run(Command::new(folder.join("bin/python")).args(pip).arg(&requirements));
-        std::fs::write(&marker, wanted).expect("the environment is writable");
-    }
-    folder.join("bin/python")
-}
-
-fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}: install Python 3 with venv and pip"));
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {}\n{error}", output.status);
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
 
 fn script(python: &Path, name: &str, arguments: &[&str]) -> Value {
     let output = run(Command::new(python).arg(repository().join("tests/clients").join(name)).args(arguments));
@@ -45,7 +17,7 @@ fn script(python: &Path, name: &str, arguments: &[&str]) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn stock_clients_are_served() {
-    let python = python();
+    let python = environment("client-venv", "clients/requirements.txt").join("python");
     // Files and batches are kept beside the store.
     let template = repository().join("tests/clients/tools.jinja").display().to_string();
     let args = ["--kv-cache-memory", "128MiB", "--max-model-len", "2048", "--chat-template", &template];
