@@ -1,11 +1,12 @@
 //! Many requests from a file: `coordinator batch`, and `/v1/files` with `/v1/batches`. Whoever is killed in between, every line is
 //! answered, and stands in the output once.
 
-use std::{collections::BTreeMap, fs, path::Path, time::Instant};
+use std::{fs, path::Path, time::Instant};
 
 use phalanx_tests::{
     client::{get, post},
     model_cache::{SMOLLM2, model},
+    offline::{results, said, upload},
     process::{Cluster, Process, children, is_alive, wait_until},
 };
 use rustix::process::Signal;
@@ -28,26 +29,6 @@ fn line(n: usize) -> String {
         }
     };
     json!({"custom_id": format!("line-{n}"), "method": "POST", "url": url, "body": body}).to_string()
-}
-
-/// What a line's answer says.
-fn said(line: &Value) -> Value {
-    let body = &line["response"]["body"];
-    match body["choices"].as_array() {
-        Some(choices) => json!([choices[0]["text"], choices[0]["message"]["content"], choices[0]["finish_reason"]]),
-        None => body["output"][0]["content"][0]["text"].clone(),
-    }
-}
-
-/// Lines of an output by name; each stands there once.
-fn results(text: &str) -> BTreeMap<String, Value> {
-    let mut results = BTreeMap::new();
-    for line in text.lines() {
-        let line: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
-        let name = line["custom_id"].as_str().unwrap_or("nobody").to_owned();
-        assert!(results.insert(name.clone(), line).is_none(), "{name} stands twice");
-    }
-    results
 }
 
 fn batch(arguments: &[&str], input: &Path, output: &Path) -> Process {
@@ -146,20 +127,6 @@ fn a_killed_batch_goes_on_and_does_no_line_twice() {
     assert!(cluster.interrupt().success());
 }
 
-/// Sends a file.
-fn upload(http: &str, text: &str) -> Value {
-    let boundary = "boundary-of-the-offline-tests";
-    let part = |name: &str, rest: &str, value: &str| {
-        format!("--{boundary}\r\nContent-Disposition: form-data; name=\"{name}\"{rest}\r\n\r\n{value}\r\n")
-    };
-    let file = part("file", "; filename=\"in.jsonl\"\r\nContent-Type: application/jsonl", text);
-    let body = [part("purpose", "", "batch"), file, format!("--{boundary}--\r\n")].concat();
-    let request = ureq::post(format!("{http}/v1/files"));
-    let request = request.header("content-type", format!("multipart/form-data; boundary={boundary}"));
-    let answer = request.send(body).unwrap().body_mut().read_to_string().unwrap();
-    serde_json::from_str(&answer).unwrap()
-}
-
 #[test]
 fn a_batch_survives_its_coordinator() {
     let folder = tempfile::tempdir().unwrap();
@@ -169,7 +136,7 @@ fn a_batch_survives_its_coordinator() {
     let model = model(SMOLLM2);
     let mut cluster = Cluster::start(&model, &arguments);
     let lines: Vec<_> = (0..60).step_by(3).map(line).collect();
-    let file = upload(&cluster.http, &lines.join("\n"));
+    let file = upload(&cluster.http, lines.join("\n").as_bytes());
     let asked = json!({"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"});
     let made = post(&format!("{}/v1/batches", cluster.http), &asked).unwrap().json().unwrap();
     let id = made["id"].as_str().unwrap_or_else(|| panic!("{made}")).to_owned();

@@ -5,6 +5,7 @@ use phalanx_tests::{
     client::{metric, post, post_stream},
     model_cache::{QWEN_05B, model},
     process::{Cluster, signal_pid, wait_until},
+    resuming::Said,
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -40,43 +41,6 @@ fn body(more: Value) -> Value {
     });
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     body
-}
-
-/// What an answer says: content, calls with their arguments, and why it ended.
-#[derive(Debug, Default, PartialEq)]
-struct Said {
-    content: String,
-    calls: Vec<(String, String)>,
-    finish: String,
-}
-
-impl Said {
-    fn whole(answer: &Value) -> Self {
-        let choice = &answer["choices"][0];
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let calls = choice["message"]["tool_calls"].as_array().into_iter().flatten();
-        Self {
-            content: text(&choice["message"]["content"]),
-            calls: calls.map(|c| (text(&c["function"]["name"]), text(&c["function"]["arguments"]))).collect(),
-            finish: text(&choice["finish_reason"]),
-        }
-    }
-
-    /// Adds an event. Whether it brought arguments.
-    fn add(&mut self, event: &Value) -> bool {
-        assert!(event["error"].is_null(), "{event}");
-        let choice = &event["choices"][0];
-        self.content.push_str(choice["delta"]["content"].as_str().unwrap_or_default());
-        self.finish.push_str(choice["finish_reason"].as_str().unwrap_or_default());
-        let Some(call) = choice["delta"]["tool_calls"].get(0) else { return false };
-        if let Some(name) = call["function"]["name"].as_str() {
-            assert_eq!(call["index"], self.calls.len());
-            self.calls.push((name.to_owned(), String::new()));
-        }
-        let arguments = call["function"]["arguments"].as_str().unwrap_or_default();
-        self.calls.last_mut().expect("a call begins with its name").1.push_str(arguments);
-        !arguments.is_empty()
-    }
 }
 
 fn ask(url: &str, body: &Value) -> Said {

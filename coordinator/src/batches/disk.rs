@@ -68,3 +68,11 @@ pub fn read_all<T: DeserializeOwned>(folder: &Path) -> io::Result<Vec<T>> {
     }
     Ok(records)
 }
+
+/// Does something with the disk that nobody waits for: elsewhere, if others wait for this thread.
+pub fn off_the_path(work: impl FnOnce() + Send + 'static) {
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) => drop(runtime.spawn_blocking(work)),
+        Err(_) => work(),
+    }
+}

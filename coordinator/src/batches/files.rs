@@ -1,11 +1,14 @@
 //! Files in a folder: what each is, and whose, in a record beside it. Time is an argument, in seconds since 1970.
+//!
+//! What only asks takes no longer than a look into memory, whatever the disk is doing. What changes something waits for the
+//! disk, and for those who change something else: it says so, and is not for threads that others wait for.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -79,13 +82,17 @@ struct Shelf {
 pub struct Files {
     config: FilesConfig,
     folder: PathBuf,
+    /// Never held while the disk is asked for something.
     shelf: Mutex<Shelf>,
-    /// Held for as long as this process has them; let go by the system when it dies.
-    lock: RwLock<Option<File>>,
+    /// The lock of the folder, for as long as this process has it; let go by the system when it dies. Held by whoever changes
+    /// something, from the first look until it is on the disk.
+    lock: Mutex<Option<File>>,
 }
 
-/// Keeps the folder ours while something is changed.
-pub struct Held<'a>(RwLockReadGuard<'a, Option<File>>);
+/// The folder is ours, and nobody else here changes anything.
+pub struct Held<'a> {
+    _lock: MutexGuard<'a, Option<File>>,
+}
 
 /// A name that nobody guesses.
 pub fn new_id(prefix: &str) -> String {
@@ -110,7 +117,7 @@ impl Files {
         let total_bytes = records.iter().map(|record| record.bytes).sum();
         let by_id = records.into_iter().map(|record| (record.id.clone(), record)).collect();
         let shelf = Mutex::new(Shelf { by_id, total_bytes, n_coming: 0 });
-        Ok(Self { config, folder, shelf, lock: RwLock::new(Some(lock)) })
+        Ok(Self { config, folder, shelf, lock: Mutex::new(Some(lock)) })
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
@@ -118,18 +125,18 @@ impl Files {
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes sure that the folder is ours until the answer is dropped.
+    /// Makes sure that the folder is ours, and that nothing is changed by others until the answer is dropped. Waits for them.
     ///
     /// # Errors
     /// If it is no longer.
     pub fn held(&self) -> Result<Held<'_>, FilesError> {
-        let held = Held(self.lock.read().unwrap_or_else(PoisonError::into_inner));
-        if held.0.is_some() { Ok(held) } else { Err(FilesError::Busy) }
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_some() { Ok(Held { _lock: lock }) } else { Err(FilesError::Busy) }
     }
 
-    /// Lets another process have the folder. Nothing is changed from here any more.
+    /// Lets another process have the folder. Nothing is changed from here any more. Waits for what is being changed.
     pub fn let_go(&self) {
-        drop(self.lock.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Folder of everything.
@@ -156,7 +163,7 @@ impl Files {
     ///
     /// # Errors
     /// If there are enough of them.
-    pub fn begin(&self) -> Result<Incoming<'_>, FilesError> {
+    pub fn begin(self: &Arc<Self>) -> Result<Incoming, FilesError> {
         let mut shelf = self.shelf();
         let limit = self.config.max_files;
         if shelf.by_id.len() + shelf.n_coming >= limit {
@@ -166,18 +173,19 @@ impl Files {
         drop(shelf);
         let id = new_id("file-");
         let path = self.folder.join(&id).with_extension(disk::UNFINISHED);
-        Ok(Incoming { files: self, id, path, bytes: 0, is_kept: false })
+        Ok(Incoming { files: Arc::clone(self), id, path, bytes: 0, is_kept: false })
     }
 
-    /// Makes a file of content that is there, under the id that was chosen for it. Does nothing if that was done before.
+    /// Makes a file of content that is there, under the id that was chosen for it. Does nothing if that was done before. Waits for
+    /// the disk.
     ///
     /// # Errors
     /// If the disk says no.
     pub fn adopt(&self, record: FileRecord) -> Result<(), FilesError> {
         let _held = self.held()?;
-        let mut shelf = self.shelf();
         disk::write(&self.record_path(&record.id), &record)?;
         let bytes = record.bytes;
+        let mut shelf = self.shelf();
         if shelf.by_id.insert(record.id.clone(), record).is_none() {
             shelf.total_bytes += bytes;
         }
@@ -203,33 +211,40 @@ impl Files {
         list
     }
 
-    /// Removes a file.
+    /// Removes a file, unless something needs it. Waits for the disk.
     ///
     /// # Errors
-    /// If there is none of this id, or the disk says no.
-    pub fn remove(&self, id: &str) -> Result<(), FilesError> {
+    /// If there is none of this id, it is needed, or the disk says no.
+    pub fn remove(&self, id: &str, is_used: impl FnOnce(&str) -> bool) -> Result<(), FilesError> {
         let _held = self.held()?;
-        let mut shelf = self.shelf();
-        let record = shelf.by_id.get(id).ok_or(FilesError::Unknown)?;
-        let bytes = record.bytes;
+        let bytes = self.shelf().by_id.get(id).ok_or(FilesError::Unknown)?.bytes;
+        // Nothing comes to need it meanwhile: that would be a change.
+        if is_used(id) {
+            return Err(FilesError::InUse);
+        }
         // The record first: content without one is found by nobody, and removed at the next start.
         disk::remove(&self.record_path(id))?;
         disk::remove(&self.path(id))?;
+        let mut shelf = self.shelf();
         shelf.by_id.remove(id);
         shelf.total_bytes = shelf.total_bytes.saturating_sub(bytes);
         Ok(())
     }
 
-    /// Removes files whose time is over, but for those that are in use, and content that belongs to nobody.
+    /// Removes files whose time is over, but for those that are in use, and content that belongs to nobody. Waits for the disk.
     ///
     /// # Errors
     /// If the disk says no.
     pub fn sweep(&self, now: u64, is_used: impl Fn(&str) -> bool) -> Result<(), FilesError> {
-        let expired = |record: &&FileRecord| record.expires_at <= now && !is_used(&record.id);
+        let expired = |record: &&FileRecord| record.expires_at <= now;
         let expired: Vec<_> = self.shelf().by_id.values().filter(expired).map(|record| record.id.clone()).collect();
         for id in expired {
-            tracing::debug!(id, "a file's time is over");
-            self.remove(&id)?;
+            match self.remove(&id, &is_used) {
+                Ok(()) => tracing::debug!(id, "a file's time is over"),
+                // Later, or somebody else has removed it.
+                Err(FilesError::InUse | FilesError::Unknown) => {}
+                Err(error) => return Err(error),
+            }
         }
         let _held = self.held()?;
         for entry in fs::read_dir(&self.folder)? {
@@ -244,15 +259,15 @@ impl Files {
 }
 
 /// A file that is being taken in. Dropped before [`Incoming::keep`], nothing is left of it.
-pub struct Incoming<'a> {
-    files: &'a Files,
+pub struct Incoming {
+    files: Arc<Files>,
     id: String,
     path: PathBuf,
     bytes: u64,
     is_kept: bool,
 }
 
-impl Incoming<'_> {
+impl Incoming {
     /// Where its bytes are to be written.
     pub fn path(&self) -> &Path {
         &self.path
@@ -276,10 +291,10 @@ impl Incoming<'_> {
         Ok(())
     }
 
-    /// It is complete, and on the disk.
+    /// It is complete. Waits until the disk has all of it.
     ///
     /// # Errors
-    /// If the disk says no.
+    /// If the disk says no, or the folder is no longer ours.
     pub fn keep(
         mut self,
         filename: &str,
@@ -298,29 +313,34 @@ impl Incoming<'_> {
             purpose: purpose.to_owned(),
             owner: owner.map(str::to_owned),
         };
-        let _held = self.files.held()?;
-        // Content that belongs to nobody is swept away: nobody may look in between.
-        let mut shelf = self.files.shelf();
-        fs::rename(&self.path, self.files.path(&self.id))?;
-        disk::write(&self.files.record_path(&self.id), &record)?;
-        shelf.by_id.insert(self.id.clone(), record.clone());
-        drop(shelf);
+        File::open(&self.path)?.sync_all()?;
+        let files = Arc::clone(&self.files);
+        // Content that belongs to nobody is swept away: nobody may do so in between.
+        let _held = files.held()?;
+        fs::rename(&self.path, files.path(&self.id))?;
+        disk::write(&files.record_path(&self.id), &record)?;
+        files.shelf().by_id.insert(self.id.clone(), record.clone());
         self.is_kept = true;
         Ok(record)
     }
 }
 
-impl Drop for Incoming<'_> {
+impl Drop for Incoming {
     fn drop(&mut self) {
         let mut shelf = self.files.shelf();
         shelf.n_coming -= 1;
-        if !self.is_kept {
-            shelf.total_bytes = shelf.total_bytes.saturating_sub(self.bytes);
-            drop(shelf);
-            // What is left is removed at the next start.
-            let _ = disk::remove(&self.path);
-            let _ = disk::remove(&self.files.path(&self.id));
+        if self.is_kept {
+            return;
         }
+        shelf.total_bytes = shelf.total_bytes.saturating_sub(self.bytes);
+        drop(shelf);
+        let left = [self.files.record_path(&self.id), std::mem::take(&mut self.path), self.files.path(&self.id)];
+        disk::off_the_path(move || {
+            // What is left is removed at the next start.
+            for path in left {
+                let _ = disk::remove(&path);
+            }
+        });
     }
 }
 
@@ -332,7 +352,15 @@ mod tests {
         FilesConfig { folder: folder.to_owned(), max_file_bytes: 10, max_files: 3, max_total_bytes: 15 }
     }
 
-    fn add(files: &Files, text: &str, owner: Option<&str>, now: u64) -> Result<FileRecord, FilesError> {
+    fn open(folder: &Path) -> Arc<Files> {
+        Arc::new(Files::open(config(folder)).unwrap())
+    }
+
+    fn is_free(_id: &str) -> bool {
+        false
+    }
+
+    fn add(files: &Arc<Files>, text: &str, owner: Option<&str>, now: u64) -> Result<FileRecord, FilesError> {
         let mut incoming = files.begin()?;
         incoming.grow(text.len() as u64)?;
         fs::write(incoming.path(), text)?;
@@ -340,24 +368,49 @@ mod tests {
     }
 
     #[test]
+    fn who_asks_does_not_wait_for_who_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = open(folder.path());
+        let one = add(&files, "one", None, 5).unwrap();
+        let mut incoming = files.begin().unwrap();
+        incoming.grow(5).unwrap();
+        fs::write(incoming.path(), "other").unwrap();
+        let held = files.held().unwrap();
+        let keeping = std::thread::spawn(move || incoming.keep("in.jsonl", "batch", None, 6, 100));
+        let removing = std::thread::spawn({
+            let (files, id) = (Arc::clone(&files), one.id.clone());
+            move || files.remove(&id, is_free)
+        });
+        assert_eq!(files.get(None, &one.id, 7).unwrap(), one);
+        assert_eq!(files.list(None, 7), std::slice::from_ref(&one));
+        assert_eq!(files.size(), (1, 3));
+        drop(files.begin().unwrap());
+        drop(held);
+        let other = keeping.join().unwrap().unwrap();
+        removing.join().unwrap().unwrap();
+        assert_eq!(files.list(None, 7), std::slice::from_ref(&other));
+        assert!(matches!(files.remove(&other.id, |_| true), Err(FilesError::InUse)));
+    }
+
+    #[test]
     fn files_are_their_owners_and_survive() {
         let folder = tempfile::tempdir().unwrap();
-        let files = Files::open(config(folder.path())).unwrap();
+        let files = open(folder.path());
         let (one, other) = (add(&files, "one", Some("a"), 5).unwrap(), add(&files, "other", Some("a"), 6).unwrap());
         assert!(matches!(files.get(Some("b"), &one.id, 7), Err(FilesError::Unknown)));
         assert!(matches!(files.get(None, &one.id, 7), Err(FilesError::Unknown)));
         assert!(matches!(Files::open(config(folder.path())), Err(FilesError::Busy)));
         let former = files;
         former.let_go();
-        let files = Files::open(config(folder.path())).unwrap();
-        assert!(matches!(former.remove(&one.id), Err(FilesError::Busy)), "it has nothing to say any more");
+        let files = open(folder.path());
+        assert!(matches!(former.remove(&one.id, is_free), Err(FilesError::Busy)), "it has nothing to say any more");
         assert_eq!(files.get(Some("a"), &one.id, 7).unwrap(), one);
         assert_eq!(files.list(Some("a"), 7), [other.clone(), one.clone()]);
         assert_eq!(fs::read(files.path(&one.id)).unwrap(), b"one");
         assert_eq!(files.size(), (2, 8));
-        files.remove(&one.id).unwrap();
+        files.remove(&one.id, is_free).unwrap();
         assert!(!files.path(&one.id).exists());
-        assert!(matches!(files.remove(&one.id), Err(FilesError::Unknown)));
+        assert!(matches!(files.remove(&one.id, is_free), Err(FilesError::Unknown)));
         assert_eq!(files.list(Some("a"), 106), [], "its time is over");
         files.sweep(106, |id| id == other.id).unwrap();
         assert_eq!(files.size().0, 1, "it is in use");
@@ -368,7 +421,7 @@ mod tests {
     #[test]
     fn what_is_too_much_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let files = Files::open(config(folder.path())).unwrap();
+        let files = open(folder.path());
         assert!(matches!(add(&files, "eleven byte", None, 0), Err(FilesError::TooLong { limit: 10 })));
         add(&files, "ten bytes!", None, 0).unwrap();
         assert!(matches!(add(&files, "six...", None, 0), Err(FilesError::Full { limit: 15, .. })));
@@ -383,7 +436,7 @@ mod tests {
     #[test]
     fn names_are_cut_between_characters() {
         let folder = tempfile::tempdir().unwrap();
-        let files = Files::open(config(folder.path())).unwrap();
+        let files = open(folder.path());
         let incoming = files.begin().unwrap();
         fs::write(incoming.path(), "").unwrap();
         let record = incoming.keep(&"é".repeat(200), "batch", None, 0, 1).unwrap();

@@ -157,17 +157,20 @@ fn counts(stored: &Stored, done: &Done) -> Counts {
 /// Lines that there was no time for say so.
 async fn expire(shared: &Arc<Shared>, stored: Stored) -> Result<(), Unfinished> {
     let opening = stored.clone();
-    let (mut results, done) = on_disk(shared, move |shared| Results::open(shared, &opening)).await?;
-    let mut lines = input::read(&shared.files.path(&stored.batch.input_file_id), done.lines);
-    while let Some(parsed) = lines.recv().await {
-        let parsed = parsed.map_err(RunError::from)?;
-        let number = match &parsed {
-            Ok(line) => line.number,
-            Err(bad) => bad.number,
-        };
-        results.append(crate::batch::line::id_of(&parsed), &Outcome::expired(number))?;
-    }
-    drop(results);
+    on_disk(shared, move |shared| {
+        let (mut results, done) = Results::open(shared, &opening)?;
+        let mut lines = input::read(&shared.files.path(&opening.batch.input_file_id), done.lines);
+        while let Some(parsed) = lines.blocking_recv() {
+            let parsed = parsed.map_err(RunError::from)?;
+            let number = match &parsed {
+                Ok(line) => line.number,
+                Err(bad) => bad.number,
+            };
+            results.append(crate::batch::line::id_of(&parsed), &Outcome::expired(number))?;
+        }
+        Ok(())
+    })
+    .await?;
     conclude(shared, stored, Status::Expired).await
 }
 

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     FilesConfig, disk,
-    files::{Files, FilesError, KEPT_SECONDS, new_id},
+    files::{FileRecord, Files, FilesError, Incoming, KEPT_SECONDS, new_id},
     record::{Batch, BatchError, Counts, MOST_UNFINISHED, NewBatch, Status, Stored},
     run::{Unfinished, finish},
 };
@@ -49,8 +49,9 @@ struct Outer {
 
 /// What runs and requests have in common.
 pub(super) struct Shared {
-    pub files: Files,
+    pub files: Arc<Files>,
     folder: PathBuf,
+    /// Never held while the disk is asked for something; changed by whoever holds the files.
     entries: Mutex<BTreeMap<String, Entry>>,
     pub endpoints: Router,
     pub security: Arc<Security>,
@@ -109,7 +110,7 @@ impl Batches {
                 };
                 let (files, folder, entries) = opened;
                 let shared = Arc::new(Shared {
-                    files,
+                    files: Arc::new(files),
                     folder,
                     entries: Mutex::new(entries),
                     endpoints,
@@ -123,7 +124,11 @@ impl Batches {
                 shared.measure();
                 let _ = outer.shared.set(Arc::clone(&shared));
                 oversee(&shared).await;
-                shared.files.let_go();
+                // It waits for what is being changed.
+                let files = Arc::clone(&shared.files);
+                if let Err(error) = tokio::task::spawn_blocking(move || files.let_go()).await {
+                    tracing::error!(%error, "the folder of files could not be let go");
+                }
             }
         });
         *outer.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
@@ -163,7 +168,7 @@ impl Batches {
     ///
     /// # Errors
     /// While another process has them.
-    pub fn files(&self) -> Result<&Files, FilesError> {
+    pub fn files(&self) -> Result<&Arc<Files>, FilesError> {
         Ok(&self.shared()?.files)
     }
 
@@ -174,12 +179,24 @@ impl Batches {
     pub async fn remove_file(&self, owner: Option<String>, id: String) -> Result<(), FilesError> {
         self.on_disk(move |shared| {
             shared.files.get(owner.as_deref(), &id, unix_seconds())?;
-            if shared.uses(&id) {
-                return Err(FilesError::InUse);
-            }
-            shared.files.remove(&id)
+            shared.files.remove(&id, |id| shared.uses(id))
         })
         .await
+    }
+
+    /// Makes a file of what was taken in.
+    ///
+    /// # Errors
+    /// If the disk says no.
+    pub async fn keep(
+        &self,
+        incoming: Incoming,
+        filename: String,
+        purpose: &'static str,
+        owner: Option<String>,
+        kept_seconds: u64,
+    ) -> Result<FileRecord, FilesError> {
+        self.on_disk(move |_| incoming.keep(&filename, purpose, owner.as_deref(), unix_seconds(), kept_seconds)).await
     }
 
     /// Makes a batch. If one of its name is there, that one.
@@ -345,17 +362,18 @@ impl Shared {
 
     fn sweep(&self, now: u64) -> Result<(), FilesError> {
         self.files.sweep(now, |id| self.uses(id))?;
-        let mut entries = self.entries();
+        let _held = self.files.held()?;
         let is_old = |entry: &Entry| {
             let batch = &entry.stored.batch;
             batch.status.is_over() && now >= batch.expires_at.saturating_add(KEPT_SECONDS)
         };
+        let entries = self.entries();
         let old: Vec<_> = entries.iter().filter(|(_, entry)| is_old(entry)).map(|(id, _)| id.clone()).collect();
+        drop(entries);
         for id in old {
             disk::remove(&self.record_path(&id))?;
-            entries.remove(&id);
+            self.entries().remove(&id);
         }
-        drop(entries);
         self.measure();
         Ok(())
     }
@@ -366,7 +384,7 @@ impl Shared {
         if file.purpose != "batch" {
             return Err(BatchError::WrongPurpose(file.purpose));
         }
-        let mut entries = self.entries();
+        let entries = self.entries();
         let id = new.id.clone().unwrap_or_else(|| new_id("batch_"));
         if let Some(entry) = entries.get(&id) {
             return Ok(entry.stored.batch.clone());
@@ -375,13 +393,13 @@ impl Shared {
         if entries.values().filter(of_owner).count() >= MOST_UNFINISHED {
             return Err(BatchError::TooMany);
         }
+        drop(entries);
         let results_kept_seconds = new.results_kept_seconds;
         let batch = Batch::new(id.clone(), new, now);
         let (output, error) = (new_id("file-"), new_id("file-"));
         let stored = Stored { batch: batch.clone(), owner, output, error, results_kept_seconds };
         disk::write(&self.record_path(&id), &stored).map_err(FilesError::from)?;
-        entries.insert(id, Entry::new(stored));
-        drop(entries);
+        self.entries().insert(id, Entry::new(stored));
         self.changed.notify_one();
         Ok(batch)
     }
@@ -421,12 +439,18 @@ impl Shared {
     /// Changes a batch, on the disk first.
     pub fn update(&self, id: &str, change: impl FnOnce(&mut Stored)) -> Result<Stored, FilesError> {
         let _held = self.files.held()?;
-        let mut entries = self.entries();
-        let entry = entries.get_mut(id).ok_or(FilesError::Unknown)?;
-        let mut stored = entry.stored.clone();
+        let mut stored = self.stored(id)?;
+        let counts = stored.batch.request_counts;
         change(&mut stored);
         disk::write(&self.record_path(id), &stored)?;
-        entry.stored = stored.clone();
+        if let Some(entry) = self.entries().get_mut(id) {
+            let shown = entry.stored.batch.request_counts;
+            entry.stored = stored.clone();
+            // Lines may have been done meanwhile.
+            if stored.batch.request_counts == counts {
+                entry.stored.batch.request_counts = shown;
+            }
+        }
         Ok(stored)
     }
 

@@ -49,7 +49,7 @@ pub static OPENAI: Family = Family {
             .route(completions::PATH, post(completions::create))
             .route("/v1/models", get(models::list))
             .route("/v1/models/{*id}", get(models::retrieve))
-            .route("/v1/files", get(files::list).merge(files::upload()))
+            .route(files::PATH, get(files::list).merge(files::upload()))
             .route("/v1/files/{id}", get(files::retrieve).delete(files::delete))
             .route("/v1/files/{id}/content", get(files::content))
             .route("/v1/batches", get(batches::list).post(batches::create))

@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, post},
 };
-use http::{HeaderValue, header};
+use http::{HeaderValue, Method, header};
 use serde::Serialize;
 use tokio::{fs::File, io::AsyncWriteExt, time::timeout};
 
@@ -31,6 +31,28 @@ const LONGEST_FIELD: usize = 4096;
 const CHUNK: usize = 64 << 10;
 /// How long a file may be asked to be kept, in seconds: an hour to 30 days, as OpenAI has it.
 const LEAST_KEPT: u64 = 3600;
+
+/// Where files are.
+pub const PATH: &str = "/v1/files";
+
+/// A request that brings a file's content, or takes it away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// `POST /v1/files`.
+    Upload,
+    /// `GET /v1/files/{id}/content`.
+    Content,
+}
+
+/// Whether a request is one.
+pub fn transfer(method: &Method, path: &str) -> Option<Transfer> {
+    let rest = path.strip_prefix(PATH)?;
+    if rest.is_empty() {
+        return (method == Method::POST).then_some(Transfer::Upload);
+    }
+    let id = rest.strip_prefix('/')?.strip_suffix("/content")?;
+    (method == Method::GET && !id.is_empty() && !id.contains('/')).then_some(Transfer::Content)
+}
 
 /// A file as OpenAI shows it.
 #[derive(Debug, Serialize)]
@@ -143,9 +165,7 @@ async fn create(
     }
     let kept = kept_seconds(anchor.as_deref(), seconds.as_deref().map(str::parse).map(Result::ok))?;
     let (filename, incoming) = file.ok_or_else(|| ApiError::missing("file"))?;
-    let owner = owner(&record);
-    let kept = incoming.keep(&filename, "batch", owner.as_deref(), unix_seconds(), kept)?;
-    Ok(Json(kept.into()))
+    Ok(Json(batches.keep(incoming, filename, "batch", owner(&record), kept).await?.into()))
 }
 
 /// How long something is kept for which that is asked; `seconds` is `Some(None)` if it is no number.
@@ -181,14 +201,13 @@ async fn text(state: &FrontendState, mut field: Field<'_>, name: &str) -> Result
 }
 
 /// Takes a file in as it comes.
-async fn take(state: &FrontendState, mut field: Field<'_>, incoming: &mut Incoming<'_>) -> Result<(), ApiError> {
+async fn take(state: &FrontendState, mut field: Field<'_>, incoming: &mut Incoming) -> Result<(), ApiError> {
     let mut file = File::create(incoming.path()).await.map_err(FilesError::from)?;
     while let Some(chunk) = soon(state, field.chunk()).await? {
         incoming.grow(chunk.len() as u64)?;
         file.write_all(&chunk).await.map_err(FilesError::from)?;
     }
     file.flush().await.map_err(FilesError::from)?;
-    file.sync_all().await.map_err(FilesError::from)?;
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod events;
 mod finder;
 pub mod grpc;
 mod relay;
+mod transfer;
 mod upstream;
 
 #[cfg(test)]
@@ -41,7 +42,7 @@ use self::{
     relay::{no_leader, relay, while_leading},
     upstream::{Ask, Upstreams},
 };
-use super::{Limits, error::ApiError, family};
+use super::{Limits, error::ApiError, family, files};
 use crate::leadership::LeadershipView;
 
 /// Header by which a client names a request that it may ask again.
@@ -132,6 +133,16 @@ impl Gateway {
         }
         let busy = Busy::new(&self.n_busy);
         let (parts, body) = request.into_parts();
+        // Of any length, and so not to be kept here.
+        match files::transfer(&parts.method, parts.uri.path()) {
+            Some(files::Transfer::Upload) => {
+                return transfer::send(self.upstreams, Ask::new(&parts, Bytes::new()), body, busy).await;
+            }
+            Some(files::Transfer::Content) => {
+                return transfer::fetch(self.upstreams, Ask::new(&parts, Bytes::new()), busy).await;
+            }
+            None => {}
+        }
         let body = match self.read(body, parts.headers.get(header::CONTENT_LENGTH)).await {
             Ok(body) => body,
             Err(error) => return family::refuse(parts.uri.path(), &error),

@@ -33,7 +33,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Between comments that show a client, and what lies between, that its connection lives.
 const PING: Duration = Duration::from_secs(5);
 /// Pause before the same leader is asked again.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
+pub const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Events that wait for a slow client.
 const QUEUE: usize = 64;
 
@@ -69,7 +69,8 @@ fn is_stream(response: &Response) -> bool {
     response.status() == StatusCode::OK && kind.is_some_and(|k| k.starts_with("text/event-stream"))
 }
 
-async fn whole(upstream: Upstream) -> Result<Response, String> {
+/// An answer once all of it is there. An error is a reason to ask again.
+pub async fn whole(upstream: Upstream) -> Result<Response, String> {
     let (parts, body) = upstream.response.into_parts();
     tokio::select! {
         biased;

@@ -1,5 +1,7 @@
 //! A gateway between a client and leaders that the tests play over real sockets.
 
+mod transfers;
+
 use std::{
     sync::{Arc, Mutex},
     time::Duration,

@@ -59,12 +59,12 @@ impl Ask {
     }
 
     /// Fails on nothing that an HTTP request had before.
-    fn request(&self, at: Option<&str>) -> Result<Request<Body>, String> {
+    fn request(&self, at: Option<&str>, body: Body) -> Result<Request<Body>, String> {
         let uri = match at {
             Some(url) => format!("{url}{}", self.path),
             None => self.path.clone(),
         };
-        let mut request = Request::new(Body::from(self.body.clone()));
+        let mut request = Request::new(body);
         *request.method_mut() = self.method.clone();
         *request.uri_mut() = uri.parse::<Uri>().map_err(|e| format!("{uri}: {e}"))?;
         *request.headers_mut() = self.headers.clone();
@@ -97,11 +97,22 @@ impl Upstreams {
 
     /// Asks whoever leads, once. An error is a reason to ask again: whoever was asked is gone, or leads no more.
     pub async fn ask(&self, ask: &Ask) -> Result<Upstream, String> {
-        let (target, mut over) = self.finder.find().await;
+        let (target, over) = self.finder.find().await;
+        self.ask_with(target, over, ask, Body::from(ask.body.clone())).await
+    }
+
+    /// The same of whoever leads as far as is known, with another body.
+    pub async fn ask_with(
+        &self,
+        target: Target<Router>,
+        mut over: Over,
+        ask: &Ask,
+        body: Body,
+    ) -> Result<Upstream, String> {
         let response = tokio::select! {
             biased;
             () = &mut over => return Err("its leadership ended".to_owned()),
-            response = self.send(&target, ask) => response?,
+            response = self.send(&target, ask, body) => response?,
         };
         if response.status() == StatusCode::SERVICE_UNAVAILABLE && response.headers().contains_key(NO_LEADER) {
             return Err("it does not lead".to_owned());
@@ -109,10 +120,10 @@ impl Upstreams {
         Ok(Upstream { response, over })
     }
 
-    async fn send(&self, target: &Target<Router>, ask: &Ask) -> Result<Response, String> {
+    async fn send(&self, target: &Target<Router>, ask: &Ask, body: Body) -> Result<Response, String> {
         match target {
             Target::Here(local) => {
-                let mut request = ask.request(None)?;
+                let mut request = ask.request(None, body)?;
                 if let Some(on_behalf) = ask.on_behalf.clone() {
                     request.extensions_mut().insert(on_behalf);
                 }
@@ -122,7 +133,7 @@ impl Upstreams {
                 }
             }
             Target::There(leader) => {
-                let request = ask.request(Some(&leader.record.http_url()))?;
+                let request = ask.request(Some(&leader.record.http_url()), body)?;
                 let response = self.client.request(request).await.map_err(|e| with_causes(&e))?;
                 let mut response = response.map(Body::new);
                 for name in NOT_PASSED_ON.iter().filter(|n| **n != header::CONTENT_LENGTH) {
