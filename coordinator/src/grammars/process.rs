@@ -12,15 +12,18 @@ use tokio::{
 
 use super::{
     Refusal, Verdict,
-    trial::{Answer, COMMAND, Question},
+    trial::{self, Answer, COMMAND, Question, TOO_LONG},
 };
 
 /// Longest wait for the process to look at the vocabulary.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// Longest that a trial may take. Much more than compiling may: the process gives way to others.
-const TRIAL_LIMIT: Duration = Duration::from_secs(3);
+/// Longest wait for a trial. It says nothing about the grammar: the process bounds its own time, and gives way to others.
+const TRIAL_LIMIT: Duration = Duration::from_secs(60);
 /// Longest wait for other trials.
-const TURN_LIMIT: Duration = Duration::from_secs(10);
+const TURN_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longest wait for the end of a process that has closed its output.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// Starts the process when it is needed, and again when it was killed.
 pub struct TrialProcess {
@@ -33,7 +36,7 @@ struct Running {
     questions: ChildStdin,
     answers: Lines<BufReader<ChildStdout>>,
     /// Dies with this.
-    _child: Child,
+    child: Child,
 }
 
 impl TrialProcess {
@@ -59,15 +62,12 @@ impl TrialProcess {
                 answer.refused.map_or(Ok(()), |reason| Err(Refusal::OfGrammar(reason)))
             }
             Ok(Err(error)) => {
-                tracing::warn!(%error, "a grammar ended the process that tried it");
-                Err(Refusal::OfGrammar(
-                    "makes the compiler crash, or takes too much memory: make it simpler".to_owned(),
-                ))
-            }
-            Err(_) => {
-                let reason = format!("takes more than {} s to compile: make it simpler", TRIAL_LIMIT.as_secs());
+                let reason = running.last_words().await;
+                tracing::warn!(%error, reason, "a grammar ended the process that tried it");
                 Err(Refusal::OfGrammar(reason))
             }
+            // Whether it is a good one is not known.
+            Err(_) => Err(Refusal::Busy(format!("it was not tried within {} s", TRIAL_LIMIT.as_secs()))),
         }
     }
 
@@ -84,7 +84,7 @@ impl TrialProcess {
         let (Some(questions), Some(answers)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(busy("it has no pipes".to_owned()));
         };
-        let mut running = Running { questions, answers: BufReader::new(answers).lines(), _child: child };
+        let mut running = Running { questions, answers: BufReader::new(answers).lines(), child };
         match timeout(START_LIMIT, running.answer()).await {
             Ok(Ok(_)) => Ok(running),
             Ok(Err(error)) => Err(busy(error.to_string())),
@@ -100,6 +100,18 @@ impl Running {
         self.questions.write_all(&line).await?;
         self.questions.flush().await?;
         self.answer().await
+    }
+
+    /// What a grammar did to the process, which has closed its output.
+    async fn last_words(&mut self) -> String {
+        let status = timeout(END_LIMIT, self.child.wait()).await.ok().and_then(Result::ok);
+        match status.and_then(|status| status.code()) {
+            Some(code) if code == i32::from(TOO_LONG) => {
+                let limit = trial::TRIAL_LIMIT.as_millis();
+                format!("takes more than {limit} ms of processor time to compile: make it simpler")
+            }
+            _ => "makes the compiler crash, or takes too much memory: make it simpler".to_owned(),
+        }
     }
 
     async fn answer(&mut self) -> anyhow::Result<Answer> {

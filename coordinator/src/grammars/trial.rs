@@ -6,7 +6,7 @@ use std::{
     io::{BufRead, Write},
     path::PathBuf,
     process::ExitCode,
-    sync::mpsc,
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::Duration,
 };
@@ -17,7 +17,10 @@ use phalanx_cluster::{
     grammar::{Compiler, Grammar, GrammarError, Limits, STACK_BYTES},
     tokenizer::Tokenizer,
 };
-use rustix::process::{Resource, Rlimit};
+use rustix::{
+    process::{Resource, Rlimit, setrlimit},
+    time::{ClockId, clock_gettime},
+};
 use serde::{Deserialize, Serialize};
 
 /// Name of the command.
@@ -25,6 +28,13 @@ pub const COMMAND: &str = "grammar-trial";
 
 /// Longest that compiling may take, in processor time: a shard does it while others wait for their next token.
 const COMPILE_LIMIT: Duration = Duration::from_millis(200);
+/// Processor time after which a trial is ended, whatever it is at. (Of the clock there is no bound that would not refuse good
+/// grammars on a busy machine.)
+pub(super) const TRIAL_LIMIT: Duration = Duration::from_millis(600);
+/// Status with which the process ends then.
+pub(super) const TOO_LONG: u8 = 3;
+/// How often that is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Memory that the process may take.
 const MEMORY_BYTES: u64 = 1 << 30;
 /// How far the process stands back behind those that compute.
@@ -85,13 +95,18 @@ pub fn main_from(args: impl Iterator<Item = OsString>) -> ExitCode {
 
 fn serve(path: PathBuf) -> anyhow::Result<()> {
     let (sender, questions) = mpsc::channel();
+    let (trial, watched) = mpsc::channel();
+    thread::Builder::new().name("watch".to_owned()).spawn(move || watch(&watched))?;
     let compiling = move || -> anyhow::Result<()> {
         let compiler = open(path)?;
         bound()?;
         // Says that it is ready.
         answer(None)?;
         for question in questions {
-            answer(refusal(&compiler, question))?;
+            trial.send(Trial::Begins).map_err(|_| anyhow!("nobody watches"))?;
+            let refused = refusal(&compiler, question);
+            trial.send(Trial::IsOver).map_err(|_| anyhow!("nobody watches"))?;
+            answer(refused)?;
         }
         Ok(())
     };
@@ -122,10 +137,34 @@ fn open(path: PathBuf) -> anyhow::Result<Compiler> {
 /// Bounds the process's memory, and lets others go first.
 fn bound() -> anyhow::Result<()> {
     let limit = Rlimit { current: Some(MEMORY_BYTES), maximum: Some(MEMORY_BYTES) };
-    rustix::process::setrlimit(Resource::Data, limit).context("the memory can't be bounded")?;
+    setrlimit(Resource::Data, limit).context("the memory can't be bounded")?;
     // Not everybody may, and it is no condition.
     let _ = rustix::process::nice(NICENESS);
     Ok(())
+}
+
+/// A trial begins, or is over.
+enum Trial {
+    Begins,
+    IsOver,
+}
+
+/// Ends the process if a trial takes too long.
+fn watch(trials: &mpsc::Receiver<Trial>) {
+    while let Ok(Trial::Begins) = trials.recv() {
+        let begun = process_time();
+        while let Err(RecvTimeoutError::Timeout) = trials.recv_timeout(LOOK_EVERY) {
+            if process_time().saturating_sub(begun) > TRIAL_LIMIT {
+                std::process::exit(TOO_LONG.into());
+            }
+        }
+    }
+}
+
+/// Processor time of the whole process.
+fn process_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 fn answer(refused: Option<String>) -> anyhow::Result<()> {
