@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::fake::{Answer, Server, post};
 use crate::{
-    frontend::{chat, completions, door::PROBES, openapi},
+    frontend::{chat, completions, door::PROBES, files, openapi},
     request::{Output, RequestEvent},
     security::{
         Security,
@@ -62,6 +62,7 @@ fn all_paths() -> BTreeSet<String> {
         let known = [
             ("chat::PATH", chat::PATH),
             ("completions::PATH", completions::PATH),
+            ("files::PATH", files::PATH),
             ("openapi::DOCUMENT_PATH", openapi::DOCUMENT_PATH),
             ("openapi::PAGE_PATH", openapi::PAGE_PATH),
         ];

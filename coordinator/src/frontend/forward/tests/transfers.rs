@@ -131,9 +131,12 @@ async fn what_is_read_goes_on_with_the_next_leader() {
 
     // Another one leads, and has no files yet; the first one says nothing more.
     standby.view.send_replace(second.leads(2));
-    second.asked().await.with(StatusCode::SERVICE_UNAVAILABLE.into_response());
-    second.asked().await.with(all(PIECE));
-    let rest = read_bytes(&mut body, 4 * PIECE - 6).await;
+    let goes_on = async {
+        second.asked().await.with(StatusCode::SERVICE_UNAVAILABLE.into_response());
+        second.asked().await.with(all(PIECE));
+    };
+    // Nothing is fetched for a client that does not read.
+    let (rest, ()) = tokio::join!(read_bytes(&mut body, 4 * PIECE - 6), goes_on);
     assert_eq!(rest, &"abcd".repeat(PIECE).as_bytes()[6..]);
     assert!(timeout(PATIENCE, body.next()).await.unwrap().is_none(), "and then it ends");
 
@@ -148,8 +151,8 @@ async fn what_is_read_goes_on_with_the_next_leader() {
         let mut body = answer.await.unwrap().into_body().into_data_stream();
         assert_eq!(read_bytes(&mut body, 3).await, b"abc");
         sender.send(broken()).unwrap();
-        second.asked().await.with(other);
-        assert!(timeout(PATIENCE, body.next()).await.unwrap().expect("a reason").is_err());
+        let (next, ()) = tokio::join!(timeout(PATIENCE, body.next()), async { second.asked().await.with(other) });
+        assert!(next.unwrap().expect("a reason").is_err());
     }
     timeout(PATIENCE, standby.gateway.idle()).await.expect("nothing is under way");
 }
