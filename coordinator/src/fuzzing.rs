@@ -263,6 +263,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::frontend::tools::scraps::scraps;
 
     /// Names that some endpoint knows, and one that none does.
     const NAMES: &[&str] = &[
@@ -328,56 +329,6 @@ mod tests {
         "priority",
         "truncate_prompt_tokens",
         "x",
-    ];
-
-    /// What models write, in parts.
-    const OUTPUTS: &[&str] = &[
-        "<tool_call>",
-        "</tool_call>",
-        "<|tool_call|>",
-        "<think>",
-        "</think>",
-        "[THINK]",
-        "[/THINK]",
-        "[TOOL_CALLS]",
-        "[ARGS]",
-        "<|python_tag|>",
-        "<|channel|>analysis<|message|>",
-        "<|channel|>commentary to=functions.f<|message|>",
-        "<|call|>",
-        "<|end|>",
-        "<｜tool▁calls▁begin｜>",
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-        "<｜tool▁calls▁end｜>",
-        "<function=f>",
-        "<parameter=a>\n",
-        "</parameter>",
-        "</function>",
-        "f<arg_key>a</arg_key>",
-        "<arg_value>",
-        "</arg_value>",
-        "<|tool_calls_section_begin|>",
-        "<|tool_call_begin|>functions.f:0",
-        "<|tool_call_argument_begin|>",
-        "<|tool_call_end|>",
-        "<|tool_calls_section_end|>",
-        "{\"name\": \"f\", \"arguments\": ",
-        "{\"name\": \"get_weather\", \"parameters\": ",
-        "{\"a\": [1, \"é\"]}",
-        "{}",
-        "}",
-        "[",
-        "]",
-        "f(a=1, b='x')",
-        "get_weather(",
-        ")",
-        ", ",
-        "; ",
-        "\n",
-        "Text.",
-        "f",
     ];
 
     fn value() -> impl Strategy<Value = Value> {
@@ -450,7 +401,7 @@ mod tests {
         #[test]
         fn outputs_are_read_alike(
             format: u8, thoughts: u8, cut in 0..9_u8,
-            parts in prop::collection::vec(prop::sample::select(OUTPUTS), 0..12), noise in "[{}a\"<>|:, \\[\\]]{0,12}",
+            parts in prop::collection::vec(prop::sample::select(scraps()), 0..12), noise in "[{}a\"<>|:, \\[\\]]{0,12}",
         ) {
             calls(&[&[format, thoughts, cut], parts.concat().as_bytes(), noise.as_bytes()].concat());
         }

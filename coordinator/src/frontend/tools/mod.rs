@@ -29,6 +29,8 @@ mod python;
 mod pythonic;
 mod qwen3_coder;
 pub mod reader;
+#[cfg(test)]
+pub mod scraps;
 mod sections;
 #[cfg(test)]
 mod tests;

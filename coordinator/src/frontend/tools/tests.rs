@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::{
     FORMATS, Format, Names,
     reader::{Piece, Reading, Told},
+    scraps::scraps,
     thoughts::{Start, THOUGHTS, Thoughts},
     toolbox::Tool,
 };
@@ -390,66 +391,8 @@ fn calls_follow_thoughts() {
 }
 
 /// Pieces of what models write, put together at random.
-fn scraps() -> impl Strategy<Value = String> {
-    let scrap = prop::sample::select(vec![
-        "<tool_call>",
-        "</tool_call>",
-        "<|tool_call|>",
-        "[TOOL_CALLS]",
-        "[ARGS]",
-        "<|python_tag|>",
-        "<think>",
-        "</think>",
-        "<|channel|>",
-        "<|message|>",
-        "<|end|>",
-        "<|start|>",
-        "assistant",
-        "commentary to=functions.f ",
-        "analysis",
-        "final",
-        "<｜tool▁calls▁begin｜>",
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-        "<｜tool▁calls▁end｜>",
-        "function",
-        "<function=f>",
-        "<parameter=a>\n",
-        "</parameter>",
-        "</function>",
-        "<arg_key>a</arg_key>",
-        "<arg_value>",
-        "</arg_value>",
-        "<|tool_calls_section_begin|>",
-        "<|tool_call_begin|>functions.f:0",
-        "<|tool_call_argument_begin|>",
-        "<|tool_call_end|>",
-        "<|tool_calls_section_end|>",
-        "{\"name\": \"f\", \"arguments\": ",
-        "{\"name\": \"f\", \"parameters\": ",
-        "{\"a\": [1, \"é😀\\n\"]}",
-        "{}",
-        "}",
-        "{",
-        "[",
-        "]",
-        "(",
-        ")",
-        "f",
-        "f(",
-        "a=",
-        "'x'",
-        "1",
-        ", ",
-        "; ",
-        "\n",
-        " ",
-        "```json\n",
-        "\n```",
-        "é",
-        "text",
-    ]);
+fn output() -> impl Strategy<Value = String> {
+    let scrap = prop::sample::select(scraps());
     prop::collection::vec(scrap, 0..14).prop_map(|scraps| scraps.concat())
 }
 
@@ -458,7 +401,7 @@ proptest! {
 
     #[test]
     fn any_text_is_read_alike_however_it_is_cut(
-        text in scraps(),
+        text in output(),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..8),
         which in 0..FORMATS.len(),
         thinks: bool,
@@ -476,7 +419,7 @@ proptest! {
     }
 
     #[test]
-    fn no_text_is_lost_where_there_is_no_call(text in scraps(), which in 0..FORMATS.len()) {
+    fn no_text_is_lost_where_there_is_no_call(text in output(), which in 0..FORMATS.len()) {
         let format = FORMATS[which];
         let reading = Reading { format: Some(format), ..Reading::plain() };
         let (told, _) = told(&reading, [text.as_str()]);
