@@ -280,9 +280,9 @@ impl Cluster {
         self.grpc = format!("http://{}", word("grpc://").unwrap_or_else(|| panic!("no gRPC in {line:?}")));
     }
 
-    /// Process ids of the shards that the coordinator started.
+    /// Process ids of the shards that the coordinator started and that live.
     pub fn local_shards(&self) -> Vec<u32> {
-        children(self.process.pid())
+        shards_of(self.process.pid())
     }
 
     /// Interrupts the coordinator as Ctrl-C does and waits for its end.
@@ -300,6 +300,17 @@ pub fn children(pid: u32) -> Vec<u32> {
         found.extend(list.split_whitespace().filter_map(|p| p.parse::<u32>().ok()).filter(|p| is_alive(*p)));
     }
     found.sort_unstable();
+    found
+}
+
+/// Live shards that a coordinator started. (It also has a process that tries grammars.)
+pub fn shards_of(coordinator: u32) -> Vec<u32> {
+    let is_shard = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).next() == Some(b"shard")
+    };
+    let mut found = children(coordinator);
+    found.retain(is_shard);
     found
 }
 

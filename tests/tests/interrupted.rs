@@ -7,7 +7,7 @@ use phalanx_tests::{
     client::{metric, post},
     faults::etcd::Etcd,
     model_cache::{QWEN_05B, SMOLLM2, model},
-    process::{Cluster, Process, children, signal_pid, wait_until},
+    process::{Cluster, Process, signal_pid, wait_until},
     resuming::{Reader, Said, Told},
 };
 use rustix::process::Signal;
@@ -112,12 +112,6 @@ fn wait_until_in_the_middle(readers: &[Reader]) {
     }
 }
 
-/// Grammars are tried in a child process too.
-fn is_shard(pid: u32) -> bool {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    line.split(|byte| *byte == 0).next() == Some(b"shard")
-}
-
 #[test]
 fn a_guarded_stream_tells_nothing_when_its_shard_is_killed() {
     let folder = tempfile::tempdir().unwrap();
@@ -130,7 +124,7 @@ fn a_guarded_stream_tells_nothing_when_its_shard_is_killed() {
     check_personal(&expected[0]);
     check_denied(&expected[1]);
 
-    let shards: Vec<u32> = children(cluster.process.pid()).into_iter().filter(|pid| is_shard(*pid)).collect();
+    let shards = cluster.local_shards();
     assert_eq!(shards.len(), 2);
     for (n_lost, shard) in (1..).zip(shards) {
         let readers: Vec<_> = (0..).zip(&bodies).map(|(n, body)| ask(body, &format!("lost-{n_lost}-{n}"))).collect();

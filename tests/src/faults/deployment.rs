@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     client::{get, metric, metric_values},
-    process::{Process, children, is_alive, signal_pid},
+    process::{Process, children, is_alive, shards_of, signal_pid},
 };
 
 /// One coordinator.
@@ -55,7 +55,7 @@ impl Coordinator {
 
     /// Process ids of the shards that it started and that live.
     pub fn local_shards(&self) -> Vec<u32> {
-        children(self.process.pid())
+        shards_of(self.process.pid())
     }
 }
 

@@ -11,7 +11,7 @@ use phalanx_proto::v1::{
 use phalanx_tests::{
     client::{Answer, generate, generate_all, metric, post, post_stream},
     model_cache::{SMOLLM2, model},
-    process::{Cluster, children, signal_pid, wait_until},
+    process::{Cluster, signal_pid, wait_until},
 };
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -191,7 +191,7 @@ fn a_killed_shard_changes_no_token() {
     });
     let expected = tokens(post_stream(&url, &body).unwrap());
     assert!(expected.len() > 100, "{}", expected.len());
-    let shards: Vec<u32> = children(cluster.process.pid()).into_iter().filter(|pid| is_shard(*pid)).collect();
+    let shards = cluster.local_shards();
     assert_eq!(shards.len(), 2);
     for (n_lost, shard) in (1..).zip(shards) {
         let mut stream = post_stream(&url, &body).unwrap();
@@ -207,18 +207,13 @@ fn a_killed_shard_changes_no_token() {
     assert!(cluster.interrupt().success());
 }
 
-fn is_shard(pid: u32) -> bool {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    line.split(|byte| *byte == 0).next() == Some(b"shard")
-}
-
 #[test]
 fn hostile_grammars_are_refused_while_a_stream_runs() {
     let cluster = start(&["--tensor-parallel-size", "2"]);
     let url = format!("{}/v1/completions", cluster.http);
     let endless = json!({"prompt": "Once upon a time", "max_tokens": 900, "temperature": 0, "ignore_eos": true, "stream": true, "return_token_ids": true});
     let expected = tokens(post_stream(&url, &endless).unwrap());
-    let shards = children(cluster.process.pid());
+    let shards = cluster.local_shards();
     let mut stream = post_stream(&url, &endless).unwrap();
     let mut got = tokens_of(&stream.next().unwrap().unwrap());
     let reader = std::thread::spawn(move || {
@@ -240,7 +235,7 @@ fn hostile_grammars_are_refused_while_a_stream_runs() {
         }
     }
     assert_eq!(reader.join().expect("the stream goes on"), expected);
-    assert!(shards.iter().all(|pid| children(cluster.process.pid()).contains(pid)), "no shard was lost");
+    assert_eq!(cluster.local_shards(), shards, "no shard was lost");
     // What can't be followed far enough ends alone.
     let body = json!({"prompt": "Go", "max_tokens": 200, "temperature": 1, "seed": 1,
         "structured_outputs": {"json": {"type": "string", "pattern": "^(([a-z]{1,100}){1,100}){1,100}$"}}});
@@ -252,6 +247,6 @@ fn hostile_grammars_are_refused_while_a_stream_runs() {
             (400, &json!("grammar_too_complex"), &json!("structured_outputs.json"))
         );
     }
-    assert!(shards.iter().all(|pid| children(cluster.process.pid()).contains(pid)), "no shard was lost");
+    assert_eq!(cluster.local_shards(), shards, "no shard was lost");
     assert!(cluster.interrupt().success());
 }
