@@ -30,9 +30,11 @@ pub struct GenerationDefaults {
 }
 
 impl GenerationDefaults {
-    /// Of a file such as Hugging Face's. `do_sample` does not count, as in other servers: most files that say it say it because
+    /// Of a file such as Hugging Face's, or of the one in a model's folder. `do_sample` does not count, as in other servers: most files that say it say it because
     /// it is their library's default.
     pub fn from_file(path: &Path) -> Result<Self, CheckpointError> {
+        let in_folder = path.is_dir().then(|| path.join(FILE));
+        let path = in_folder.as_deref().unwrap_or(path);
         let mut bytes = Vec::new();
         std::fs::File::open(path)
             .and_then(|file| file.take(MOST_BYTES).read_to_end(&mut bytes))
@@ -114,6 +116,9 @@ mod tests {
         };
         assert_eq!(read(text).unwrap(), defaults);
         assert_eq!(read("{}").unwrap(), GenerationDefaults::default());
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(FILE), text).unwrap();
+        assert_eq!(GenerationDefaults::from_file(folder.path()).unwrap(), defaults);
         assert_eq!(read(r#"{"top_k": -1}"#).unwrap().top_k, Some(0));
     }
 

@@ -83,7 +83,7 @@ pub enum GenerationConfig {
     Auto,
     /// Nowhere: they are OpenAI's.
     None,
-    /// A file such as Hugging Face's `generation_config.json`.
+    /// A file such as Hugging Face's `generation_config.json`, or the folder that it is in.
     File(PathBuf),
 }
 
@@ -91,7 +91,8 @@ impl From<String> for GenerationConfig {
     fn from(text: String) -> Self {
         match text.as_str() {
             "auto" => Self::Auto,
-            "none" => Self::None,
+            // vLLM's name for its own defaults, which are the same.
+            "none" | "vllm" => Self::None,
             _ => Self::File(text.into()),
         }
     }

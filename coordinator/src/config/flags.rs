@@ -167,8 +167,8 @@ pub struct Flags {
     pub chat_template: Option<PathBuf>,
 
     /// What requests that leave temperature, top_k, top_p, min_p, repetition_penalty or max_tokens out get: auto (what the
-    /// model's makers say), none (OpenAI's defaults), or a generation_config.json [default: auto]
-    #[arg(long, env = "PHALANX_GENERATION_CONFIG", value_name = "auto|none|FILE")]
+    /// model's makers say), none (OpenAI's defaults), or a generation_config.json or its folder [default: auto]
+    #[arg(long, env = "PHALANX_GENERATION_CONFIG", value_name = "auto|none|PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation_config: Option<GenerationConfig>,
 
