@@ -14,10 +14,11 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::{CommandFactory, Parser};
 use phalanx_cluster::source;
-use phalanx_kernels::{Isa, ops::Precision};
+use phalanx_kernels::ops::Precision;
 use phalanx_proto::v1::{Chunk, SequenceStart, StepPlan};
 
 use crate::{
+    device,
     mirror::{Receiver, Store},
     offline::{LocalConfig, LocalGroup, greedy},
 };
@@ -52,7 +53,7 @@ struct BenchArgs {
     /// Rounds; the median counts.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// auto, scalar, avx2 or avx512.
+    /// auto, scalar, avx2, avx-vnni, avx512 or amx.
     #[arg(long, default_value = "auto")]
     isa: String,
     /// Measure each size once more with KV rows copied to a mirror, as a group with a spare does.
@@ -94,10 +95,7 @@ fn run(args: &BenchArgs) -> Result<()> {
     let model = source::resolve_quietly(&args.model).with_context(|| format!("model {}", args.model))?;
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or(cores);
-    let isa = match args.isa.as_str() {
-        "auto" => None,
-        name => Some(name.parse::<Isa>().map_err(|e| anyhow::anyhow!("--isa {name}: {e}"))?),
-    };
+    let isa = device::isa_of(&args.isa).with_context(|| format!("--isa {}", args.isa))?;
     ensure!(
         args.rounds > 0 && args.tokens > 0 && args.prefill > 0 && args.context > 0,
         "all counts must be at least 1"

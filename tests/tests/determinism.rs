@@ -83,9 +83,12 @@ async fn batch_chunks_cache_preemption_and_world_size_change_no_bit() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_instruction_set_gives_the_same_bits() {
     let mut first: Option<Vec<Answer>> = None;
-    for isa in ["auto", "avx2", "scalar"] {
-        if isa == "avx2" && !is_x86_with_avx2() {
-            println!("avx2: not on this machine");
+    // Each with what the system calls the feature that it needs.
+    let features = [("avx2", "avx2"), ("avx-vnni", "avx_vnni"), ("avx512", "avx512_vnni"), ("amx", "amx_int8")];
+    let here = |isa| features.iter().all(|(name, feature)| *name != isa || cpu_has(feature));
+    for isa in ["auto", "scalar", "avx2", "avx-vnni", "avx512", "amx"] {
+        if !here(isa) {
+            println!("{isa}: not on this machine");
             continue;
         }
         let cluster = start(&["--tensor-parallel-size", "2", "--isa", isa]);
@@ -99,7 +102,7 @@ async fn every_instruction_set_gives_the_same_bits() {
     }
 }
 
-fn is_x86_with_avx2() -> bool {
+fn cpu_has(feature: &str) -> bool {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    cpu.split_whitespace().any(|word| word == "avx2")
+    cpu.split_whitespace().any(|word| word == feature)
 }

@@ -1,19 +1,28 @@
 //! AVX2, FMA and F16C. Sixteen f32 are two registers, and so are sixteen sums of quantized products.
 #![allow(unsafe_code)]
 
-use std::arch::{asm, x86_64::*};
+use std::{
+    arch::{asm, x86_64::*},
+    marker::PhantomData,
+};
 
-use super::simd::{FIXED_LIMIT, Simd};
+use super::{
+    matrix::NoMatrix,
+    simd::{Dots, FIXED_LIMIT, Simd},
+};
 use crate::ops::FIXED_ONE;
 
-/// AVX2, FMA, F16C.
-pub(crate) struct Avx2;
+/// AVX2, FMA, F16C, and the instructions that products of quants are made of.
+pub(crate) struct Avx2<D>(PhantomData<D>);
+
+/// Products of AVX2 itself: of bytes to 16 bits.
+pub(crate) struct Words;
 
 /// 1.5 * 2^28.
 const ROUNDING: f64 = 402_653_184.0;
 
-type V = (__m256, __m256);
-type I = (__m256i, __m256i);
+pub(super) type V = (__m256, __m256);
+pub(super) type I = (__m256i, __m256i);
 
 /// Applies a two-operand intrinsic to both registers.
 macro_rules! both {
@@ -29,12 +38,10 @@ macro_rules! both {
 // SAFETY (all methods): the trait's contract gives the instruction set and the pointers' validity; unaligned loads and
 // stores are used throughout.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx2 {
+impl<D> Simd for Avx2<D> {
     type F = V;
-    const ROWS: usize = 4;
-    const UNPACK_BLOCKS: usize = 4;
     const QUERIES: usize = 6;
-    const HEAD_VECTORS: usize = 1;
+    const ATTENTION_SUMS: usize = 6;
     const FIXED_EXCESS: i64 = ROUNDING.to_bits() as i64;
 
     #[inline(always)]
@@ -66,6 +73,13 @@ impl Simd for Avx2 {
         unsafe {
             let half = |p: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
             (half(p), half(p.add(8)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const i32, plus: i32) -> V {
+        unsafe {
+            let sums = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
+            to_floats(both!(_mm256_add_epi32, sums, splat_i32(plus)))
         }
     }
     #[inline(always)]
@@ -130,7 +144,15 @@ impl Simd for Avx2 {
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+}
 
+// SAFETY (all methods): as above.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Dots for Avx2<Words> {
+    const ROWS: usize = 4;
+    const UNPACK_BLOCKS: usize = 4;
+
+    type Matrix = NoMatrix<4>;
     /// Sums of 16 bits, two a lane: 8 rounds of 2 products of at most 15 * 127 are 30480.
     type I4 = I;
     type I8 = I;
@@ -147,18 +169,11 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn w4_load(p: *const u8) -> (I, I) {
-        unsafe {
-            let (bytes, low) = (Self::w2_load(p), splat_i8(15));
-            let high = (_mm256_srli_epi16::<4>(bytes.0), _mm256_srli_epi16::<4>(bytes.1));
-            (both!(_mm256_and_si256, bytes, low), both!(_mm256_and_si256, high, low))
-        }
+        unsafe { nibbles(p) }
     }
     #[inline(always)]
     unsafe fn w4_store(p: *mut u8, w: I) {
-        unsafe {
-            _mm256_storeu_si256(p.cast(), w.0);
-            _mm256_storeu_si256(p.add(32).cast(), w.1);
-        }
+        unsafe { store_bytes(p, w) }
     }
     #[inline(always)]
     unsafe fn i4_dot(sum: I, w: I, x: *const i8) -> I {
@@ -169,17 +184,16 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn i4_finish(sum: I) -> V {
-        unsafe { Self::i8_finish(sum_pairs(sum)) }
+        unsafe { to_floats(sum_pairs(sum)) }
     }
     #[inline(always)]
     unsafe fn i8_start(_: i32) -> I {
-        let zero = unsafe { _mm256_setzero_si256() };
-        (zero, zero)
+        unsafe { splat_i32(0) }
     }
     #[inline(always)]
     unsafe fn w8_load(p: *const u8) -> (I, I) {
         unsafe {
-            let w = both!(_mm256_xor_si256, Self::w2_load(p), splat_i8(-128));
+            let w = both!(_mm256_xor_si256, load_bytes(p), splat_i8(-128));
             ((_mm256_abs_epi8(w.0), _mm256_abs_epi8(w.1)), w)
         }
     }
@@ -195,28 +209,19 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn i8_finish(sum: I) -> V {
-        unsafe { (_mm256_cvtepi32_ps(sum.0), _mm256_cvtepi32_ps(sum.1)) }
+        unsafe { to_floats(sum) }
     }
     #[inline(always)]
     unsafe fn w2_load(p: *const u8) -> I {
-        unsafe { (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
+        unsafe { load_bytes(p) }
     }
     #[inline(always)]
     unsafe fn w6(low: I, high: I, i: usize) -> I {
-        unsafe {
-            let high = match i {
-                0 => (_mm256_slli_epi16::<4>(high.0), _mm256_slli_epi16::<4>(high.1)),
-                1 => (_mm256_slli_epi16::<2>(high.0), _mm256_slli_epi16::<2>(high.1)),
-                2 => high,
-                _ => (_mm256_srli_epi16::<2>(high.0), _mm256_srli_epi16::<2>(high.1)),
-            };
-            both!(_mm256_or_si256, low, both!(_mm256_and_si256, high, splat_i8(0x30)))
-        }
+        unsafe { with_high_bits(low, high, i) }
     }
     #[inline(always)]
     unsafe fn i6_start(bias: i32) -> I {
-        let bias = unsafe { _mm256_set1_epi32(bias) };
-        (bias, bias)
+        unsafe { splat_i32(bias) }
     }
     #[inline(always)]
     unsafe fn i6_dot(sum: I, w: (I, I), x: *const i8) -> I {
@@ -239,9 +244,67 @@ unsafe fn splat_i8(v: i8) -> I {
     (v, v)
 }
 
+/// A number in every lane.
+#[inline(always)]
+pub(super) unsafe fn splat_i32(v: i32) -> I {
+    // SAFETY: this function's contract.
+    let v = unsafe { _mm256_set1_epi32(v) };
+    (v, v)
+}
+
+/// 64 bytes.
+#[inline(always)]
+pub(super) unsafe fn load_bytes(p: *const u8) -> I {
+    // SAFETY: this function's contract; `p` is valid for 64 bytes.
+    unsafe { (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())) }
+}
+
+/// 64 bytes.
+#[inline(always)]
+pub(super) unsafe fn store_bytes(p: *mut u8, bytes: I) {
+    // SAFETY: this function's contract; `p` is valid for 64 bytes.
+    unsafe {
+        _mm256_storeu_si256(p.cast(), bytes.0);
+        _mm256_storeu_si256(p.add(32).cast(), bytes.1);
+    }
+}
+
+/// The low and high nibbles of 64 bytes.
+#[inline(always)]
+pub(super) unsafe fn nibbles(p: *const u8) -> (I, I) {
+    // SAFETY: this function's contract; `p` is valid for 64 bytes.
+    unsafe {
+        let (bytes, low) = (load_bytes(p), splat_i8(15));
+        let high = (_mm256_srli_epi16::<4>(bytes.0), _mm256_srli_epi16::<4>(bytes.1));
+        (both!(_mm256_and_si256, bytes, low), both!(_mm256_and_si256, high, low))
+    }
+}
+
+/// As [`Dots::w6`].
+#[inline(always)]
+pub(super) unsafe fn with_high_bits(low: I, high: I, i: usize) -> I {
+    // SAFETY: this function's contract.
+    unsafe {
+        let high = match i {
+            0 => (_mm256_slli_epi16::<4>(high.0), _mm256_slli_epi16::<4>(high.1)),
+            1 => (_mm256_slli_epi16::<2>(high.0), _mm256_slli_epi16::<2>(high.1)),
+            2 => high,
+            _ => (_mm256_srli_epi16::<2>(high.0), _mm256_srli_epi16::<2>(high.1)),
+        };
+        both!(_mm256_or_si256, low, both!(_mm256_and_si256, high, splat_i8(0x30)))
+    }
+}
+
+/// Each number as f32.
+#[inline(always)]
+pub(super) unsafe fn to_floats(v: I) -> V {
+    // SAFETY: this function's contract.
+    unsafe { (_mm256_cvtepi32_ps(v.0), _mm256_cvtepi32_ps(v.1)) }
+}
+
 /// The 4 activations at `x`, for every lane.
 #[inline(always)]
-unsafe fn splat_4(x: *const i8) -> I {
+pub(super) unsafe fn splat_4(x: *const i8) -> I {
     // SAFETY: this function's contract; `x` is valid for 4 elements.
     let x = unsafe { _mm256_set1_epi32(x.cast::<i32>().read_unaligned()) };
     (x, x)
@@ -262,7 +325,7 @@ unsafe fn sum_pairs(pairs: I) -> I {
 /// The CPU has AVX2.
 #[target_feature(enable = "avx2")]
 #[inline]
-unsafe fn keep(mut v: __m256i) -> __m256i {
+pub(super) unsafe fn keep(mut v: __m256i) -> __m256i {
     // SAFETY: there is no instruction in it. (Not `pure`: such may change places.)
     unsafe { asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags)) };
     v

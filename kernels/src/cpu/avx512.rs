@@ -1,23 +1,27 @@
 //! AVX-512 F, BW, DQ, VL and VNNI. Sixteen f32 are one register; a tile of weights is done at once.
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, marker::PhantomData};
 
-use super::simd::{FIXED_LIMIT, Simd};
+use super::{
+    matrix::MatrixUnit,
+    simd::{Dots, FIXED_LIMIT, Simd},
+};
 use crate::ops::FIXED_ONE;
 
-/// AVX-512 with VNNI.
-pub(crate) struct Avx512Vnni;
+/// Rows of a block: as many sums as fit the registers twice, beside weights.
+pub(crate) const ROWS: usize = 8;
+
+/// AVX-512 with VNNI, and a matrix unit.
+pub(crate) struct Avx512<U>(PhantomData<U>);
 
 // SAFETY (all methods): the trait's contract gives the instruction set and the pointers' validity; unaligned loads and
 // stores are used throughout.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx512Vnni {
+impl<U> Simd for Avx512<U> {
     type F = __m512;
-    const ROWS: usize = 8;
-    const UNPACK_BLOCKS: usize = usize::MAX;
     const QUERIES: usize = 8;
-    const HEAD_VECTORS: usize = 2;
+    const ATTENTION_SUMS: usize = 16;
     const FIXED_EXCESS: i64 = 0;
 
     #[inline(always)]
@@ -42,6 +46,10 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     unsafe fn load_i8(p: *const i8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const i32, plus: i32) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(p.cast()), _mm512_set1_epi32(plus))) }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
@@ -108,7 +116,15 @@ impl Simd for Avx512Vnni {
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
+}
 
+// SAFETY (all methods): as above.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl<U: MatrixUnit> Dots for Avx512<U> {
+    const ROWS: usize = U::ROWS;
+    const UNPACK_BLOCKS: usize = if U::EXISTS { 1 } else { usize::MAX };
+
+    type Matrix = U;
     type I4 = __m512i;
     type I8 = __m512i;
     type W4 = __m512i;

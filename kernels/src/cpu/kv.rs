@@ -1,6 +1,6 @@
 //! The pages of the KV cache. Their layout: `generic/attention.rs`.
 
-use super::pages::prefer_large;
+use super::{generic::attention::MAX_HEAD_DIM, pages::prefer_large};
 use crate::{
     error::KernelError,
     layout::TILE,
@@ -54,10 +54,11 @@ impl KvCache {
                 got: shape.block_size.to_string(),
             });
         }
-        if shape.n_kv_heads == 0 || shape.head_dim == 0 || u32::try_from(shape.n_blocks).is_err() {
+        let heads_fit = shape.n_kv_heads > 0 && (1..=MAX_HEAD_DIM).contains(&shape.head_dim);
+        if !heads_fit || u32::try_from(shape.n_blocks).is_err() {
             return Err(KernelError::Shape {
                 op: "alloc_kv",
-                want: "at least one KV head of at least one element, fewer than 2^32 blocks".into(),
+                want: format!("at least one KV head, of 1 to {MAX_HEAD_DIM} elements, and fewer than 2^32 blocks"),
                 got: format!("{shape:?}"),
             });
         }

@@ -4,9 +4,9 @@
 use super::{
     CpuOps, Shared,
     generic::{
+        layouts::UNPACKED_STEP_BYTES,
         linear::{LinearTask, Out},
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
-        quantized::UNPACKED_STEP_BYTES,
     },
     table::LinearFn,
 };
@@ -17,10 +17,6 @@ use crate::{
 
 /// Weights of a task that is run for several blocks of rows: they stay in the second-level cache.
 const TASK_BYTES: usize = 256 << 10;
-
-/// An unpacked tile may have as many: most of it stays in the first-level cache from block to block. (A longer one is slower
-/// than weights unpacked again for each block.)
-const UNPACKED_BYTES: usize = 32 << 10;
 
 /// Tasks for each thread, so that one that is late takes fewer.
 const TASKS_PER_THREAD: usize = 4;
@@ -67,7 +63,7 @@ impl CpuOps {
                 self.interleave(x, n_rows, n_in)?;
             }
         }
-        let n_blocks = Block::count(n_rows, self.table.rows);
+        let n_blocks = Block::count(n_rows, self.table.products.rows);
         let n_threads = self.pool.n_threads();
         let mut products = std::mem::take(&mut self.products);
         products.clear();
@@ -88,8 +84,8 @@ impl CpuOps {
             let row_blocks_per_task = if n_threads == 1 { n_blocks } else { n_blocks.div_ceil(row_tasks) };
             let unpacked_bytes = weight.n_steps() * UNPACKED_STEP_BYTES;
             let unpacks = weight.kind.is_unpacked_for_many_rows()
-                && row_blocks_per_task >= self.table.unpack_blocks
-                && unpacked_bytes <= UNPACKED_BYTES;
+                && row_blocks_per_task >= self.table.products.unpack_blocks
+                && unpacked_bytes <= self.table.products.unpacked_bytes;
             let packed = match (weight.kind.is_quantized(), n_rows) {
                 (true, _) => self.quantized.as_slice().as_ptr(),
                 (false, 1) => x.cast(),
@@ -112,7 +108,7 @@ impl CpuOps {
                     unpacked: std::ptr::null_mut(),
                 },
                 unpacked_bytes: if unpacks { unpacked_bytes } else { 0 },
-                run: (self.table.linear)(weight.kind),
+                run: (self.table.products.linear)(weight.kind),
                 tiles_per_task,
                 row_blocks_per_task,
                 n_tasks: [tile_tasks, n_blocks.div_ceil(row_blocks_per_task)],
@@ -168,7 +164,7 @@ impl CpuOps {
         let rows_per_task = rows_per_task(n_rows, n_in);
         self.pool.run(n_rows.div_ceil(rows_per_task), &|index, _| {
             for row in index * rows_per_task..n_rows.min((index + 1) * rows_per_task) {
-                let block = Block::of_row(n_rows, table.rows, row);
+                let block = Block::of_row(n_rows, table.products.rows, row);
                 // SAFETY: the contract above; the buffer has room for all rows, each row writes its own part.
                 unsafe {
                     let out = out.get().add(block.first_row * n_groups * n_levels * QUANT_ROW_BYTES);
@@ -188,8 +184,8 @@ impl CpuOps {
     unsafe fn interleave(&mut self, x: *const f32, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
         self.interleaved.reserve("activations", n_rows * n_in)?;
         let (table, out, x) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()), Shared(x));
-        self.pool.run(Block::count(n_rows, table.rows), &|index, _| {
-            let block = Block::new(n_rows, table.rows, index);
+        self.pool.run(Block::count(n_rows, table.products.rows), &|index, _| {
+            let block = Block::new(n_rows, table.products.rows, index);
             // SAFETY: the contract above; the buffer has room for all rows, each block writes its own part.
             unsafe {
                 let from = block.first_row * n_in;

@@ -16,15 +16,20 @@
 //!   of 16 positions.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod buffers;
 mod generic;
 mod isa;
 pub(crate) mod kv;
 mod kv_rows;
 mod linear;
+mod matrix;
 mod ops;
 pub(crate) mod pages;
 mod pool;

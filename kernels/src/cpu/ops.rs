@@ -387,7 +387,7 @@ impl Ops for CpuOps {
                 first_head += group.len();
             }
         }
-        let stretch = (self.table.attention_scratch_len)(shape.head_dim, max_len).next_multiple_of(16);
+        let stretch = (self.table.attention_scratch_len)(max_len).next_multiple_of(16);
         self.scores.reserve("attention scores", stretch * n_threads)?;
         let scratch = Shared(self.scores.as_mut_slice().as_mut_ptr());
         let kernel = match self.precision {

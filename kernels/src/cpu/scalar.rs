@@ -1,11 +1,19 @@
 //! Vectors as arrays: runs everywhere, and is what the compiler can vectorize by itself on other architectures.
 #![allow(unsafe_code)]
 
-use super::simd::{FIXED_LIMIT, LANES, Simd};
+use std::marker::PhantomData;
+
+use super::{
+    matrix::MatrixUnit,
+    simd::{Dots, FIXED_LIMIT, LANES, Simd},
+};
 use crate::ops::FIXED_ONE;
 
-/// No instruction set beyond the target's own.
-pub(crate) struct Scalar;
+/// Rows of a block. Where there are faster kernels, these serve as a check only: few, to compile quickly.
+pub(crate) const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+
+/// No instruction set beyond the target's own, and a matrix unit.
+pub(crate) struct Scalar<U>(PhantomData<U>);
 
 type V = [f32; LANES];
 
@@ -20,13 +28,10 @@ macro_rules! lanes {
 }
 
 // SAFETY (all methods): plain loads and stores of what the trait's contract says is valid; no instruction set is needed.
-impl Simd for Scalar {
+impl<U> Simd for Scalar<U> {
     type F = V;
-    // Where there are faster kernels, these serve as a check only: few, to compile quickly.
-    const ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
-    const UNPACK_BLOCKS: usize = 2;
-    const QUERIES: usize = Self::ROWS;
-    const HEAD_VECTORS: usize = 1;
+    const QUERIES: usize = ROWS;
+    const ATTENTION_SUMS: usize = 1;
     const FIXED_EXCESS: i64 = 0;
 
     #[inline(always)]
@@ -52,6 +57,11 @@ impl Simd for Scalar {
     unsafe fn load_i8(p: *const i8) -> V {
         // SAFETY: as above.
         lanes!(i => f32::from(unsafe { *p.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_i32(p: *const i32, plus: i32) -> V {
+        // SAFETY: as above.
+        lanes!(i => (unsafe { p.add(i).read_unaligned() } + plus) as f32)
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: V) {
@@ -110,7 +120,14 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+}
 
+// SAFETY (all methods): as above.
+impl<U: MatrixUnit> Dots for Scalar<U> {
+    const ROWS: usize = U::ROWS;
+    const UNPACK_BLOCKS: usize = if U::EXISTS { 1 } else { 2 };
+
+    type Matrix = U;
     type I4 = [i32; LANES];
     type I8 = [i32; LANES];
     type W4 = [u8; 64];

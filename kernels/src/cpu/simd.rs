@@ -5,6 +5,8 @@
 //! sets compute the same bits. (A NaN stays a NaN, but which NaN is not promised.)
 #![allow(unsafe_code)]
 
+use super::matrix::MatrixUnit;
+
 /// Lanes of a vector, which is also the number of output rows in a tile of weights.
 pub(crate) const LANES: usize = 16;
 
@@ -24,15 +26,10 @@ pub(crate) struct Line<T>(pub T);
 pub(crate) trait Simd {
     /// 16 f32.
     type F: Copy;
-    /// Activation rows in a register block, the most for which a weight vector is unpacked once: 1, 2, 4 or 8.
-    const ROWS: usize;
-    /// Blocks of rows from which on a task unpacks each tile once for all of them: more than there are where that was not found
-    /// to be faster.
-    const UNPACK_BLOCKS: usize;
     /// Queries for which attention reads a key or value once: 1 to 8.
     const QUERIES: usize;
-    /// Vectors of a head that attention sums at once.
-    const HEAD_VECTORS: usize;
+    /// Sums that attention makes at once, for all its queries together.
+    const ATTENTION_SUMS: usize;
     /// What [`Simd::add_fixed`] adds beside the number: sums begin with as many times less.
     const FIXED_EXCESS: i64;
 
@@ -41,6 +38,8 @@ pub(crate) trait Simd {
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn load_i8(p: *const i8) -> Self::F;
+    /// `(p[i] + plus) as f32`; sums are below 2^24 either way.
+    unsafe fn load_i32(p: *const i32, plus: i32) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
     /// Rounded half to even.
     unsafe fn store_f16(p: *mut u16, v: Self::F);
@@ -60,9 +59,24 @@ pub(crate) trait Simd {
     unsafe fn add_fixed(sums: *mut i64, v: Self::F);
     /// Hints that the cache line at `p` (any address) will be read.
     unsafe fn prefetch(p: *const u8);
+}
 
-    // ---- quantized dot products -------------------------------------------------------------------------------------
+/// Products of quants.
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait Dots: Simd {
+    /// Activation rows in a block, the most for which a weight vector is unpacked once: 1, 2, 4, 8 or 16.
+    const ROWS: usize;
+    /// Blocks of rows from which on a task unpacks each tile once for all of them: more than there are where that was not found
+    /// to be faster.
+    const UNPACK_BLOCKS: usize;
+    /// Bytes that an unpacked tile may have: most of it should stay in the first-level cache from block to block, else it is slower
+    /// than weights unpacked again for each block. A matrix unit wants unpacked ones whatever they cost.
+    const UNPACKED_BYTES: usize = if Self::Matrix::EXISTS { usize::MAX } else { 32 << 10 };
 
+    /// Multiplies blocks of `ROWS` rows, where there is such a unit.
+    type Matrix: MatrixUnit;
     /// Sums of products with 4-bit weights.
     type I4: Copy;
     /// Sums of products with 8-bit weights.
@@ -76,7 +90,7 @@ pub(crate) trait Simd {
     unsafe fn i4_start(w: Self::W4, x: *const i8) -> Self::I4;
     /// Splits 64 bytes into low and high nibbles.
     unsafe fn w4_load(p: *const u8) -> (Self::W4, Self::W4);
-    /// Writes 64 bytes, which [`Simd::w2_load`] reads again.
+    /// Writes 64 bytes, which [`Dots::w2_load`] reads again.
     unsafe fn w4_store(p: *mut u8, w: Self::W4);
     /// Adds to each lane the products of its 4 weights and the 4 activations (-127..=127) at `x`; up to 7 times after the start.
     unsafe fn i4_dot(sum: Self::I4, w: Self::W4, x: *const i8) -> Self::I4;

@@ -5,16 +5,17 @@ use super::{
     generic::{
         attention::{self, AttentionTask},
         elementwise,
-        linear::{self, Apart, FixedSums, LinearTask},
+        layouts::{Q4, Q6, Q6Half, Q8, Q8Half},
+        linear::{self, Apart, LinearTask},
         packed::{Factored, ScaleF16, ScaleF32},
         quantize::{self, QuantPlace},
-        quantized::{Q4, Q6, Q6Half, Q8, Q8Half},
         store,
-        tile::{Bf16, Dense, F16, F32, Inputs, Sums, Tile, Weights},
+        tile::{Bf16, Dense, F16, F32, FixedSums, Inputs, Sums, Tile, Weights},
     },
     isa::Isa,
-    scalar::Scalar,
-    simd::Simd,
+    matrix::NoMatrix,
+    scalar::{self as plain, Scalar},
+    simd::{Dots, Simd},
 };
 use crate::{
     layout::{Kind, Scale},
@@ -28,20 +29,16 @@ pub(crate) type AttentionFn = unsafe fn(&AttentionTask, *mut f32);
 /// Kernels of one instruction set. Safety: the CPU has it, and as the functions in `generic` say.
 #[derive(Clone, Copy)]
 pub(crate) struct Table {
-    /// Rows of a block of activations.
-    pub rows: usize,
-    /// Blocks of rows from which on a task unpacks tiles.
-    pub unpack_blocks: usize,
+    pub products: Products,
     /// Queries for which attention reads the cache once.
     pub queries: usize,
     pub quantize_row: unsafe fn(*const f32, usize, QuantPlace, *mut u8),
     pub pack_rows: unsafe fn(*const f32, usize, usize, *mut f32),
-    pub linear: fn(Kind) -> LinearFn,
     pub store_f16: StoreFn,
     pub store_f32: StoreFn,
     pub attention_f16: AttentionFn,
     pub attention_f32: AttentionFn,
-    pub attention_scratch_len: fn(usize, usize) -> usize,
+    pub attention_scratch_len: fn(usize) -> usize,
     pub rms_norm: unsafe fn(*const f32, *const f32, f32, *mut f32, usize),
     pub silu_mul: unsafe fn(*const f32, *const f32, *mut f32, usize),
     pub add_fixed: unsafe fn(*mut f32, *const i64, usize),
@@ -52,6 +49,18 @@ pub(crate) struct Table {
     pub exp: unsafe fn(&[f32; 16]) -> [f32; 16],
 }
 
+/// Kernels of products, and how they want rows and tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct Products {
+    /// Rows of a block of activations.
+    pub rows: usize,
+    /// Blocks of rows from which on a task unpacks tiles.
+    pub unpack_blocks: usize,
+    /// Bytes that an unpacked tile may have.
+    pub unpacked_bytes: usize,
+    pub linear: fn(Kind) -> LinearFn,
+}
+
 /// The table of an instruction set. Panics if this build has no such kernels, which [`Isa::is_available`] says.
 pub(crate) fn table(isa: Isa) -> Table {
     match isa {
@@ -59,26 +68,29 @@ pub(crate) fn table(isa: Isa) -> Table {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::TABLE,
         #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => Table { products: avx_vnni::PRODUCTS, ..avx2::TABLE },
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => avx512::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => Table { products: amx::PRODUCTS, ..avx512::TABLE },
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512Vnni => unreachable!("not available on this architecture"),
+        Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni | Isa::Amx => unreachable!("not available on this architecture"),
     }
 }
 
-macro_rules! kernels {
+/// Kernels around a matrix unit that is loops.
+#[cfg(test)]
+pub(crate) fn with_matrix_unit() -> Table {
+    Table { products: scalar_matrix::PRODUCTS, ..scalar::TABLE }
+}
+
+/// Kernels of products.
+macro_rules! products {
     ($module:ident, $simd:ty $(, #[$features:meta])?) => {
         #[allow(clippy::undocumented_unsafe_blocks)] // Each only passes its caller's promise on.
         mod $module {
             use super::*;
 
-            $(#[$features])?
-            unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
-                unsafe { quantize::quantize_row(x, n_groups, place, out) }
-            }
-            $(#[$features])?
-            unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {
-                unsafe { quantize::pack_rows(x, n_in, block_rows, out) }
-            }
             $(#[$features])?
             unsafe fn linear_of<K: Tile>(task: &LinearTask) {
                 unsafe { linear::linear::<$simd, K>(task) }
@@ -138,6 +150,32 @@ macro_rules! kernels {
                         unreachable!("`layout.rs` packs no {kind:?}")
                     }
                 }
+            }
+
+            pub(super) const PRODUCTS: Products = Products {
+                rows: <$simd as Dots>::ROWS,
+                unpack_blocks: <$simd as Dots>::UNPACK_BLOCKS,
+                unpacked_bytes: <$simd as Dots>::UNPACKED_BYTES,
+                linear,
+            };
+        }
+    };
+}
+
+/// All other kernels, and those products.
+macro_rules! kernels {
+    ($module:ident, $simd:ty, $products:ident $(, #[$features:meta])?) => {
+        #[allow(clippy::undocumented_unsafe_blocks)] // Each only passes its caller's promise on.
+        mod $module {
+            use super::*;
+
+            $(#[$features])?
+            unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
+                unsafe { quantize::quantize_row(x, n_groups, place, out) }
+            }
+            $(#[$features])?
+            unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {
+                unsafe { quantize::pack_rows(x, n_in, block_rows, out) }
             }
             $(#[$features])?
             unsafe fn store_f16(
@@ -202,12 +240,10 @@ macro_rules! kernels {
             }
 
             pub(super) const TABLE: Table = Table {
-                rows: <$simd as Simd>::ROWS,
-                unpack_blocks: <$simd as Simd>::UNPACK_BLOCKS,
+                products: $products::PRODUCTS,
                 queries: <$simd as Simd>::QUERIES,
                 quantize_row,
                 pack_rows,
-                linear,
                 store_f16,
                 store_f32,
                 attention_f16,
@@ -226,12 +262,43 @@ macro_rules! kernels {
     };
 }
 
-kernels!(scalar, Scalar);
+products!(scalar_products, Scalar<NoMatrix<{ plain::ROWS }>>);
+kernels!(scalar, Scalar<NoMatrix<{ plain::ROWS }>>, scalar_products);
+#[cfg(test)]
+products!(scalar_matrix, Scalar<crate::cpu::tests::matrix::Plain<2>>);
+
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2, crate::cpu::avx2::Avx2, #[target_feature(enable = "avx2,fma,f16c")]);
+mod x86 {
+    pub(super) use crate::cpu::{
+        amx::Amx,
+        avx_vnni::Vnni,
+        avx2::{Avx2, Words},
+        avx512::{self, Avx512},
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+products!(avx2_products, x86::Avx2<x86::Words>, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2, x86::Avx2<x86::Words>, avx2_products, #[target_feature(enable = "avx2,fma,f16c")]);
+#[cfg(target_arch = "x86_64")]
+products!(avx_vnni, x86::Avx2<x86::Vnni>, #[target_feature(enable = "avx2,fma,f16c,avxvnni")]);
+#[cfg(target_arch = "x86_64")]
+products!(
+    avx512_products,
+    x86::Avx512<NoMatrix<{ x86::avx512::ROWS }>>,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512,
-    crate::cpu::avx512::Avx512Vnni,
+    x86::Avx512<NoMatrix<{ x86::avx512::ROWS }>>,
+    avx512_products,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
+#[cfg(target_arch = "x86_64")]
+products!(
+    amx,
+    x86::Avx512<x86::Amx>,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );

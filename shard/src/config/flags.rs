@@ -106,7 +106,7 @@ pub struct Flags {
     pub(super) shard_id: Option<String>,
 
     /// Instruction set of a CPU device, for tests: all compute the same bits [default: auto]
-    #[arg(long, env = "PHALANX_ISA", value_name = "auto|scalar|avx2|avx512")]
+    #[arg(long, env = "PHALANX_ISA", value_name = "auto|scalar|avx2|avx-vnni|avx512|amx")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) isa: Option<String>,
 

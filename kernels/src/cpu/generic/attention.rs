@@ -22,6 +22,16 @@ use super::{
 const STRETCH: usize = 64;
 const CACHE_LINE: usize = 64;
 
+/// Vectors that are summed at once for each of `n_queries` queries: 1, 2 or 4, so that there are enough sums to hide the latency of an
+/// addition, and no more than registers.
+const fn vectors_at_once(n_sums: usize, n_queries: usize) -> usize {
+    match n_sums / n_queries {
+        0 | 1 => 1,
+        2 | 3 => 2,
+        _ => 4,
+    }
+}
+
 /// Queries of one KV head, and where everything lies. Query v is of row `first_row + v / group`, query head
 /// `first_head + v % group`, and sees `start + v / group + 1` positions.
 #[derive(Clone)]
@@ -57,9 +67,9 @@ impl AttentionTask {
         self.start + v / self.group + 1
     }
 
-    /// [`STRETCH`] in whole pages.
-    fn stretch(&self) -> usize {
-        (STRETCH / self.block_size).max(1) * self.block_size
+    /// [`STRETCH`] in pages.
+    fn stretch_pages(&self) -> usize {
+        (STRETCH / self.block_size).max(1)
     }
 
     /// Where query `v`'s vector begins in `q` and `out`.
@@ -68,9 +78,15 @@ impl AttentionTask {
     }
 }
 
+/// Elements from query to query in scratch, with which compilers put all of them in one register: a little more than the largest head, so
+/// that neighbours are not in the same set of the cache.
+const QUERY_STRIDE: usize = MAX_HEAD_DIM + LANES;
+/// The largest head.
+pub(crate) const MAX_HEAD_DIM: usize = 512;
+
 /// Elements of scratch that a task needs whose queries see up to `max_len` positions.
-pub(crate) fn scratch_len<S: Simd>(head_dim: usize, max_len: usize) -> usize {
-    S::QUERIES * (head_dim.next_multiple_of(LANES) + max_len.next_multiple_of(LANES))
+pub(crate) fn scratch_len<S: Simd>(max_len: usize) -> usize {
+    S::QUERIES * (QUERY_STRIDE + max_len.next_multiple_of(LANES))
 }
 
 /// Does a task.
@@ -110,37 +126,39 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
     let max_len = task.len(first + R - 1);
     let stride = max_len.next_multiple_of(LANES);
     // SAFETY: scratch has room for both.
-    let (packed, scores) = unsafe { (scratch, scratch.add(R * task.head_dim.next_multiple_of(LANES))) };
+    let (q, scores) = unsafe { (scratch, scratch.add(R * QUERY_STRIDE)) };
     // SAFETY: the contract above.
     unsafe {
         for r in 0..R {
-            let q = task.q.add(task.at(first + r));
-            for d in 0..task.head_dim {
-                *packed.add(d * R + r) = *q.add(d);
-            }
+            q.add(r * QUERY_STRIDE).copy_from_nonoverlapping(task.q.add(task.at(first + r)), task.head_dim);
         }
-        score::<S, E, R>(task, packed, scores, stride);
+        score::<S, E, R>(task, q, scores, stride);
         let mut sums = [0.0; R];
         for r in 0..R {
             sums[r] = softmax::<S>(scores.add(r * stride), task.len(first + r));
         }
         // The queries are not needed any more: their place is the sums'.
-        let totals = packed;
+        let totals = q;
+        let (stretch, width) = (task.stretch_pages() * task.block_size, task.head_dim.next_multiple_of(LANES));
         let mut from = 0;
+        let mut pages = Pages::new(task, max_len);
         while from < max_len {
-            let to = max_len.min(from + task.stretch());
+            let to = max_len.min(from + stretch);
             let mut d = 0;
-            while d + S::HEAD_VECTORS * LANES <= task.head_dim.next_multiple_of(LANES) {
-                if S::HEAD_VECTORS == 2 {
-                    weigh::<S, E, R, 2>(task, first, d, from..to, scores, stride, totals);
+            while d < width {
+                let most = vectors_at_once(S::ATTENTION_SUMS, R).min((width - d) / LANES);
+                if most >= 4 {
+                    weigh::<S, E, R, 4>(task, first, d, from..to, pages, scores, stride, totals);
+                    d += 4 * LANES;
+                } else if most >= 2 {
+                    weigh::<S, E, R, 2>(task, first, d, from..to, pages, scores, stride, totals);
+                    d += 2 * LANES;
                 } else {
-                    weigh::<S, E, R, 1>(task, first, d, from..to, scores, stride, totals);
+                    weigh::<S, E, R, 1>(task, first, d, from..to, pages, scores, stride, totals);
+                    d += LANES;
                 }
-                d += S::HEAD_VECTORS * LANES;
             }
-            if d < task.head_dim {
-                weigh::<S, E, R, 1>(task, first, d, from..to, scores, stride, totals);
-            }
+            pages.next += task.stretch_pages();
             from = to;
         }
         for r in 0..R {
@@ -156,14 +174,87 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
     }
 }
 
-/// Where the page lies that holds position `at`, or the last page before `end`.
-///
-/// # Safety
-/// As [`attention`]; the sequence has `end` positions, at least one.
-#[inline(always)]
-unsafe fn page_at(task: &AttentionTask, at: usize, end: usize) -> usize {
-    // SAFETY: the contract above.
-    unsafe { *task.blocks.add(at.min(end - 1) / task.block_size) as usize * task.page_bytes }
+/// The pages of a sequence, one after another.
+#[derive(Clone, Copy)]
+struct Pages {
+    blocks: *const u32,
+    page_bytes: usize,
+    next: usize,
+    last: usize,
+    /// How far ahead pages are fetched.
+    ahead: usize,
+}
+
+impl Pages {
+    /// Of a sequence of `n_positions`, at least one.
+    #[inline(always)]
+    fn new(task: &AttentionTask, n_positions: usize) -> Self {
+        Self {
+            blocks: task.blocks,
+            page_bytes: task.page_bytes,
+            next: 0,
+            last: (n_positions - 1) / task.block_size,
+            ahead: task.stretch_pages(),
+        }
+    }
+
+    /// Where a page lies, or the last one.
+    ///
+    /// # Safety
+    /// As [`attention`].
+    #[inline(always)]
+    unsafe fn at(self, page: usize) -> usize {
+        // SAFETY: the contract above.
+        unsafe { *self.blocks.add(page.min(self.last)) as usize * self.page_bytes }
+    }
+
+    /// Where the next page lies, and one to be fetched; goes on by one.
+    ///
+    /// # Safety
+    /// As [`attention`].
+    #[inline(always)]
+    unsafe fn take(&mut self) -> (usize, usize) {
+        let page = self.next;
+        self.next += 1;
+        // SAFETY: the contract above.
+        unsafe { (self.at(page), self.at(page + self.ahead)) }
+    }
+}
+
+/// The keys of a sequence, 16 positions after another.
+struct Keys {
+    keys: *const u8,
+    pages: Pages,
+    /// Bytes of 16 positions.
+    vector_bytes: usize,
+    page_vectors: usize,
+    /// Left in this page.
+    left: usize,
+    at: *const u8,
+    ahead: *const u8,
+}
+
+impl Keys {
+    /// The next ones, and some to be fetched.
+    ///
+    /// # Safety
+    /// As [`attention`]; there are more.
+    #[inline(always)]
+    unsafe fn take(&mut self) -> (*const u8, *const u8) {
+        if self.left == 0 {
+            // SAFETY: the contract above.
+            let (at, ahead) = unsafe { self.pages.take() };
+            // SAFETY: pages lie in the cache.
+            self.at = unsafe { self.keys.add(at) };
+            self.ahead = self.keys.wrapping_add(ahead);
+            self.left = self.page_vectors;
+        }
+        let taken = (self.at, self.ahead);
+        self.left -= 1;
+        self.at = self.at.wrapping_add(self.vector_bytes);
+        self.ahead = self.ahead.wrapping_add(self.vector_bytes);
+        taken
+    }
 }
 
 /// Scores of all positions below `stride`; those that a query does not see are overwritten by [`softmax`].
@@ -173,36 +264,78 @@ unsafe fn page_at(task: &AttentionTask, at: usize, end: usize) -> usize {
 #[inline(always)]
 unsafe fn score<S: Simd, E: Element, const R: usize>(
     task: &AttentionTask,
-    packed: *const f32,
+    q: *const f32,
     scores: *mut f32,
     stride: usize,
 ) {
-    let vector = E::BYTES * LANES;
+    let mut keys = Keys {
+        keys: task.keys,
+        pages: Pages::new(task, stride),
+        vector_bytes: task.head_dim * E::BYTES * LANES,
+        page_vectors: task.block_size / LANES,
+        left: 0,
+        at: task.keys,
+        ahead: task.keys,
+    };
     let mut position = 0;
     while position < stride {
+        let to = scores.wrapping_add(position);
+        let most = vectors_at_once(S::ATTENTION_SUMS, R).min((stride - position) / LANES);
         // SAFETY: the contract above; positions below `stride` are in pages that hold a visible position.
         unsafe {
-            let keys = task.keys.add(page_at(task, position, stride));
-            let ahead = task.keys.wrapping_add(page_at(task, position + task.stretch(), stride));
-            let n = task.block_size.min(stride - position) / LANES;
-            for i in 0..n {
-                let (from, mut acc) = (i * task.head_dim * vector, [S::splat(0.0); R]);
-                for d in 0..task.head_dim {
-                    let at = from + d * vector;
-                    if at.is_multiple_of(CACHE_LINE) {
-                        S::prefetch(ahead.wrapping_add(at));
-                    }
-                    let k = E::load::<S>(keys.add(at));
-                    for r in 0..R {
-                        acc[r] = S::fma(S::splat(*packed.add(d * R + r)), k, acc[r]);
-                    }
+            if most >= 4 {
+                score_vectors::<S, E, R, 4>(task, q, &mut keys, to, stride);
+                position += 4 * LANES;
+            } else if most >= 2 {
+                score_vectors::<S, E, R, 2>(task, q, &mut keys, to, stride);
+                position += 2 * LANES;
+            } else {
+                score_vectors::<S, E, R, 1>(task, q, &mut keys, to, stride);
+                position += LANES;
+            }
+        }
+    }
+}
+
+/// Scores of the next `V` times 16 positions.
+///
+/// # Safety
+/// As [`attention`]; there are as many.
+#[inline(always)]
+unsafe fn score_vectors<S: Simd, E: Element, const R: usize, const V: usize>(
+    task: &AttentionTask,
+    q: *const f32,
+    keys: &mut Keys,
+    scores: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: the contract above.
+    unsafe {
+        let mut from = [(task.keys, task.keys); V];
+        for from in &mut from {
+            *from = keys.take();
+        }
+        let mut acc = [[S::splat(0.0); V]; R];
+        for d in 0..task.head_dim {
+            let at = d * E::BYTES * LANES;
+            let mut k = [S::splat(0.0); V];
+            for j in 0..V {
+                if at.is_multiple_of(CACHE_LINE) {
+                    S::prefetch(from[j].1.wrapping_add(at));
                 }
-                for r in 0..R {
-                    let to = scores.add(r * stride + position + i * LANES);
-                    S::store(to, S::mul(acc[r], S::splat(task.scale)));
+                k[j] = E::load::<S>(from[j].0.add(at));
+            }
+            for r in 0..R {
+                let x = S::splat(*q.add(r * QUERY_STRIDE + d));
+                for j in 0..V {
+                    acc[r][j] = S::fma(x, k[j], acc[r][j]);
                 }
             }
-            position += n * LANES;
+        }
+        for r in 0..R {
+            for j in 0..V {
+                S::store(scores.add(r * stride + j * LANES), S::mul(acc[r][j], S::splat(task.scale)));
+            }
         }
     }
 }
@@ -241,19 +374,22 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
 /// From position 0 on, they are set.
 ///
 /// # Safety
-/// As [`attention`]; `d + 16 (V - 1) < head_dim`; the positions begin with a page and end with one or at the last query's.
+/// As [`attention`]; `d + 16 (V - 1) < head_dim`; the positions begin with the next of `pages` and end with a page or at the last
+/// query's.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
     task: &AttentionTask,
     first: usize,
     d: usize,
     positions: Range<usize>,
+    mut pages: Pages,
     weights: *const f32,
     stride: usize,
     totals: *mut f32,
 ) {
     let row_bytes = task.head_dim.next_multiple_of(LANES) * E::BYTES;
-    let (min_len, max_len) = (task.len(first), task.len(first + R - 1));
+    let min_len = task.len(first);
     // SAFETY: the contract above. Queries ascend by row, so each sees at least the positions that the first one sees.
     unsafe {
         let totals = totals.add(d * R);
@@ -267,8 +403,8 @@ unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
         }
         let mut position = positions.start;
         while position < positions.end {
-            let values = task.values.add(page_at(task, position, max_len) + d * E::BYTES);
-            let ahead = task.values.wrapping_add(page_at(task, position + task.stretch(), max_len) + d * E::BYTES);
+            let (at, ahead) = pages.take();
+            let (values, ahead) = (task.values.add(at + d * E::BYTES), task.values.wrapping_add(ahead + d * E::BYTES));
             let n = task.block_size.min(positions.end - position);
             let n_shared = n.min(min_len.saturating_sub(position));
             for i in 0..n_shared {

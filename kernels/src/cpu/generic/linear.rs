@@ -1,12 +1,15 @@
 //! Products of activations and weights: blocks of rows times tiles, and what becomes of the sums.
 #![allow(unsafe_code)]
 
-use std::{hint::black_box, ops::Range};
+use std::ops::Range;
 
 use super::{
-    super::simd::{LANES, Line, Simd},
+    super::{
+        matrix::MatrixUnit,
+        simd::{Dots, LANES, Line, Simd},
+    },
     quantize::Block,
-    tile::{Inputs, Sums, Tile, Weights},
+    tile::{FixedSums, Inputs, Sums, Tile, Weights},
 };
 
 /// Where sums go.
@@ -20,7 +23,7 @@ pub(crate) enum Out {
 
 /// [`sums`] and [`fixed`] as functions of their own: their loops need every register there is, and what is around them would
 /// take some.
-pub(crate) trait Apart: Simd {
+pub(crate) trait Apart: Dots {
     /// # Safety
     /// As [`sums`].
     unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>);
@@ -35,15 +38,12 @@ pub(crate) trait Apart: Simd {
     );
 }
 
-/// Fixed-point sums of `T` tiles for `R` rows.
-pub(crate) type FixedSums<const R: usize, const T: usize> = Line<[[[i64; LANES]; R]; T]>;
-
 /// Sums of `T` tiles for a block of `R` rows.
 ///
 /// # Safety
 /// The CPU has `S`; `w` and `x` hold all steps.
 #[inline(always)]
-pub(crate) unsafe fn sums<S: Simd, K: Tile, const R: usize, const T: usize>(
+pub(crate) unsafe fn sums<S: Dots, K: Tile, const R: usize, const T: usize>(
     w: Weights,
     x: Inputs,
     out: &mut Sums<R, T>,
@@ -57,29 +57,14 @@ pub(crate) unsafe fn sums<S: Simd, K: Tile, const R: usize, const T: usize>(
 /// # Safety
 /// As [`sums`]; a slice has at least one step.
 #[inline(always)]
-pub(crate) unsafe fn fixed<S: Simd, K: Tile, const R: usize, const T: usize>(
+pub(crate) unsafe fn fixed<S: Dots, K: Tile, const R: usize, const T: usize>(
     w: Weights,
     x: Inputs,
     steps_per_slice: usize,
     out: &mut FixedSums<R, T>,
 ) {
-    let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
-    let mut step = 0;
-    while step < w.n_steps {
-        let end = w.n_steps.min(step + steps_per_slice);
-        // Else the compiler carries the numbers from slice to slice in registers that it does not have.
-        let out = black_box(&mut *out);
-        // SAFETY: the contract above.
-        unsafe {
-            K::sums::<S, R, T>(w, x, step..end, &mut slice);
-            for t in 0..T {
-                for r in 0..R {
-                    S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
-                }
-            }
-        }
-        step = end;
-    }
+    // SAFETY: the contract above.
+    unsafe { K::fixed::<S, R, T>(w, x, steps_per_slice, out) }
 }
 
 /// Part of a product: some tiles of the weights times some blocks of rows.
@@ -153,8 +138,27 @@ const MANY_BLOCKS: usize = 4;
 /// The CPU has `S`; pointers are valid for what the task's shapes say; nobody else touches the task's outputs.
 #[inline(always)]
 pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
+    let n_full = (task.n_rows / S::ROWS).min(task.row_blocks.end);
+    let uses_matrix = S::Matrix::EXISTS && task.row_blocks.start < n_full;
+    // SAFETY: the contract above; what is started is stopped.
+    unsafe {
+        if uses_matrix {
+            S::Matrix::start();
+        }
+        row_blocks::<S, K>(task, n_full);
+        if uses_matrix {
+            S::Matrix::stop();
+        }
+    }
+}
+
+/// Does a task, in which `n_full` is behind the last block of `ROWS` rows.
+///
+/// # Safety
+/// As [`linear`]; if such blocks are there, the matrix unit is started.
+#[inline(always)]
+unsafe fn row_blocks<S: Apart, K: Tile>(task: &LinearTask, n_full: usize) {
     let mut blocks = task.row_blocks.clone();
-    let n_full = (task.n_rows / S::ROWS).min(blocks.end);
     let block_bytes = (S::ROWS * task.n_steps * task.n_levels * K::X_BYTES).max(1);
     if K::UNPACKS && !task.unpacked.is_null() {
         let most = (GROUP_BYTES / block_bytes).max(S::UNPACK_BLOCKS);
@@ -181,10 +185,16 @@ pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
                 2 if S::ROWS >= 2 => row_block::<S, K, 2>(task, block.first_row),
                 4 if S::ROWS >= 4 => row_block::<S, K, 4>(task, block.first_row),
                 8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block.first_row),
+                16 if S::ROWS >= 16 && !only_unpacked::<S, K>() => row_block::<S, K, 16>(task, block.first_row),
                 n => unreachable!("a block of {n} rows"),
             }
         }
     }
+}
+
+/// Whether blocks of `ROWS` rows always meet unpacked tiles: those of a matrix unit. (Others need not be compiled.)
+const fn only_unpacked<S: Dots, K: Tile>() -> bool {
+    S::Matrix::EXISTS && K::UNPACKS
 }
 
 /// A tile on its way from memory while another one is computed with: else each would be waited for.
@@ -260,6 +270,7 @@ unsafe fn full_block<S: Apart, K: Tile>(task: &LinearTask, w: Weights, x: Inputs
             2 => tiles::<S, K, 2, 1>(task, w, x, first_row, tile),
             4 => tiles::<S, K, 4, 1>(task, w, x, first_row, tile),
             8 => tiles::<S, K, 8, 1>(task, w, x, first_row, tile),
+            16 if !only_unpacked::<S, K>() => tiles::<S, K, 16, 1>(task, w, x, first_row, tile),
             n => unreachable!("a block of {n} rows"),
         }
     }
@@ -332,7 +343,11 @@ unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
                         if !task.bias.is_null() {
                             S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(task.bias.add(column)));
                         }
-                        at.copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n);
+                        if n == LANES {
+                            at.cast::<[i64; LANES]>().write_unaligned(fixed.0[t][r]);
+                        } else {
+                            at.copy_from_nonoverlapping(fixed.0[t][r].as_ptr(), n);
+                        }
                     }
                 }
             }

@@ -5,7 +5,9 @@
 
 pub(crate) mod attention;
 pub(crate) mod elementwise;
+pub(crate) mod layouts;
 pub(crate) mod linear;
+pub(crate) mod matrix;
 pub(crate) mod packed;
 pub(crate) mod quantize;
 pub(crate) mod quantized;

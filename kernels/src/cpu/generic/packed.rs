@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    super::simd::{LANES, Simd},
+    super::simd::{Dots, LANES},
     tile::STEPS_PER_HEAD,
 };
 
@@ -17,7 +17,7 @@ pub(crate) trait Scales {
     ///
     /// # Safety
     /// The CPU has `S`; they lie there.
-    unsafe fn load<S: Simd>(head: *const u8, tail: *const u8, step: usize, set: usize, n_sets: usize) -> S::F;
+    unsafe fn load<S: Dots>(head: *const u8, tail: *const u8, step: usize, set: usize, n_sets: usize) -> S::F;
 }
 
 /// f32, behind the quants.
@@ -31,7 +31,7 @@ impl Scales for ScaleF32 {
     const STEP_BYTES: usize = 4 * LANES;
     const HEAD_BYTES: usize = 0;
     #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
+    unsafe fn load<S: Dots>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
         // SAFETY: the trait's contract.
         unsafe { S::load(tail.cast::<f32>().add(set * LANES)) }
     }
@@ -41,7 +41,7 @@ impl Scales for ScaleF16 {
     const STEP_BYTES: usize = 2 * LANES;
     const HEAD_BYTES: usize = 0;
     #[inline(always)]
-    unsafe fn load<S: Simd>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
+    unsafe fn load<S: Dots>(_: *const u8, tail: *const u8, _: usize, set: usize, _: usize) -> S::F {
         // SAFETY: the trait's contract.
         unsafe { S::load_f16(tail.cast::<u16>().add(set * LANES)) }
     }
@@ -51,7 +51,7 @@ impl Scales for Factored {
     const STEP_BYTES: usize = 0;
     const HEAD_BYTES: usize = (4 + STEPS_PER_HEAD) * LANES;
     #[inline(always)]
-    unsafe fn load<S: Simd>(head: *const u8, _: *const u8, step: usize, set: usize, n_sets: usize) -> S::F {
+    unsafe fn load<S: Dots>(head: *const u8, _: *const u8, step: usize, set: usize, n_sets: usize) -> S::F {
         // SAFETY: the trait's contract.
         unsafe {
             let head = head.add(step / STEPS_PER_HEAD * n_sets * Self::HEAD_BYTES);
@@ -68,12 +68,14 @@ impl Scales for Factored {
 pub(crate) trait Quants {
     /// Bytes of the quants of a step.
     const BYTES: usize;
+    /// Whether each quant is a byte.
+    const IS_BYTES: bool = false;
 
     /// The first 4 inputs of chunk number `chunk` (0..4) of the quants at `quants`, and the other 4.
     ///
     /// # Safety
     /// The CPU has `S`; they lie there.
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4);
+    unsafe fn load<S: Dots>(quants: *const u8, chunk: usize) -> (S::W4, S::W4);
 }
 
 /// 4 bits: see `layout.rs`.
@@ -86,7 +88,7 @@ pub(crate) struct Bytes;
 impl Quants for Bits4 {
     const BYTES: usize = 16 * LANES;
     #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+    unsafe fn load<S: Dots>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
         // SAFETY: the trait's contract.
         unsafe { S::w4_load(quants.add(64 * chunk)) }
     }
@@ -95,7 +97,7 @@ impl Quants for Bits4 {
 impl Quants for Bits6 {
     const BYTES: usize = 24 * LANES;
     #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+    unsafe fn load<S: Dots>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
         // SAFETY: the trait's contract.
         unsafe {
             let (even, odd) = S::w4_load(quants.add(64 * chunk));
@@ -107,8 +109,9 @@ impl Quants for Bits6 {
 
 impl Quants for Bytes {
     const BYTES: usize = 32 * LANES;
+    const IS_BYTES: bool = true;
     #[inline(always)]
-    unsafe fn load<S: Simd>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
+    unsafe fn load<S: Dots>(quants: *const u8, chunk: usize) -> (S::W4, S::W4) {
         // SAFETY: the trait's contract.
         unsafe { (S::w2_load(quants.add(128 * chunk)), S::w2_load(quants.add(128 * chunk + 64))) }
     }

@@ -15,7 +15,7 @@
 
 use crate::layout::GROUP;
 
-/// Rows that meet each weight together: as many blocks of `Simd::ROWS` as there are, then what is left in powers of two,
+/// Rows that meet each weight together: as many blocks of `Dots::ROWS` as there are, then what is left in powers of two,
 /// largest first, so that there are few kernels to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Block {

@@ -1,41 +1,49 @@
-//! Tiles of quantized weights. Layouts: `layout.rs` and `quantize.rs`; order of the sums: `tile.rs`.
+//! Tiles of quantized weights, whatever their layout (`layouts.rs`). Activations: `quantize.rs`; order of the sums: `tile.rs`.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use super::{
-    super::simd::{LANES, Simd},
-    packed::{Bits4, Bits6, Bytes, Quants, ScaleF32, Scales},
+    super::{matrix::MatrixUnit, simd::Dots},
+    matrix::{self, Fixed, Floats, QuantSums},
+    packed::Scales,
     quantize::QUANT_ROW_BYTES,
-    tile::{Inputs, Sums, Tile, Weights},
+    tile::{FixedSums, Inputs, Sums, Tile, Weights, fixed_slices},
 };
 use crate::layout::GROUP;
 
 /// The activations of one step of a block of `R` rows: see `quantize.rs`.
 #[derive(Clone, Copy)]
-struct Step<const R: usize>(*const u8);
+pub(crate) struct Step<const R: usize>(*const u8);
 
 impl<const R: usize> Step<R> {
+    /// Level number `level` of a block, counted over all its steps.
+    ///
     /// # Safety (all)
     /// The step lies there; `r < R`.
     #[inline(always)]
-    unsafe fn quants(self, r: usize) -> *const i8 {
+    pub unsafe fn new(x: Inputs, level: usize) -> Self {
+        // SAFETY: the contract above.
+        Self(unsafe { x.at.add(level * R * QUANT_ROW_BYTES) })
+    }
+    #[inline(always)]
+    pub unsafe fn quants(self, r: usize) -> *const i8 {
         // SAFETY: the contract above.
         unsafe { self.0.add(r * GROUP).cast() }
     }
     #[inline(always)]
-    unsafe fn scale(self, r: usize) -> f32 {
+    pub unsafe fn scale(self, r: usize) -> f32 {
         // SAFETY: the contract above.
         unsafe { *self.0.add(R * GROUP).cast::<f32>().add(r) }
     }
     #[inline(always)]
-    unsafe fn scaled_sum(self, r: usize) -> f32 {
+    pub unsafe fn scaled_sum(self, r: usize) -> f32 {
         // SAFETY: the contract above.
         unsafe { *self.0.add(R * GROUP).cast::<f32>().add(R + r) }
     }
     /// -128 times the sum of all 32 (`part` 0), the first 16 (1) or the last 16 (2) quants.
     #[inline(always)]
-    unsafe fn bias(self, part: usize, r: usize) -> i32 {
+    pub unsafe fn bias(self, part: usize, r: usize) -> i32 {
         // SAFETY: the contract above.
         unsafe { *self.0.add(R * GROUP).cast::<i32>().add((2 + part) * R + r) }
     }
@@ -57,13 +65,24 @@ pub(crate) trait Quantized {
     ///
     /// # Safety
     /// The CPU has `S`; weights and activations lie there.
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]);
+    unsafe fn step<S: Dots, const R: usize>(at: StepAt, x: Step<R>, acc: &mut [S::F; R]);
+
+    /// Whether quants are bytes as a matrix unit wants them.
+    const IS_BYTES: bool = false;
+    /// Inputs that share a scale.
+    const GROUP_INPUTS: usize = GROUP;
+
+    /// Adds the products of a step, given the sums of its quants' products.
+    ///
+    /// # Safety
+    /// The CPU has `S`; weights and activations lie there.
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]);
 
     /// Unpacks a step to `out`, if [`Quantized::UNPACKS`].
     ///
     /// # Safety
     /// The CPU has `S`; the step lies there, and there is room for one that is unpacked.
-    unsafe fn unpack<S: Simd>(_: StepAt, _: *mut u8) {}
+    unsafe fn unpack<S: Dots>(_: StepAt, _: *mut u8) {}
 }
 
 /// Where a step of weights lies.
@@ -75,10 +94,29 @@ pub(crate) struct StepAt {
 }
 
 impl StepAt {
+    /// Step number `step` of the first tile.
+    ///
+    /// # Safety
+    /// There is such a step, of layout `Q`.
+    #[inline(always)]
+    pub unsafe fn new<Q: Quantized>(w: Weights, step: usize) -> Self {
+        // SAFETY: the contract above.
+        unsafe {
+            let (head, first) = w.parts::<Q>(0);
+            Self { head, quants: first.add(step * Q::STEP_BYTES), step }
+        }
+    }
+
+    /// Where its quants lie.
+    #[inline(always)]
+    pub fn quants(self) -> *const u8 {
+        self.quants
+    }
+
     /// # Safety
     /// The CPU has `S`; the step is of layout `Q`.
     #[inline(always)]
-    unsafe fn set<S: Simd, Q: Quantized>(self, set: usize) -> S::F {
+    pub unsafe fn set<S: Dots, Q: Quantized>(self, set: usize) -> S::F {
         // SAFETY: the contract above.
         unsafe {
             let tail = self.quants.add(Q::QUANT_BYTES);
@@ -95,7 +133,7 @@ impl<Q: Quantized> Tile for Q {
     type Unpacked = Q::Unpacked;
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(w: Weights, out: *mut u8) {
+    unsafe fn unpack<S: Dots>(w: Weights, out: *mut u8) {
         // SAFETY: the trait's contract.
         unsafe {
             let (head, first) = w.parts::<Q>(0);
@@ -107,12 +145,17 @@ impl<Q: Quantized> Tile for Q {
     }
 
     #[inline(always)]
-    unsafe fn sums<S: Simd, const R: usize, const T: usize>(
+    unsafe fn sums<S: Dots, const R: usize, const T: usize>(
         w: Weights,
         x: Inputs,
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     ) {
+        if T == 1 && R == S::Matrix::ROWS && S::Matrix::EXISTS && Q::IS_BYTES {
+            let slice = steps.len().max(1);
+            // SAFETY: the trait's contract.
+            return unsafe { matrix::slices::<S, Q, R>(w, x, steps, slice, &mut Floats(&mut out.0[0])) };
+        }
         // SAFETY: the trait's contract.
         unsafe {
             let mut acc = [[S::splat(0.0); R]; T];
@@ -120,7 +163,7 @@ impl<Q: Quantized> Tile for Q {
             // it does not have.
             for level in steps.start * x.n_levels..steps.end * x.n_levels {
                 let step = level >> (x.n_levels - 1);
-                let x = x.at.add(level * R * QUANT_ROW_BYTES);
+                let x = Step::new(x, level);
                 for t in 0..T {
                     let (head, first) = w.parts::<Q>(t);
                     let quants = first.add(step * Self::STEP_BYTES);
@@ -134,322 +177,20 @@ impl<Q: Quantized> Tile for Q {
             }
         }
     }
-}
-
-/// 4-bit weights with mins.
-pub(crate) struct Q4<C, N = Bits4>(std::marker::PhantomData<(C, N)>);
-
-impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
-    const QUANT_BYTES: usize = N::BYTES;
-    const N_SETS: usize = 2;
-    type Scales = C;
-    const UNPACKS: bool = true;
-    type Unpacked = Q4<ScaleF32, Bytes>;
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
-        // SAFETY: the trait's contract.
-        unsafe { unpack_step::<S, Self, N>(at, out) }
-    }
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
-        let x = Step::<R>(x);
+    unsafe fn fixed<S: Dots, const R: usize, const T: usize>(
+        w: Weights,
+        x: Inputs,
+        steps_per_slice: usize,
+        out: &mut FixedSums<R, T>,
+    ) {
         // SAFETY: the trait's contract.
         unsafe {
-            let mut sums = q4_start::<S, N, R>(at, x);
-            q4_chunk::<S, N, R>(at, x, 1, &mut sums);
-            q4_chunk::<S, N, R>(at, x, 2, &mut sums);
-            q4_chunk::<S, N, R>(at, x, 3, &mut sums);
-            let (d, m) = (at.set::<S, Self>(0), at.set::<S, Self>(1));
-            for r in 0..R {
-                let scale = S::mul(d, S::splat(x.scale(r)));
-                acc[r] = S::fma(scale, S::i4_finish(sums[r]), acc[r]);
-                acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
-            }
-        }
-    }
-}
-
-/// The products of the first 8 inputs.
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q4_start<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>) -> [S::I4; R] {
-    // SAFETY: the contract above.
-    unsafe {
-        let (low, high) = N::load::<S>(at.quants, 0);
-        let mut sums = [S::i4_start(low, x.quants(0)); R];
-        for r in 0..R {
-            if r > 0 {
-                sums[r] = S::i4_start(low, x.quants(r));
-            }
-            sums[r] = S::i4_dot(sums[r], high, x.quants(r).add(4));
-        }
-        sums
-    }
-}
-
-/// Adds the products of 8 inputs. (Such functions are called once for each chunk, for the compiler does not unroll a loop.)
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q4_chunk<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I4; R]) {
-    // SAFETY: the contract above.
-    unsafe {
-        let (low, high) = N::load::<S>(at.quants, chunk);
-        for r in 0..R {
-            let x = x.quants(r).add(8 * chunk);
-            sums[r] = S::i4_dot(sums[r], low, x);
-            sums[r] = S::i4_dot(sums[r], high, x.add(4));
-        }
-    }
-}
-
-/// 8-bit weights in groups of 32.
-pub(crate) struct Q8<C, const MINS: bool>(std::marker::PhantomData<C>);
-
-impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
-    const QUANT_BYTES: usize = 32 * LANES;
-    const N_SETS: usize = if MINS { 2 } else { 1 };
-    type Scales = C;
-    type Unpacked = Self;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
-        let x = Step::<R>(x);
-        // SAFETY: the trait's contract.
-        unsafe {
-            let mut sums = q8_start::<S, R>(x, 0);
-            q8_chunk::<S, R>(at, x, 0, &mut sums);
-            q8_chunk::<S, R>(at, x, 1, &mut sums);
-            q8_chunk::<S, R>(at, x, 2, &mut sums);
-            q8_chunk::<S, R>(at, x, 3, &mut sums);
-            add_scaled::<S, R>(at.set::<S, Self>(0), x, sums, acc);
-            if MINS {
-                let m = at.set::<S, Self>(1);
-                for r in 0..R {
-                    acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
-                }
-            }
-        }
-    }
-}
-
-/// 8-bit weights in groups of 16.
-pub(crate) struct Q8Half<C>(std::marker::PhantomData<C>);
-
-impl<C: Scales> Quantized for Q8Half<C> {
-    const QUANT_BYTES: usize = 32 * LANES;
-    const N_SETS: usize = 2;
-    type Scales = C;
-    type Unpacked = Self;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
-        let x = Step::<R>(x);
-        // SAFETY: the trait's contract.
-        unsafe {
-            q8_half::<S, Self, R>(at, x, 0, acc);
-            q8_half::<S, Self, R>(at, x, 1, acc);
-        }
-    }
-}
-
-/// Adds the products of one group of 16 inputs.
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q8_half<S: Simd, Q: Quantized, const R: usize>(at: StepAt, x: Step<R>, half: usize, acc: &mut [S::F; R]) {
-    // SAFETY: the contract above.
-    unsafe {
-        let mut sums = q8_start::<S, R>(x, 1 + half);
-        q8_chunk::<S, R>(at, x, 2 * half, &mut sums);
-        q8_chunk::<S, R>(at, x, 2 * half + 1, &mut sums);
-        add_scaled::<S, R>(at.set::<S, Q>(half), x, sums, acc);
-    }
-}
-
-/// 6-bit weights in groups of 32.
-pub(crate) struct Q6<C, N = Bits6>(std::marker::PhantomData<(C, N)>);
-
-impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
-    const QUANT_BYTES: usize = N::BYTES;
-    const N_SETS: usize = 1;
-    type Scales = C;
-    const UNPACKS: bool = true;
-    type Unpacked = Q6<ScaleF32, Bytes>;
-
-    #[inline(always)]
-    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
-        // SAFETY: the trait's contract.
-        unsafe { unpack_step::<S, Self, N>(at, out) }
-    }
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
-        let x = Step::<R>(x);
-        // SAFETY: the trait's contract.
-        unsafe {
-            let mut sums = q6_start::<S, R>(x, 0);
-            q6_chunk::<S, N, R>(at, x, 0, &mut sums);
-            q6_chunk::<S, N, R>(at, x, 1, &mut sums);
-            q6_chunk::<S, N, R>(at, x, 2, &mut sums);
-            q6_chunk::<S, N, R>(at, x, 3, &mut sums);
-            add_scaled::<S, R>(at.set::<S, Self>(0), x, sums, acc);
-        }
-    }
-}
-
-/// 6-bit weights in groups of 16.
-pub(crate) struct Q6Half<C, N = Bits6>(std::marker::PhantomData<(C, N)>);
-
-impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
-    const QUANT_BYTES: usize = N::BYTES;
-    const N_SETS: usize = 2;
-    type Scales = C;
-    const UNPACKS: bool = true;
-    type Unpacked = Q6Half<ScaleF32, Bytes>;
-
-    #[inline(always)]
-    unsafe fn unpack<S: Simd>(at: StepAt, out: *mut u8) {
-        // SAFETY: the trait's contract.
-        unsafe { unpack_step::<S, Self, N>(at, out) }
-    }
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const R: usize>(at: StepAt, x: *const u8, acc: &mut [S::F; R]) {
-        let x = Step::<R>(x);
-        // SAFETY: the trait's contract.
-        unsafe {
-            q6_half::<S, Self, N, R>(at, x, 0, acc);
-            q6_half::<S, Self, N, R>(at, x, 1, acc);
-        }
-    }
-}
-
-/// Adds the products of one group of 16 inputs.
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q6_half<S: Simd, Q: Quantized, N: Quants, const R: usize>(
-    at: StepAt,
-    x: Step<R>,
-    half: usize,
-    acc: &mut [S::F; R],
-) {
-    // SAFETY: the contract above.
-    unsafe {
-        let mut sums = q6_start::<S, R>(x, 1 + half);
-        q6_chunk::<S, N, R>(at, x, 2 * half, &mut sums);
-        q6_chunk::<S, N, R>(at, x, 2 * half + 1, &mut sums);
-        add_scaled::<S, R>(at.set::<S, Q>(half), x, sums, acc);
-    }
-}
-
-/// Adds the products of 8 inputs.
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q6_chunk<S: Simd, N: Quants, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I8; R]) {
-    // SAFETY: the contract above.
-    unsafe {
-        let weights = N::load::<S>(at.quants, chunk);
-        for r in 0..R {
-            sums[r] = S::i6_dot(sums[r], weights, x.quants(r).add(8 * chunk));
-        }
-    }
-}
-
-/// Bytes of an unpacked step: a byte for each quant, and two sets of f32.
-pub(crate) const UNPACKED_STEP_BYTES: usize = Bytes::BYTES + 2 * 4 * LANES;
-const _: () = assert!(<Q4<ScaleF32, Bytes> as Tile>::STEP_BYTES == UNPACKED_STEP_BYTES);
-const _: () = assert!(<Q6Half<ScaleF32, Bytes> as Tile>::STEP_BYTES == UNPACKED_STEP_BYTES);
-
-/// Unpacks a step: a byte for each quant, then the sets as f32.
-///
-/// # Safety
-/// The CPU has `S`; the step lies there, and there is room for an unpacked one.
-#[inline(always)]
-unsafe fn unpack_step<S: Simd, Q: Quantized, N: Quants>(at: StepAt, out: *mut u8) {
-    // SAFETY: the contract above.
-    unsafe {
-        for chunk in 0..4 {
-            let (first, second) = N::load::<S>(at.quants, chunk);
-            S::w4_store(out.add(128 * chunk), first);
-            S::w4_store(out.add(128 * chunk + 64), second);
-        }
-        for set in 0..Q::N_SETS {
-            S::store(out.add(Bytes::BYTES).cast::<f32>().add(set * LANES), at.set::<S, Q>(set));
-        }
-    }
-}
-
-/// Adds the sums of a group whose weights have the scales `d`.
-///
-/// # Safety
-/// The CPU has `S`; activations lie there.
-#[inline(always)]
-unsafe fn add_scaled<S: Simd, const R: usize>(d: S::F, x: Step<R>, sums: [S::I8; R], acc: &mut [S::F; R]) {
-    // SAFETY: the contract above.
-    unsafe {
-        for r in 0..R {
-            let scale = S::mul(d, S::splat(x.scale(r)));
-            acc[r] = S::fma(scale, S::i8_finish(sums[r]), acc[r]);
-        }
-    }
-}
-
-/// Sums of 6-bit weights to start with, whose biases are number `bias`.
-///
-/// # Safety
-/// The CPU has `S`; activations lie there.
-#[inline(always)]
-unsafe fn q6_start<S: Simd, const R: usize>(x: Step<R>, bias: usize) -> [S::I8; R] {
-    // SAFETY: the contract above.
-    unsafe {
-        let mut sums = [S::i6_start(0); R];
-        for r in 0..R {
-            // Weights are stored + 32, not + 128; the bias is a multiple of 128.
-            sums[r] = S::i6_start(x.bias(bias, r) >> 2);
-        }
-        sums
-    }
-}
-
-/// Sums to start with, whose biases are number `bias`.
-///
-/// # Safety
-/// The CPU has `S`; activations lie there.
-#[inline(always)]
-unsafe fn q8_start<S: Simd, const R: usize>(x: Step<R>, bias: usize) -> [S::I8; R] {
-    // SAFETY: the contract above.
-    unsafe {
-        let mut sums = [S::i8_start(0); R];
-        for r in 0..R {
-            sums[r] = S::i8_start(x.bias(bias, r));
-        }
-        sums
-    }
-}
-
-/// Adds the products of 8 inputs.
-///
-/// # Safety
-/// The CPU has `S`; weights and activations lie there.
-#[inline(always)]
-unsafe fn q8_chunk<S: Simd, const R: usize>(at: StepAt, x: Step<R>, chunk: usize, sums: &mut [S::I8; R]) {
-    // SAFETY: the contract above.
-    unsafe {
-        for part in 2 * chunk..2 * chunk + 2 {
-            let w = S::w8_load(at.quants.add(64 * part));
-            for r in 0..R {
-                sums[r] = S::i8_dot(sums[r], w, x.quants(r).add(4 * part));
+            if T == 1 && R == S::Matrix::ROWS && S::Matrix::EXISTS && Q::IS_BYTES {
+                matrix::slices::<S, Q, R>(w, x, 0..w.n_steps, steps_per_slice, &mut Fixed(&mut out.0[0]));
+            } else {
+                fixed_slices::<S, Self, R, T>(w, x, steps_per_slice, out);
             }
         }
     }

@@ -7,9 +7,9 @@
 //!   for the first level of 32 inputs, then for the second, before the next 32 inputs.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
+use std::{hint::black_box, ops::Range};
 
-use super::super::simd::{LANES, Line, Simd};
+use super::super::simd::{Dots, LANES, Line, Simd};
 
 /// Steps that share a head.
 pub(crate) use crate::layout::STEPS_PER_HEAD;
@@ -17,8 +17,11 @@ pub(crate) use crate::layout::STEPS_PER_HEAD;
 /// Sums of `T` tiles for `R` rows.
 pub(crate) type Sums<const R: usize, const T: usize> = Line<[[[f32; LANES]; R]; T]>;
 
+/// Fixed-point sums of `T` tiles for `R` rows.
+pub(crate) type FixedSums<const R: usize, const T: usize> = Line<[[[i64; LANES]; R]; T]>;
+
 /// A layout of weights.
-pub(crate) trait Tile {
+pub(crate) trait Tile: Sized {
     /// Bytes of the weights in a step.
     const STEP_BYTES: usize;
     /// Bytes at the head of a tile for each 8 steps begun.
@@ -34,18 +37,63 @@ pub(crate) trait Tile {
     ///
     /// # Safety
     /// The CPU has `S`; the tile lies there, and `out` has room for one that is unpacked.
-    unsafe fn unpack<S: Simd>(w: Weights, out: *mut u8);
+    unsafe fn unpack<S: Dots>(w: Weights, out: *mut u8);
 
     /// Sums over some of the steps of `T` tiles for a block of `R` rows.
     ///
     /// # Safety
     /// The CPU has `S`; `w` and `x` hold the steps.
-    unsafe fn sums<S: Simd, const R: usize, const T: usize>(
+    unsafe fn sums<S: Dots, const R: usize, const T: usize>(
         w: Weights,
         x: Inputs,
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     );
+
+    /// Adds to `out` the sums of each slice of `T` tiles for a block of `R` rows.
+    ///
+    /// # Safety
+    /// As [`Tile::sums`], for all steps; a slice has at least one.
+    #[inline(always)]
+    unsafe fn fixed<S: Dots, const R: usize, const T: usize>(
+        w: Weights,
+        x: Inputs,
+        steps_per_slice: usize,
+        out: &mut FixedSums<R, T>,
+    ) {
+        // SAFETY: the contract above.
+        unsafe { fixed_slices::<S, Self, R, T>(w, x, steps_per_slice, out) }
+    }
+}
+
+/// [`Tile::fixed`], slice by slice.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn fixed_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
+    w: Weights,
+    x: Inputs,
+    steps_per_slice: usize,
+    out: &mut FixedSums<R, T>,
+) {
+    let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
+    let mut step = 0;
+    while step < w.n_steps {
+        let end = w.n_steps.min(step + steps_per_slice);
+        // Else the compiler carries the numbers from slice to slice in registers that it does not have.
+        let out = black_box(&mut *out);
+        // SAFETY: the contract above.
+        unsafe {
+            K::sums::<S, R, T>(w, x, step..end, &mut slice);
+            for t in 0..T {
+                for r in 0..R {
+                    S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
+                }
+            }
+        }
+        step = end;
+    }
 }
 
 /// Where a block's activations lie.
@@ -158,10 +206,10 @@ impl<E: Element> Tile for Dense<E> {
     type Unpacked = Self;
 
     #[inline(always)]
-    unsafe fn unpack<S: Simd>(_: Weights, _: *mut u8) {}
+    unsafe fn unpack<S: Dots>(_: Weights, _: *mut u8) {}
 
     #[inline(always)]
-    unsafe fn sums<S: Simd, const R: usize, const T: usize>(
+    unsafe fn sums<S: Dots, const R: usize, const T: usize>(
         w: Weights,
         x: Inputs,
         steps: Range<usize>,

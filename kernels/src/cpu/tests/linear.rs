@@ -19,8 +19,8 @@ fn linear_exact(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> 
 }
 
 /// Shapes with and without padding; row counts around every register block.
-const SHAPES: [(usize, usize, usize); 7] =
-    [(1, 16, 32), (2, 33, 64), (5, 7, 96), (9, 48, 160), (16, 1, 32), (19, 100, 288), (3, 40, 640)];
+const SHAPES: [(usize, usize, usize); 8] =
+    [(1, 16, 32), (2, 33, 64), (5, 7, 96), (9, 48, 160), (16, 1, 32), (19, 100, 288), (3, 40, 640), (37, 20, 128)];
 
 #[test]
 fn every_kernel_computes_the_bits_of_the_reference() {

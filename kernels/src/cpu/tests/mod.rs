@@ -4,11 +4,12 @@ mod attention;
 mod elementwise;
 mod errors;
 mod linear;
+pub(crate) mod matrix;
 mod pages;
 
 use half::{bf16, f16};
 
-use super::{CpuConfig, CpuOps, Isa, RowMath};
+use super::{CpuConfig, CpuOps, Isa, RowMath, table};
 use crate::ops::{ActivationLevels, Buf, FixedBuf, LinearSource, Ops, Precision, WeightData};
 
 /// Seeded numbers (Steele, Lea and Flood, 2014: SplitMix64).
@@ -47,10 +48,14 @@ impl Random {
     }
 }
 
-/// A device for each instruction set of this CPU.
+/// A device for each instruction set of this CPU, and one with a matrix unit that is loops.
 fn devices(precision: Precision, threads: usize) -> Vec<CpuOps> {
     let device = |isa| CpuOps::new(CpuConfig { threads, precision, isa: Some(isa), pin: Vec::new() });
-    Isa::available().into_iter().map(|isa| device(isa).expect("available")).collect()
+    let mut devices: Vec<_> = Isa::available().into_iter().map(|isa| device(isa).expect("available")).collect();
+    let mut matrix = device(Isa::Scalar).expect("available");
+    matrix.table = table::with_matrix_unit();
+    devices.push(matrix);
+    devices
 }
 
 /// A buffer with these values.
