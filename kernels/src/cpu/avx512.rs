@@ -122,7 +122,7 @@ impl<U> Simd for Avx512<U> {
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl<U: MatrixUnit> Dots for Avx512<U> {
     const ROWS: usize = U::ROWS;
-    const UNPACK_BLOCKS: usize = if U::EXISTS { 1 } else { usize::MAX };
+    const UNPACK_BLOCKS: usize = if U::EXISTS { 1 } else { 4 };
 
     type Matrix = U;
     type I4 = __m512i;

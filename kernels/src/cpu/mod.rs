@@ -6,7 +6,8 @@
 //! elements, so that every output is summed in an order that only shapes fix; sums of quants are integers; there is
 //! no approximate instruction. Only which NaN a NaN is, is not promised.
 //!
-//! - Quantized products, quantization of activations: `generic/quantize.rs`, `generic/tile.rs`.
+//! - Quantized products, quantization of activations: `generic/quantize.rs`, `generic/tile.rs`. A unit that multiplies matrices
+//!   (`matrix.rs`) makes sums of quants, which are integers: `generic/matrix.rs`.
 //! - Exact sums: each slice's f32 sum is multiplied by 2^24, clamped to 2^51 either way (NaN counts as -2^51), rounded
 //!   half to even and added as an integer, wrapping.
 //! - Norm, exponential, rotation: `generic/elementwise.rs`. Attention: `generic/attention.rs`.

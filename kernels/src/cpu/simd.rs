@@ -68,8 +68,7 @@ pub(crate) trait Simd {
 pub(crate) trait Dots: Simd {
     /// Activation rows in a block, the most for which a weight vector is unpacked once: 1, 2, 4, 8 or 16.
     const ROWS: usize;
-    /// Blocks of rows from which on a task unpacks each tile once for all of them: more than there are where that was not found
-    /// to be faster.
+    /// Blocks of rows from which on a task unpacks each tile once for all of them.
     const UNPACK_BLOCKS: usize;
     /// Bytes that an unpacked tile may have: most of it should stay in the first-level cache from block to block, else it is slower
     /// than weights unpacked again for each block. A matrix unit wants unpacked ones whatever they cost.
