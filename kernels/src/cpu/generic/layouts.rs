@@ -17,7 +17,7 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
-    const UNPACKS: bool = true;
+    const UNPACKS: bool = !N::IS_BYTES;
     type Unpacked = Q4<ScaleF32, Bytes>;
     const IS_BYTES: bool = N::IS_BYTES;
 
@@ -192,7 +192,7 @@ impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 1;
     type Scales = C;
-    const UNPACKS: bool = true;
+    const UNPACKS: bool = !N::IS_BYTES;
     type Unpacked = Q6<ScaleF32, Bytes>;
     const IS_BYTES: bool = N::IS_BYTES;
 
@@ -231,7 +231,7 @@ impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
     const QUANT_BYTES: usize = N::BYTES;
     const N_SETS: usize = 2;
     type Scales = C;
-    const UNPACKS: bool = true;
+    const UNPACKS: bool = !N::IS_BYTES;
     type Unpacked = Q6Half<ScaleF32, Bytes>;
     const IS_BYTES: bool = N::IS_BYTES;
     const GROUP_INPUTS: usize = GROUP / 2;

@@ -4,14 +4,14 @@ use super::*;
 use crate::layout::Packed;
 use crate::reference;
 
-fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
+pub(super) fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
     let weight = ops.load_linear(matrix.source()).expect("valid");
     let (x, out) = (buffer(ops, x), ops.alloc(n_rows * matrix.n_out).expect("memory"));
     ops.linear(x, n_rows, &[(weight, out)]).expect("valid");
     floats(ops, out, n_rows * matrix.n_out)
 }
 
-fn linear_exact(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<i64> {
+pub(super) fn linear_exact(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<i64> {
     let weight = ops.load_linear(matrix.source()).expect("valid");
     let (x, out) = (buffer(ops, x), ops.alloc_fixed(n_rows * matrix.n_out).expect("memory"));
     ops.linear_exact(x, n_rows, weight, out).expect("valid");

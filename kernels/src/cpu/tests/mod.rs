@@ -1,5 +1,7 @@
 //! Every operation on every instruction set this CPU has, compared with [`crate::reference`] bit for bit.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod attention;
 mod elementwise;
 mod errors;
