@@ -4,10 +4,11 @@
 use std::{arch::x86_64::*, marker::PhantomData};
 
 use super::{
+    generic::quantize::{QuantGroup, TINY},
     matrix::MatrixUnit,
     simd::{Dots, FIXED_LIMIT, Simd},
 };
-use crate::ops::FIXED_ONE;
+use crate::{layout::GROUP, ops::FIXED_ONE};
 
 /// Rows of a block: as many sums as fit the registers twice, beside weights.
 pub(crate) const ROWS: usize = 8;
@@ -110,6 +111,32 @@ impl<U> Simd for Avx512<U> {
                 let sum = _mm512_add_epi64(_mm512_loadu_si512(p.cast()), _mm512_cvtps_epi64(half));
                 _mm512_storeu_si512(p.cast(), sum);
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn quantize(x: &[f32; GROUP]) -> QuantGroup {
+        unsafe {
+            let x = [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[GROUP / 2..].as_ptr())];
+            let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+            let [first, last] = x.map(|x| _mm512_and_si512(_mm512_castps_si512(x), magnitude));
+            let amax = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(first, last)));
+            if !amax.is_finite() {
+                return QuantGroup::NAN;
+            }
+            if amax < TINY {
+                return QuantGroup::ZERO;
+            }
+            let inverse = _mm512_set1_ps(127.0 / amax);
+            let mut group = QuantGroup { scale: amax / 127.0, ..QuantGroup::ZERO };
+            for half in 0..2 {
+                let quants = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[half], inverse)));
+                _mm_storeu_si128(group.quants[GROUP / 2 * half..].as_mut_ptr().cast(), quants);
+                // Bytes are summed as unsigned ones, which are 128 more.
+                let sums = _mm_sad_epu8(_mm_xor_si128(quants, _mm_set1_epi8(-128)), _mm_setzero_si128());
+                let sum = _mm_cvtsi128_si32(sums) + _mm_extract_epi32::<2>(sums);
+                group.sums[half] = sum - 128 * (GROUP / 2) as i32;
+            }
+            group
         }
     }
     #[inline(always)]

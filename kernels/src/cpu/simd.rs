@@ -5,7 +5,11 @@
 //! sets compute the same bits. (A NaN stays a NaN, but which NaN is not promised.)
 #![allow(unsafe_code)]
 
-use super::matrix::MatrixUnit;
+use super::{
+    generic::quantize::{QuantGroup, quantize_group},
+    matrix::MatrixUnit,
+};
+use crate::layout::GROUP;
 
 /// Lanes of a vector, which is also the number of output rows in a tile of weights.
 pub(crate) const LANES: usize = 16;
@@ -57,6 +61,11 @@ pub(crate) trait Simd {
     unsafe fn scale2(p: Self::F, n: Self::F) -> Self::F;
     /// `sums[i] += round_half_even(clamp(v[i] * 2^24, -2^51, 2^51)) + FIXED_EXCESS`, wrapping; NaN counts as -2^51.
     unsafe fn add_fixed(sums: *mut i64, v: Self::F);
+    /// As [`quantize_group`], which it is where nothing better is known.
+    #[inline(always)]
+    unsafe fn quantize(x: &[f32; GROUP]) -> QuantGroup {
+        quantize_group(x)
+    }
     /// Hints that the cache line at `p` (any address) will be read.
     unsafe fn prefetch(p: *const u8);
 }

@@ -171,7 +171,7 @@ macro_rules! kernels {
 
             $(#[$features])?
             unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
-                unsafe { quantize::quantize_row(x, n_groups, place, out) }
+                unsafe { quantize::quantize_row::<$simd>(x, n_groups, place, out) }
             }
             $(#[$features])?
             unsafe fn pack_rows(x: *const f32, n_in: usize, block_rows: usize, out: *mut f32) {

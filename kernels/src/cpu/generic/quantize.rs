@@ -13,6 +13,7 @@
 //! quants = x * (127 / a), rounded half to even, and s = d * (sum of the quants as f32); each step rounded to f32.
 #![allow(unsafe_code)]
 
+use super::super::simd::Simd;
 use crate::layout::GROUP;
 
 /// Rows that meet each weight together: as many blocks of `Dots::ROWS` as there are, then what is left in powers of two,
@@ -61,7 +62,7 @@ impl Block {
 pub(crate) const QUANT_ROW_BYTES: usize = GROUP + 5 * 4;
 
 /// Activations below this magnitude are zero to quantization: 2^-100.
-const TINY: f32 = f32::from_bits((127 - 100) << 23);
+pub(crate) const TINY: f32 = f32::from_bits((127 - 100) << 23);
 
 /// Adding and subtracting it rounds a small f32 to a whole number: 1.5 * 2^23.
 const ROUND: f32 = 12_582_912.0;
@@ -75,6 +76,13 @@ pub(crate) struct QuantGroup {
     pub sums: [i32; 2],
 }
 
+impl QuantGroup {
+    /// Where activations are all below [`TINY`].
+    pub const ZERO: Self = Self { quants: [0; GROUP], scale: 0.0, sums: [0; 2] };
+    /// Where one is not finite.
+    pub const NAN: Self = Self { scale: f32::NAN, ..Self::ZERO };
+}
+
 /// Quantizes a group.
 #[inline(always)]
 pub(crate) fn quantize_group(x: &[f32; GROUP]) -> QuantGroup {
@@ -85,10 +93,10 @@ pub(crate) fn quantize_group(x: &[f32; GROUP]) -> QuantGroup {
     }
     let amax = f32::from_bits(largest);
     if !amax.is_finite() {
-        return QuantGroup { quants: [0; GROUP], scale: f32::NAN, sums: [0; 2] };
+        return QuantGroup::NAN;
     }
     if amax < TINY {
-        return QuantGroup { quants: [0; GROUP], scale: 0.0, sums: [0; 2] };
+        return QuantGroup::ZERO;
     }
     let inverse = 127.0 / amax;
     let mut quants = [0; GROUP];
@@ -132,19 +140,19 @@ pub(crate) struct QuantPlace {
 /// Quantizes a row of `n_groups` groups at `x` into the block at `out`.
 ///
 /// # Safety
-/// `x` is valid for `n_groups * 32` f32, `out` for writing `n_groups * block_rows * n_levels * QUANT_ROW_BYTES` bytes and
+/// The CPU has `S`; `x` is valid for `n_groups * 32` f32, `out` for writing `n_groups * block_rows * n_levels * QUANT_ROW_BYTES` bytes and
 /// aligned to 4; `row < block_rows`.
 #[inline(always)]
-pub(crate) unsafe fn quantize_row(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
+pub(crate) unsafe fn quantize_row<S: Simd>(x: *const f32, n_groups: usize, place: QuantPlace, out: *mut u8) {
     for group in 0..n_groups {
         // SAFETY: the contract above: groups, and levels in them, lie one after another.
         unsafe {
             let x = &*x.add(group * GROUP).cast::<[f32; GROUP]>();
-            let q = quantize_group(x);
+            let q = S::quantize(x);
             let first = group * place.n_levels;
             write_group(&q, first, place, out);
             if place.n_levels == 2 {
-                write_group(&quantize_group(&residual(x, &q)), first + 1, place, out);
+                write_group(&S::quantize(&residual(x, &q)), first + 1, place, out);
             }
         }
     }
