@@ -128,8 +128,8 @@ impl<U> Simd for Avx512<U> {
             }
             let inverse = _mm512_set1_ps(127.0 / amax);
             let mut group = QuantGroup { scale: amax / 127.0, ..QuantGroup::ZERO };
-            for half in 0..2 {
-                let quants = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x[half], inverse)));
+            for (half, x) in x.into_iter().enumerate() {
+                let quants = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
                 _mm_storeu_si128(group.quants[GROUP / 2 * half..].as_mut_ptr().cast(), quants);
                 // Bytes are summed as unsigned ones, which are 128 more.
                 let sums = _mm_sad_epu8(_mm_xor_si128(quants, _mm_set1_epi8(-128)), _mm_setzero_si128());
