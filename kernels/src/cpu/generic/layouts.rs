@@ -45,13 +45,13 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
     }
 
     #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]) {
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
         // SAFETY: the trait's contract.
         unsafe {
             let (d, m) = (at.set::<S, Self>(0), at.set::<S, Self>(1));
             for r in 0..R {
                 let scale = S::mul(d, S::splat(x.scale(r)));
-                acc[r] = S::fma(scale, S::load_i32(sums.0[0][r].as_ptr(), 0), acc[r]);
+                acc[r] = S::fma(scale, S::load_i32(sums.of(0, r), 0), acc[r]);
                 acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
         }
@@ -125,10 +125,10 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
     }
 
     #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]) {
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
         // SAFETY: the trait's contract.
         unsafe {
-            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q8_BIAS_SHIFT, &sums.0[0], acc);
+            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q8_BIAS_SHIFT, (sums, 0), acc);
             if MINS {
                 let m = at.set::<S, Self>(1);
                 for r in 0..R {
@@ -160,11 +160,11 @@ impl<C: Scales> Quantized for Q8Half<C> {
     }
 
     #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]) {
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
         // SAFETY: the trait's contract.
         unsafe {
             for half in 0..2 {
-                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q8_BIAS_SHIFT, &sums.0[half], acc);
+                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q8_BIAS_SHIFT, (sums, half), acc);
             }
         }
     }
@@ -216,10 +216,10 @@ impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
     }
 
     #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]) {
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
         // SAFETY: the trait's contract.
         unsafe {
-            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q6_BIAS_SHIFT, &sums.0[0], acc);
+            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q6_BIAS_SHIFT, (sums, 0), acc);
         }
     }
 }
@@ -252,11 +252,11 @@ impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
     }
 
     #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]) {
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
         // SAFETY: the trait's contract.
         unsafe {
             for half in 0..2 {
-                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q6_BIAS_SHIFT, &sums.0[half], acc);
+                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q6_BIAS_SHIFT, (sums, half), acc);
             }
         }
     }
@@ -326,25 +326,25 @@ const Q8_BIAS_SHIFT: u32 = 0;
 /// Weights of 6 bits are stored + 32; the biases are multiples of 128.
 const Q6_BIAS_SHIFT: u32 = 2;
 
-/// Adds the sums of a group whose weights have the scales `d`, given the sums of the products of quants as they are stored; their
-/// bias is number `bias`.
+/// Adds the sums of a group whose weights have the scales `d`, given the sums of the products of quants as they are stored, number `group`;
+/// their bias is number `bias`.
 ///
 /// # Safety
-/// The CPU has `S`; activations lie there.
+/// The CPU has `S`; activations and sums lie there.
 #[inline(always)]
 unsafe fn close_group<S: Dots, const R: usize>(
     d: S::F,
     x: Step<R>,
     bias: usize,
     bias_shift: u32,
-    sums: &[[i32; LANES]; R],
+    (sums, group): (QuantSums<R>, usize),
     acc: &mut [S::F; R],
 ) {
     // SAFETY: the contract above.
     unsafe {
         for r in 0..R {
             let scale = S::mul(d, S::splat(x.scale(r)));
-            let sum = S::load_i32(sums[r].as_ptr(), x.bias(bias, r) >> bias_shift);
+            let sum = S::load_i32(sums.of(group, r), x.bias(bias, r) >> bias_shift);
             acc[r] = S::fma(scale, sum, acc[r]);
         }
     }

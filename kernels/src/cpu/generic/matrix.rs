@@ -4,7 +4,7 @@
 //! those of a step are closed.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
+use std::{mem::MaybeUninit, ops::Range};
 
 use super::{
     super::{
@@ -22,8 +22,25 @@ const AHEAD: usize = 2;
 const RING: usize = 4;
 const _: () = assert!(RING.is_power_of_two() && RING > AHEAD);
 
-/// Sums of quants of a block in a step: of each group of inputs (there are 1 or 2), for each row, for each lane.
-pub(crate) type QuantSums<const R: usize> = Line<[[[i32; LANES]; R]; 2]>;
+/// Sums of quants of a block in a step: of each group of inputs (there are 1 or 2), for each row, for each lane. They are written by the
+/// unit alone: to set them to zero first would take a tenth of the time.
+type Room<const R: usize> = MaybeUninit<Line<[[[i32; LANES]; R]; 2]>>;
+
+/// Where such sums lie.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantSums<const R: usize>(*const [[i32; LANES]; R]);
+
+impl<const R: usize> QuantSums<R> {
+    /// Those of a group for a row.
+    ///
+    /// # Safety
+    /// There are such.
+    #[inline(always)]
+    pub unsafe fn of(self, group: usize, r: usize) -> *const i32 {
+        // SAFETY: the contract above.
+        unsafe { self.0.add(group).cast::<i32>().add(r * LANES) }
+    }
+}
 
 /// What becomes of a slice's sums.
 pub(crate) trait SliceSums<S: Dots, const R: usize> {
@@ -70,7 +87,7 @@ pub(crate) unsafe fn slices<S: Dots, Q: Quantized, const R: usize>(
     steps_per_slice: usize,
     out: &mut impl SliceSums<S, R>,
 ) {
-    let mut ring: [QuantSums<R>; RING] = [Line([[[0; LANES]; R]; 2]); RING];
+    let mut ring = [const { Room::<R>::uninit() }; RING];
     // SAFETY: the contract above; levels lie one after another.
     unsafe {
         let levels = steps.start * x.n_levels..steps.end * x.n_levels;
@@ -85,7 +102,7 @@ pub(crate) unsafe fn slices<S: Dots, Q: Quantized, const R: usize>(
                 begin::<S, Q, R>(w, x, level + AHEAD, &mut ring[(level + AHEAD) % RING]);
             }
             let (at, x) = places::<Q, R>(w, x, level);
-            Q::close::<S, R>(at, x, &ring[level % RING], &mut acc);
+            Q::close::<S, R>(at, x, QuantSums(ring[level % RING].as_ptr().cast()), &mut acc);
             if level + 1 == slice_end || level + 1 == levels.end {
                 out.take(&acc);
                 acc = [S::splat(0.0); R];
@@ -110,14 +127,14 @@ unsafe fn places<Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usi
 /// # Safety
 /// As [`slices`]; there is such a level.
 #[inline(always)]
-unsafe fn begin<S: Dots, Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usize, out: &mut QuantSums<R>) {
+unsafe fn begin<S: Dots, Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usize, out: &mut Room<R>) {
     // SAFETY: the contract above.
     unsafe {
         let (at, x) = places::<Q, R>(w, x, level);
         for group in 0..GROUP / Q::GROUP_INPUTS {
             let first = group * Q::GROUP_INPUTS;
             let (x, w) = (x.quants(0).add(first), at.quants().add(LANES * first));
-            let out = out.0[group].as_mut_ptr().cast();
+            let out = out.as_mut_ptr().cast::<i32>().add(group * R * LANES);
             match (Q::GROUP_INPUTS, level % 2) {
                 (GROUP, 0) => S::Matrix::multiply::<GROUP, 0>(x, w, out),
                 (GROUP, _) => S::Matrix::multiply::<GROUP, 1>(x, w, out),

@@ -75,8 +75,8 @@ pub(crate) trait Quantized {
     /// Adds the products of a step, given the sums of its quants' products.
     ///
     /// # Safety
-    /// The CPU has `S`; weights and activations lie there.
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: &QuantSums<R>, acc: &mut [S::F; R]);
+    /// The CPU has `S`; weights, activations and the sums of all groups lie there.
+    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]);
 
     /// Unpacks a step to `out`, if [`Quantized::UNPACKS`].
     ///
