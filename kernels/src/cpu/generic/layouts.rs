@@ -3,7 +3,6 @@
 
 use super::{
     super::simd::{Dots, LANES},
-    matrix::QuantSums,
     packed::{Bits4, Bits6, Bytes, Quants, ScaleF32, Scales},
     quantized::{Quantized, Step, StepAt},
     tile::Tile,
@@ -39,19 +38,6 @@ impl<C: Scales, N: Quants> Quantized for Q4<C, N> {
             for r in 0..R {
                 let scale = S::mul(d, S::splat(x.scale(r)));
                 acc[r] = S::fma(scale, S::i4_finish(sums[r]), acc[r]);
-                acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let (d, m) = (at.set::<S, Self>(0), at.set::<S, Self>(1));
-            for r in 0..R {
-                let scale = S::mul(d, S::splat(x.scale(r)));
-                acc[r] = S::fma(scale, S::load_i32(sums.of(0, r), 0), acc[r]);
                 acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
         }
@@ -104,6 +90,7 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
     type Scales = C;
     type Unpacked = Self;
     const IS_BYTES: bool = true;
+    const BIAS_SHIFT: Option<u32> = Q8_BIAS_SHIFT;
 
     #[inline(always)]
     unsafe fn step<S: Dots, const R: usize>(at: StepAt, x: Step<R>, acc: &mut [S::F; R]) {
@@ -123,20 +110,6 @@ impl<C: Scales, const MINS: bool> Quantized for Q8<C, MINS> {
             }
         }
     }
-
-    #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q8_BIAS_SHIFT, (sums, 0), acc);
-            if MINS {
-                let m = at.set::<S, Self>(1);
-                for r in 0..R {
-                    acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
-                }
-            }
-        }
-    }
 }
 
 /// 8-bit weights in groups of 16.
@@ -148,6 +121,7 @@ impl<C: Scales> Quantized for Q8Half<C> {
     type Scales = C;
     type Unpacked = Self;
     const IS_BYTES: bool = true;
+    const BIAS_SHIFT: Option<u32> = Q8_BIAS_SHIFT;
     const GROUP_INPUTS: usize = GROUP / 2;
 
     #[inline(always)]
@@ -156,16 +130,6 @@ impl<C: Scales> Quantized for Q8Half<C> {
         unsafe {
             q8_half::<S, Self, R>(at, x, 0, acc);
             q8_half::<S, Self, R>(at, x, 1, acc);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            for half in 0..2 {
-                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q8_BIAS_SHIFT, (sums, half), acc);
-            }
         }
     }
 }
@@ -195,6 +159,7 @@ impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
     const UNPACKS: bool = !N::IS_BYTES;
     type Unpacked = Q6<ScaleF32, Bytes>;
     const IS_BYTES: bool = N::IS_BYTES;
+    const BIAS_SHIFT: Option<u32> = Q6_BIAS_SHIFT;
 
     #[inline(always)]
     unsafe fn unpack<S: Dots>(at: StepAt, out: *mut u8) {
@@ -214,14 +179,6 @@ impl<C: Scales, N: Quants> Quantized for Q6<C, N> {
             add_scaled::<S, R>(at.set::<S, Self>(0), x, sums, acc);
         }
     }
-
-    #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            close_group::<S, R>(at.set::<S, Self>(0), x, 0, Q6_BIAS_SHIFT, (sums, 0), acc);
-        }
-    }
 }
 
 /// 6-bit weights in groups of 16.
@@ -234,6 +191,7 @@ impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
     const UNPACKS: bool = !N::IS_BYTES;
     type Unpacked = Q6Half<ScaleF32, Bytes>;
     const IS_BYTES: bool = N::IS_BYTES;
+    const BIAS_SHIFT: Option<u32> = Q6_BIAS_SHIFT;
     const GROUP_INPUTS: usize = GROUP / 2;
 
     #[inline(always)]
@@ -248,16 +206,6 @@ impl<C: Scales, N: Quants> Quantized for Q6Half<C, N> {
         unsafe {
             q6_half::<S, Self, N, R>(at, x, 0, acc);
             q6_half::<S, Self, N, R>(at, x, 1, acc);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            for half in 0..2 {
-                close_group::<S, R>(at.set::<S, Self>(half), x, 1 + half, Q6_BIAS_SHIFT, (sums, half), acc);
-            }
         }
     }
 }
@@ -322,33 +270,10 @@ unsafe fn unpack_step<S: Dots, Q: Quantized, N: Quants>(at: StepAt, out: *mut u8
 }
 
 /// Biases are those of weights that are stored + 128.
-const Q8_BIAS_SHIFT: u32 = 0;
+const Q8_BIAS_SHIFT: Option<u32> = Some(0);
 /// Weights of 6 bits are stored + 32; the biases are multiples of 128.
-const Q6_BIAS_SHIFT: u32 = 2;
-
-/// Adds the sums of a group whose weights have the scales `d`, given the sums of the products of quants as they are stored, number `group`;
-/// their bias is number `bias`.
-///
-/// # Safety
-/// The CPU has `S`; activations and sums lie there.
-#[inline(always)]
-unsafe fn close_group<S: Dots, const R: usize>(
-    d: S::F,
-    x: Step<R>,
-    bias: usize,
-    bias_shift: u32,
-    (sums, group): (QuantSums<R>, usize),
-    acc: &mut [S::F; R],
-) {
-    // SAFETY: the contract above.
-    unsafe {
-        for r in 0..R {
-            let scale = S::mul(d, S::splat(x.scale(r)));
-            let sum = S::load_i32(sums.of(group, r), x.bias(bias, r) >> bias_shift);
-            acc[r] = S::fma(scale, sum, acc[r]);
-        }
-    }
-}
+const SHIFT_OF_6_BITS: u32 = 2;
+const Q6_BIAS_SHIFT: Option<u32> = Some(SHIFT_OF_6_BITS);
 
 /// Adds the sums of a group whose weights have the scales `d`.
 ///
@@ -375,7 +300,7 @@ unsafe fn q6_start<S: Dots, const R: usize>(x: Step<R>, bias: usize) -> [S::I8; 
     unsafe {
         let mut sums = [S::i6_start(0); R];
         for r in 0..R {
-            sums[r] = S::i6_start(x.bias(bias, r) >> Q6_BIAS_SHIFT);
+            sums[r] = S::i6_start(x.bias(bias, r) >> SHIFT_OF_6_BITS);
         }
         sums
     }

@@ -22,24 +22,15 @@ const AHEAD: usize = 2;
 const RING: usize = 4;
 const _: () = assert!(RING.is_power_of_two() && RING > AHEAD);
 
-/// Sums of quants of a block in a step: of each group of inputs (there are 1 or 2), for each row, for each lane. They are written by the
-/// unit alone: to set them to zero first would take a tenth of the time.
-type Room<const R: usize> = MaybeUninit<Line<[[[i32; LANES]; R]; 2]>>;
+/// Sums of quants of a block in a step: of each group of inputs (there are 1 or 2), for each row, for each lane. The unit alone writes
+/// them: clearing them first would be as many stores again.
+type QuantSums<const R: usize> = MaybeUninit<Line<[[[i32; LANES]; R]; 2]>>;
 
-/// Where such sums lie.
-#[derive(Clone, Copy)]
-pub(crate) struct QuantSums<const R: usize>(*const [[i32; LANES]; R]);
-
-impl<const R: usize> QuantSums<R> {
-    /// Those of a group for a row.
-    ///
-    /// # Safety
-    /// There are such.
-    #[inline(always)]
-    pub unsafe fn of(self, group: usize, r: usize) -> *const i32 {
-        // SAFETY: the contract above.
-        unsafe { self.0.add(group).cast::<i32>().add(r * LANES) }
-    }
+/// Those of a group.
+#[inline(always)]
+fn of_group<const R: usize>(sums: &mut QuantSums<R>, group: usize) -> *mut i32 {
+    debug_assert!(group < 2);
+    sums.as_mut_ptr().cast::<i32>().wrapping_add(group * R * LANES)
 }
 
 /// What becomes of a slice's sums.
@@ -87,7 +78,7 @@ pub(crate) unsafe fn slices<S: Dots, Q: Quantized, const R: usize>(
     steps_per_slice: usize,
     out: &mut impl SliceSums<S, R>,
 ) {
-    let mut ring = [const { Room::<R>::uninit() }; RING];
+    let mut ring = [const { QuantSums::<R>::uninit() }; RING];
     // SAFETY: the contract above; levels lie one after another.
     unsafe {
         let levels = steps.start * x.n_levels..steps.end * x.n_levels;
@@ -101,8 +92,7 @@ pub(crate) unsafe fn slices<S: Dots, Q: Quantized, const R: usize>(
             if level + AHEAD < levels.end {
                 begin::<S, Q, R>(w, x, level + AHEAD, &mut ring[(level + AHEAD) % RING]);
             }
-            let (at, x) = places::<Q, R>(w, x, level);
-            Q::close::<S, R>(at, x, QuantSums(ring[level % RING].as_ptr().cast()), &mut acc);
+            close::<S, Q, R>(w, x, level, &mut ring[level % RING], &mut acc);
             if level + 1 == slice_end || level + 1 == levels.end {
                 out.take(&acc);
                 acc = [S::splat(0.0); R];
@@ -127,19 +117,58 @@ unsafe fn places<Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usi
 /// # Safety
 /// As [`slices`]; there is such a level.
 #[inline(always)]
-unsafe fn begin<S: Dots, Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usize, out: &mut Room<R>) {
+unsafe fn begin<S: Dots, Q: Quantized, const R: usize>(w: Weights, x: Inputs, level: usize, out: &mut QuantSums<R>) {
     // SAFETY: the contract above.
     unsafe {
         let (at, x) = places::<Q, R>(w, x, level);
         for group in 0..GROUP / Q::GROUP_INPUTS {
             let first = group * Q::GROUP_INPUTS;
             let (x, w) = (x.quants(0).add(first), at.quants().add(LANES * first));
-            let out = out.as_mut_ptr().cast::<i32>().add(group * R * LANES);
+            let out = of_group(out, group);
             match (Q::GROUP_INPUTS, level % 2) {
                 (GROUP, 0) => S::Matrix::multiply::<GROUP, 0>(x, w, out),
                 (GROUP, _) => S::Matrix::multiply::<GROUP, 1>(x, w, out),
                 (_, 0) => S::Matrix::multiply::<{ GROUP / 2 }, 0>(x, w, out),
                 (..) => S::Matrix::multiply::<{ GROUP / 2 }, 1>(x, w, out),
+            }
+        }
+    }
+}
+
+/// Adds the products of a level, whose sums of quants are there.
+///
+/// # Safety
+/// As [`slices`]; there is such a level, and its products are begun.
+#[inline(always)]
+unsafe fn close<S: Dots, Q: Quantized, const R: usize>(
+    w: Weights,
+    x: Inputs,
+    level: usize,
+    sums: &mut QuantSums<R>,
+    acc: &mut [S::F; R],
+) {
+    let n_groups = GROUP / Q::GROUP_INPUTS;
+    // SAFETY: the contract above.
+    unsafe {
+        let (at, x) = places::<Q, R>(w, x, level);
+        for group in 0..n_groups {
+            let (d, sums) = (at.set::<S, Q>(group), of_group(sums, group));
+            // Of all inputs, or of a half.
+            let part = if n_groups == 1 { 0 } else { 1 + group };
+            for r in 0..R {
+                let bias = match Q::BIAS_SHIFT {
+                    Some(shift) => x.bias(part, r) >> shift,
+                    None => 0,
+                };
+                let scale = S::mul(d, S::splat(x.scale(r)));
+                acc[r] = S::fma(scale, S::load_i32(sums.add(r * LANES), bias), acc[r]);
+            }
+        }
+        // Sets that are not scales are mins.
+        if Q::N_SETS > n_groups {
+            let m = at.set::<S, Q>(n_groups);
+            for r in 0..R {
+                acc[r] = S::fma(m, S::splat(x.scaled_sum(r)), acc[r]);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::{
     super::{matrix::MatrixUnit, simd::Dots},
-    matrix::{self, Fixed, Floats, QuantSums},
+    matrix::{self, Fixed, Floats},
     packed::Scales,
     quantize::QUANT_ROW_BYTES,
     tile::{FixedSums, Inputs, Sums, Tile, Weights, fixed_slices},
@@ -71,12 +71,8 @@ pub(crate) trait Quantized {
     const IS_BYTES: bool = false;
     /// Inputs that share a scale.
     const GROUP_INPUTS: usize = GROUP;
-
-    /// Adds the products of a step, given the sums of its quants' products.
-    ///
-    /// # Safety
-    /// The CPU has `S`; weights, activations and the sums of all groups lie there.
-    unsafe fn close<S: Dots, const R: usize>(at: StepAt, x: Step<R>, sums: QuantSums<R>, acc: &mut [S::F; R]);
+    /// By how much a bias is shifted to be that of quants as they are stored; `None` if they have none.
+    const BIAS_SHIFT: Option<u32> = None;
 
     /// Unpacks a step to `out`, if [`Quantized::UNPACKS`].
     ///
@@ -125,6 +121,11 @@ impl StepAt {
     }
 }
 
+/// Whether a matrix unit multiplies `n_tiles` tiles by a block of `n_rows` rows.
+const fn fits_matrix_unit<S: Dots, Q: Quantized>(n_rows: usize, n_tiles: usize) -> bool {
+    S::Matrix::EXISTS && Q::IS_BYTES && n_rows == S::Matrix::ROWS && n_tiles == 1
+}
+
 impl<Q: Quantized> Tile for Q {
     const STEP_BYTES: usize = Q::QUANT_BYTES + Q::N_SETS * Q::Scales::STEP_BYTES;
     const HEAD_BYTES: usize = Q::N_SETS * Q::Scales::HEAD_BYTES;
@@ -151,7 +152,7 @@ impl<Q: Quantized> Tile for Q {
         steps: Range<usize>,
         out: &mut Sums<R, T>,
     ) {
-        if T == 1 && R == S::Matrix::ROWS && S::Matrix::EXISTS && Q::IS_BYTES {
+        if fits_matrix_unit::<S, Q>(R, T) {
             let slice = steps.len().max(1);
             // SAFETY: the trait's contract.
             return unsafe { matrix::slices::<S, Q, R>(w, x, steps, slice, &mut Floats(&mut out.0[0])) };
@@ -187,7 +188,7 @@ impl<Q: Quantized> Tile for Q {
     ) {
         // SAFETY: the trait's contract.
         unsafe {
-            if T == 1 && R == S::Matrix::ROWS && S::Matrix::EXISTS && Q::IS_BYTES {
+            if fits_matrix_unit::<S, Q>(R, T) {
                 matrix::slices::<S, Q, R>(w, x, 0..w.n_steps, steps_per_slice, &mut Fixed(&mut out.0[0]));
             } else {
                 fixed_slices::<S, Self, R, T>(w, x, steps_per_slice, out);
