@@ -82,7 +82,7 @@ impl AttentionTask {
 /// that neighbours are not in the same set of the cache.
 const QUERY_STRIDE: usize = MAX_HEAD_DIM + LANES;
 /// The largest head.
-pub(crate) const MAX_HEAD_DIM: usize = 512;
+pub(crate) const MAX_HEAD_DIM: usize = 1024;
 
 /// Elements of scratch that a task needs whose queries see up to `max_len` positions.
 pub(crate) fn scratch_len<S: Simd>(max_len: usize) -> usize {
