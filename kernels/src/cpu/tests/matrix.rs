@@ -1,7 +1,7 @@
 //! A matrix unit as plain loops: the kernels around such units are tested with it everywhere, and real units compared with it.
 #![allow(unsafe_code)]
 
-use super::{super::matrix::MatrixUnit, Random};
+use super::super::matrix::MatrixUnit;
 use crate::layout::{GROUP, TILE};
 
 /// Loops, for blocks of `ROWS` rows.
@@ -42,7 +42,10 @@ unsafe fn products<U: MatrixUnit, const INPUTS: usize, const SET: usize>(x: &[i8
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn amx_multiplies_as_loops_do() {
-    use super::super::{Isa, amx::Amx};
+    use super::{
+        super::{Isa, amx::Amx},
+        Random,
+    };
 
     if !Isa::Amx.is_available() {
         println!("AMX: not on this machine");
