@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     matrix::NoMatrix,
-    simd::{Dots, FIXED_LIMIT, Simd},
+    simd::{Dots, FIXED_LIMIT, NARROW_LIMIT, Simd},
 };
 use crate::ops::FIXED_ONE;
 
@@ -137,6 +137,38 @@ impl<D> Simd for Avx2<D> {
                 let v = _mm256_min_ps(_mm256_max_ps(v, below), limit);
                 add_rounded(sums.add(8 * i), _mm256_castps256_ps128(v));
                 add_rounded(sums.add(8 * i + 4), _mm256_extractf128_ps::<1>(v));
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_narrow(sums: *mut i32, v: V, largest: V) -> V {
+        unsafe {
+            let add = |p: *mut __m256i, v: __m256, largest: __m256| {
+                let rounded = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(FIXED_ONE)));
+                _mm256_storeu_si256(p, _mm256_add_epi32(_mm256_loadu_si256(p), rounded));
+                // Of numbers without a sign, floats and their bits have one order.
+                let magnitude = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff_ffff));
+                _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(largest), magnitude))
+            };
+            (add(sums.cast(), v.0, largest.0), add(sums.add(8).cast(), v.1, largest.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn is_narrow(largest: V) -> bool {
+        unsafe {
+            let largest = _mm256_max_epu32(_mm256_castps_si256(largest.0), _mm256_castps_si256(largest.1));
+            let limit = _mm256_set1_epi32(NARROW_LIMIT.to_bits() as i32);
+            _mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, largest)) == -1
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(sums: *mut i64, narrow: *const i32, plus: i64) {
+        unsafe {
+            for i in [0, 4, 8, 12] {
+                let wide = _mm256_cvtepi32_epi64(_mm_loadu_si128(narrow.add(i).cast()));
+                let wide = _mm256_add_epi64(wide, _mm256_set1_epi64x(plus));
+                let p = sums.add(i).cast::<__m256i>();
+                _mm256_storeu_si256(p, _mm256_add_epi64(_mm256_loadu_si256(p), wide));
             }
         }
     }

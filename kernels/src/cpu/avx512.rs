@@ -6,7 +6,7 @@ use std::{arch::x86_64::*, marker::PhantomData};
 use super::{
     generic::quantize::{QuantGroup, TINY},
     matrix::MatrixUnit,
-    simd::{Dots, FIXED_LIMIT, Simd},
+    simd::{Dots, FIXED_LIMIT, NARROW_LIMIT, Simd},
 };
 use crate::{layout::GROUP, ops::FIXED_ONE};
 
@@ -110,6 +110,32 @@ impl<U> Simd for Avx512<U> {
                 let p = sums.add(8 * i);
                 let sum = _mm512_add_epi64(_mm512_loadu_si512(p.cast()), _mm512_cvtps_epi64(half));
                 _mm512_storeu_si512(p.cast(), sum);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_narrow(sums: *mut i32, v: __m512, largest: __m512) -> __m512 {
+        unsafe {
+            let rounded = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(FIXED_ONE)));
+            _mm512_storeu_si512(sums.cast(), _mm512_add_epi32(_mm512_loadu_si512(sums.cast()), rounded));
+            // Of numbers without a sign, floats and their bits have one order.
+            let magnitude = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff));
+            _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(largest), magnitude))
+        }
+    }
+    #[inline(always)]
+    unsafe fn is_narrow(largest: __m512) -> bool {
+        let limit = NARROW_LIMIT.to_bits() as i32;
+        unsafe { _mm512_cmplt_epu32_mask(_mm512_castps_si512(largest), _mm512_set1_epi32(limit)) == u16::MAX }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(sums: *mut i64, narrow: *const i32, plus: i64) {
+        unsafe {
+            for i in [0, 8] {
+                let wide = _mm512_cvtepi32_epi64(_mm256_loadu_si256(narrow.add(i).cast()));
+                let wide = _mm512_add_epi64(wide, _mm512_set1_epi64(plus));
+                let p = sums.add(i);
+                _mm512_storeu_si512(p.cast(), _mm512_add_epi64(_mm512_loadu_si512(p.cast()), wide));
             }
         }
     }

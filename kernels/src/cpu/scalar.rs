@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use super::{
     matrix::MatrixUnit,
-    simd::{Dots, FIXED_LIMIT, LANES, Simd},
+    simd::{Dots, FIXED_LIMIT, LANES, NARROW_LIMIT, Simd},
 };
 use crate::ops::FIXED_ONE;
 
@@ -116,6 +116,25 @@ impl<U> Simd for Scalar<U> {
         for (i, v) in v.into_iter().enumerate() {
             // SAFETY: as above.
             unsafe { *sums.add(i) = (*sums.add(i)).wrapping_add(to_fixed(v)) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_narrow(sums: *mut i32, v: V, largest: V) -> V {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { *sums.add(i) = (*sums.add(i)).wrapping_add(to_fixed(v) as i32) };
+        }
+        lanes!(i => f32::from_bits(largest[i].to_bits().max(v[i].abs().to_bits())))
+    }
+    #[inline(always)]
+    unsafe fn is_narrow(largest: V) -> bool {
+        largest.into_iter().all(|v| v < NARROW_LIMIT)
+    }
+    #[inline(always)]
+    unsafe fn add_widened(sums: *mut i64, narrow: *const i32, plus: i64) {
+        for i in 0..LANES {
+            // SAFETY: as above.
+            unsafe { *sums.add(i) = (*sums.add(i)).wrapping_add(i64::from(*narrow.add(i)).wrapping_add(plus)) };
         }
     }
     #[inline(always)]

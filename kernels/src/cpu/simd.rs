@@ -17,6 +17,11 @@ pub(crate) const LANES: usize = 16;
 /// Fixed-point sums are clamped to this many units of 2^-24 either way before they are added: 2^51.
 pub(crate) const FIXED_LIMIT: f32 = 2_251_799_813_685_248.0;
 
+/// Numbers of less than [`NARROW_LIMIT`] that [`Simd::add_narrow`] may add: their sum is below 2^31 units of 2^-24.
+pub(crate) const NARROW_TERMS: usize = 16;
+/// See there.
+pub(crate) const NARROW_LIMIT: f32 = 8.0;
+
 /// An array on a cache-line boundary.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -61,6 +66,13 @@ pub(crate) trait Simd {
     unsafe fn scale2(p: Self::F, n: Self::F) -> Self::F;
     /// `sums[i] += round_half_even(clamp(v[i] * 2^24, -2^51, 2^51)) + FIXED_EXCESS`, wrapping; NaN counts as -2^51.
     unsafe fn add_fixed(sums: *mut i64, v: Self::F);
+    /// `sums[i] += round_half_even(v[i] * 2^24)`, where that is less than [`NARROW_LIMIT`], else anything. Returns `largest` or
+    /// the magnitudes of `v`, whichever are larger; NaN is the largest.
+    unsafe fn add_narrow(sums: *mut i32, v: Self::F, largest: Self::F) -> Self::F;
+    /// Whether all of what [`Simd::add_narrow`] returned, having begun with zeros, is below [`NARROW_LIMIT`].
+    unsafe fn is_narrow(largest: Self::F) -> bool;
+    /// `sums[i] += narrow[i] + plus`, wrapping.
+    unsafe fn add_widened(sums: *mut i64, narrow: *const i32, plus: i64);
     /// As [`quantize_group`], which it is where nothing better is known.
     #[inline(always)]
     unsafe fn quantize(x: &[f32; GROUP]) -> QuantGroup {

@@ -9,7 +9,7 @@
 
 use std::{hint::black_box, ops::Range};
 
-use super::super::simd::{Dots, LANES, Line, Simd};
+use super::super::simd::{Dots, LANES, Line, NARROW_TERMS, Simd};
 
 /// Steps that share a head.
 pub(crate) use crate::layout::STEPS_PER_HEAD;
@@ -19,6 +19,9 @@ pub(crate) type Sums<const R: usize, const T: usize> = Line<[[[f32; LANES]; R]; 
 
 /// Fixed-point sums of `T` tiles for `R` rows.
 pub(crate) type FixedSums<const R: usize, const T: usize> = Line<[[[i64; LANES]; R]; T]>;
+
+/// The same in 32 bits, while they are small.
+type NarrowSums<const R: usize, const T: usize> = Line<[[[i32; LANES]; R]; T]>;
 
 /// A layout of weights.
 pub(crate) trait Tile: Sized {
@@ -68,6 +71,9 @@ pub(crate) trait Tile: Sized {
 
 /// [`Tile::fixed`], slice by slice.
 ///
+/// Sums of slices are nearly always small: then some of them are added in 32 bits, which takes half as many instructions. If
+/// one was not, the same slices are done again in 64.
+///
 /// # Safety
 /// As there.
 #[inline(always)]
@@ -78,21 +84,48 @@ pub(crate) unsafe fn fixed_slices<S: Dots, K: Tile, const R: usize, const T: usi
     out: &mut FixedSums<R, T>,
 ) {
     let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
-    let mut step = 0;
-    while step < w.n_steps {
-        let end = w.n_steps.min(step + steps_per_slice);
-        // Else the compiler carries the numbers from slice to slice in registers that it does not have.
-        let out = black_box(&mut *out);
+    let mut narrow: NarrowSums<R, T> = Line([[[0; LANES]; R]; T]);
+    let (mut part, mut is_narrow) = (0, true);
+    while part < w.n_steps {
+        let part_end = w.n_steps.min(part.saturating_add(steps_per_slice.saturating_mul(NARROW_TERMS)));
+        let (mut step, mut n_slices) = (part, 0);
         // SAFETY: the contract above.
         unsafe {
-            K::sums::<S, R, T>(w, x, step..end, &mut slice);
-            for t in 0..T {
-                for r in 0..R {
-                    S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
+            let mut largest = S::splat(0.0);
+            while step < part_end {
+                let end = part_end.min(step.saturating_add(steps_per_slice));
+                // Else the compiler carries the numbers from slice to slice in registers that it does not have.
+                let (out, narrow) = (black_box(&mut *out), black_box(&mut narrow));
+                K::sums::<S, R, T>(w, x, step..end, &mut slice);
+                for t in 0..T {
+                    for r in 0..R {
+                        let sums = S::load(slice.0[t][r].as_ptr());
+                        if is_narrow {
+                            largest = S::add_narrow(narrow.0[t][r].as_mut_ptr(), sums, largest);
+                        } else {
+                            S::add_fixed(out.0[t][r].as_mut_ptr(), sums);
+                        }
+                    }
+                }
+                (step, n_slices) = (end, n_slices + 1);
+            }
+            if is_narrow {
+                is_narrow = S::is_narrow(largest);
+                if is_narrow {
+                    let excess = S::FIXED_EXCESS.wrapping_mul(n_slices);
+                    for t in 0..T {
+                        for r in 0..R {
+                            S::add_widened(out.0[t][r].as_mut_ptr(), narrow.0[t][r].as_ptr(), excess);
+                        }
+                    }
+                }
+                narrow.0 = [[[0; LANES]; R]; T];
+                if !is_narrow {
+                    continue;
                 }
             }
         }
-        step = end;
+        (part, is_narrow) = (part_end, true);
     }
 }
 

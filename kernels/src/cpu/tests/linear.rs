@@ -265,6 +265,40 @@ fn fixed_point_conversion_is_the_same_everywhere() {
 }
 
 #[test]
+fn slices_whose_sums_are_large_are_added_like_others() {
+    // Two and a half times as many slices as are added at once in 32 bits; columns of ones add their numbers.
+    let n_in = 40;
+    let ones = Matrix {
+        n_out: 18,
+        n_in,
+        data: Data::F32(vec![1.0; 18 * n_in]),
+        bias: None,
+        slice_width: Some(1),
+        activations: ActivationLevels::One,
+    };
+    let mut random = Random(21);
+    let large = [8.0, -8.0, 7.999_999_5, -7.999_999_5, 1e9, -3e20, f32::NAN, f32::INFINITY, 0.0];
+    for n_rows in [1, 2, 5, 16, 19] {
+        for (at, value) in (0..n_in).flat_map(|at| large.map(|value| (at, value))) {
+            let mut x: Vec<f32> = random.floats(n_rows * n_in).iter().map(|v| v * 7.9).collect();
+            x[at] = value;
+            x[(n_rows - 1) * n_in + (at * 7 + 3) % n_in] = -value;
+            let want: Vec<i64> = x
+                .chunks_exact(n_in)
+                .flat_map(|row| {
+                    let sum = row.iter().fold(0i64, |sum, &v| sum.wrapping_add(reference::to_fixed(v)));
+                    vec![sum; 18]
+                })
+                .collect();
+            for ops in &mut devices(Precision::Float32, 1) {
+                let got = linear_exact(ops, &x, n_rows, &ones);
+                assert_eq!(got, want, "{}: {value} at {at} of {n_rows} rows", ops.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn embedding_is_exact_dequantization() {
     let mut random = Random(8);
     for precision in [Precision::Auto, Precision::Float32] {
