@@ -28,7 +28,7 @@ use crate::{
     engine::EngineError,
     host,
     layer::scratch::Scratch,
-    mirror::{Mirrors, Source, Target},
+    mirror::{Mirrors, Pages, RowsIdentity, Source, Target},
     model::{self, LoadError},
     step::{Executor, Limits, seals::Seals},
 };
@@ -191,8 +191,12 @@ impl LocalGroup {
                     if result_sender.send(result).is_err() {
                         return;
                     }
-                    if has_run && mirrors.step_done(step, executor.last_chunks(), executor.ops()).is_err() {
-                        return;
+                    if has_run {
+                        executor.seal_step();
+                        let pages = Pages { ops: executor.ops(), seals: executor.seals() };
+                        if mirrors.step_done(step, executor.last_chunks(), pages).is_err() {
+                            return;
+                        }
                     }
                 }
             };
@@ -358,6 +362,8 @@ fn start(
         n_sources: config.world_size as u32,
         shape,
         precision: config.precision,
+        // Nobody else takes these rows.
+        identity: RowsIdentity::default(),
     };
     let mirrors = Mirrors::start(source, config.mirrors.clone());
     let limits = Limits {
@@ -368,5 +374,5 @@ fn start(
         max_model_len: model.shape.config.context_length,
         vocab: model.shape.config.vocab,
     };
-    Ok((Executor::new(ops, model, scratch, Seals::new(0, config.block_size), limits), joined, mirrors))
+    Ok((Executor::new(ops, model, scratch, Seals::new(config.kv_blocks, config.block_size), limits), joined, mirrors))
 }

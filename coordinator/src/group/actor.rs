@@ -1,7 +1,7 @@
 //! The group's actor: what it is told, and what it tells others.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -11,7 +11,8 @@ use phalanx_cluster::{
     store::MembershipStore,
 };
 use phalanx_proto::v1::{
-    DrainResponse, Form, Hello, PlanResponse, RolloutEvent, StatusResponse, shard_message::Message as FromShard,
+    CopiedPages, DrainResponse, Form, Hello, PlanResponse, RolloutEvent, StatusResponse,
+    shard_message::Message as FromShard,
 };
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use tokio::sync::mpsc;
@@ -22,7 +23,7 @@ use super::{
     drained::{self, DrainedRecord},
     epochs,
     loading::Loading,
-    machine::{Candidate, Cause, Event, Given, GroupMachine, Origin, Settings, Standing},
+    machine::{Candidate, Cause, Event, Given, GroupMachine, Origin, Settings, SliceOf, Standing},
     report,
     state::State,
 };
@@ -244,6 +245,7 @@ impl Actor for Group {
                     memory_bytes: hello.memory_bytes,
                     takes_mirror: !hello.mirror_address.is_empty(),
                     holds: hello.held_pages.map(|held| (held.world_size as usize, held.rank as usize)),
+                    copies: copies_of(&hello),
                 };
                 state.machine.saw(&candidate.shard, link.host());
                 state.step(&myself, Event::Outrun(knows), None)?;
@@ -292,6 +294,15 @@ impl Actor for Group {
         state.alarm.set(state.machine.wakes_at(), is_tick);
         Ok(())
     }
+}
+
+/// Ranks of whose pages a shard has copies.
+fn copies_of(hello: &Hello) -> BTreeSet<SliceOf> {
+    let of_group = |copied: &CopiedPages| {
+        let world_size = copied.world_size as usize;
+        copied.ranks.iter().map(|rank| (world_size, *rank as usize)).collect()
+    };
+    hello.copied_pages.as_ref().map(of_group).unwrap_or_default()
 }
 
 /// What ranks of one group have in common: version and numerics.

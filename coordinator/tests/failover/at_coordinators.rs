@@ -26,9 +26,9 @@ impl World {
     }
 
     pub(super) fn at_coordinator(&mut self, at: usize, shard: usize, link: u64, incarnation: u64, message: FromShard) {
-        if let FromShard::Hello { holds } = message {
+        if let FromShard::Hello { holds, copies } = message {
             self.coordinators[at].links.insert(shard, (link, incarnation));
-            let candidate = Coordinator::candidate(shard, incarnation, holds);
+            let candidate = Coordinator::candidate(shard, incarnation, holds, copies);
             return self.group_event(at, GroupEvent::Arrived(candidate), None);
         }
         if self.coordinators[at].links.get(&shard).is_none_or(|(l, _)| *l != link) {

@@ -1,10 +1,13 @@
 //! What shards do with what they are told, and how they compute a step: all ranks begin it together, each ends it at its
 //! own time.
 
+use std::collections::BTreeSet;
+
+use phalanx_coordinator::group::machine::SliceOf;
 use phalanx_shard::step::seals::Seals;
 
 use super::{
-    shard::{Form, Health, Kept, Shard, ToShard},
+    shard::{Copied, Form, Health, Kept, Shard, ToShard},
     world::{FromShard, Happening, POISON, SILENCE_MS, World},
 };
 
@@ -19,9 +22,9 @@ impl World {
         }
         self.n_links += 1;
         let (link, coordinator, incarnation) = (self.n_links, self.leader, state.incarnation);
-        let message = FromShard::Hello { holds: state.holds() };
         state.link = Some((link, coordinator));
         state.known_term = self.coordinators[coordinator].term;
+        let message = FromShard::Hello { holds: state.holds(), copies: self.copies_at(shard) };
         self.post(link, false, Happening::ToCoordinator { coordinator, shard, link, incarnation, message });
     }
 
@@ -90,6 +93,9 @@ impl World {
     /// A spare may have had the rows of the rank that it takes streamed to it, up to some step; or another shard may have,
     /// of which it fetches them.
     pub(super) fn maybe_mirror(&mut self, shard: usize, form: &Form) {
+        if form.keep_sealed {
+            return self.maybe_take_sealed(shard, form);
+        }
         let (rank, world_size) = (form.rank, form.ranks.len());
         let Some(epoch) = form.keep_kv_of else { return };
         let Some((holder, incarnation)) = self.holders.get(&(epoch, rank)).copied() else { return };
@@ -104,12 +110,52 @@ impl World {
         if self.luck.one_in(3) {
             return;
         }
-        let (through_step, pages) = steps[self.luck.below(steps.len())].clone();
-        // What the blocks of a copy hold is not known.
-        let seals = Seals::new(pages.len(), self.limits.block_size);
+        let Copied { step: through_step, pages, seals, .. } = steps[self.luck.below(steps.len())].clone();
         self.shards[shard].kept = Some(Kept { epoch, rank, world_size, through_step, pages, seals });
         self.totals.n_mirrored += 1;
         self.totals.n_fetched += usize::from(shard != holder);
+    }
+
+    /// The last epoch of which a shard may have copies.
+    fn copied_epoch(&self, shard: usize) -> Option<u64> {
+        let me = (shard, self.shards[shard].incarnation);
+        let mut of_me = self.holders.iter().rev().filter(|(_, holder)| **holder == me);
+        of_me.find_map(|(key, _)| self.mirror.contains_key(key).then_some(key.0))
+    }
+
+    /// Ranks of whose pages a shard may have copies.
+    fn copies_at(&self, shard: usize) -> BTreeSet<SliceOf> {
+        let Some(epoch) = self.copied_epoch(shard) else { return BTreeSet::new() };
+        let me = (shard, self.shards[shard].incarnation);
+        let of_epoch =
+            self.mirror.range((epoch, 0)..(epoch + 1, 0)).filter(|(key, _)| self.holders.get(key) == Some(&me));
+        of_epoch.filter_map(|(key, steps)| Some((steps.front()?.world_size, key.1))).collect()
+    }
+
+    /// It may take over copies that it has of the rank, for what their blocks hold: each block as it was after one of the
+    /// last steps, or half way to the next one and without a seal.
+    fn maybe_take_sealed(&mut self, shard: usize, form: &Form) {
+        let (rank, world_size) = (form.rank, form.ranks.len());
+        let Some(epoch) = self.copied_epoch(shard) else { return };
+        let has_own = self.shards[shard].holds() == Some((world_size, rank));
+        let Some(steps) = self.mirror.get(&(epoch, rank)).filter(|_| !has_own) else { return };
+        let Some(oldest) = steps.front().filter(|copied| copied.world_size == world_size) else { return };
+        let (n_blocks, through_step) = (oldest.pages.len(), oldest.step);
+        let (mut pages, mut seals) = (Vec::new(), Vec::new());
+        for block in 0..n_blocks {
+            let copied = &steps[self.luck.below(steps.len())];
+            let mut page = copied.pages[block].clone();
+            if self.luck.one_in(5) {
+                let slot = self.luck.below(page.len());
+                page[slot] = Some((slot, u64::MAX));
+            } else {
+                seals.extend(copied.seals.of(block as u32).map(|seal| (block as u32, seal)));
+            }
+            pages.push(page);
+        }
+        let seals = Seals::of_copies(n_blocks, self.limits.block_size, seals);
+        self.shards[shard].kept = Some(Kept { epoch, rank, world_size, through_step, pages, seals });
+        self.totals.n_sealed_copies += 1;
     }
 
     /// Begins the next step if all ranks can.
@@ -148,14 +194,14 @@ impl World {
         }
         let Some(engine) = &mut state.engine else { return };
         let Some(fake) = &mut engine.serving else { return };
-        let rank = engine.rank;
+        let (rank, world_size) = (engine.rank, engine.ranks.len());
         engine.begun = None;
         if fake.next_computes(POISON) {
             return self.kill(shard);
         }
         let Some(result) = fake.run_next() else { return };
         let steps = self.mirror.entry((epoch, rank)).or_default();
-        steps.push_back((step, fake.pages().clone()));
+        steps.push_back(Copied { world_size, step, pages: fake.pages().clone(), seals: fake.seals().clone() });
         if steps.len() > MIRRORED_STEPS {
             steps.pop_front();
         }

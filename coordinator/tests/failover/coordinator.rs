@@ -1,10 +1,13 @@
 //! A coordinator: the real machines of scheduler and group, and what their actors remember.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 use phalanx_coordinator::{
-    group::machine::{Candidate, GroupMachine, OWNERS_LIMIT, Origin, Settings},
+    group::machine::{Candidate, GroupMachine, OWNERS_LIMIT, Origin, Settings, SliceOf},
     scheduler::{
         event::{Limits, Recovery},
         machine::Machine,
@@ -38,16 +41,16 @@ pub fn number(shard: &ShardId) -> usize {
 }
 
 impl Coordinator {
-    /// Begins with nothing but what the store has: the epoch, and who had the ranks, all of whom are recorded to be alive.
+    /// Begins with nothing but what the store has: the epoch, who had the ranks, and who is recorded to be alive.
     pub fn new(
         term: u64,
-        (epoch, owners): (u64, Vec<ShardId>),
+        (epoch, owners, alive): (u64, Vec<ShardId>, Vec<ShardId>),
         settings: Settings,
         limits: Limits,
         recovery: Recovery,
         now: Instant,
     ) -> Self {
-        let seen = owners.iter().map(|owner| (owner.clone(), "here".to_owned())).collect();
+        let seen = owners.iter().chain(&alive).map(|shard| (shard.clone(), "here".to_owned())).collect();
         let mut group = GroupMachine::new(settings, Epoch::from_raw(epoch), owners, now);
         group.expect(seen, now + OWNERS_LIMIT);
         Self {
@@ -68,7 +71,7 @@ impl Coordinator {
     }
 
     /// A shard as the group sees it.
-    pub fn candidate(shard: usize, incarnation: u64, holds: Option<(usize, usize)>) -> Candidate {
+    pub fn candidate(shard: usize, incarnation: u64, holds: Option<SliceOf>, copies: BTreeSet<SliceOf>) -> Candidate {
         Candidate {
             shard: name(shard),
             incarnation,
@@ -76,6 +79,7 @@ impl Coordinator {
             memory_bytes: 0,
             takes_mirror: !(shard as u64 + incarnation).is_multiple_of(4),
             holds,
+            copies,
         }
     }
 }

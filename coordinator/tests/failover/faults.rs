@@ -99,9 +99,11 @@ impl World {
         let old = self.leader;
         let is_dead = self.luck.one_in(2);
         let (term, recovery) = (self.coordinators[old].term + 1, self.coordinators[old].scheduler.recovery());
+        let alive =
+            (0..self.shards.len()).filter(|shard| self.shards[*shard].health != Health::Dead).map(name).collect();
         self.coordinators.push(Coordinator::new(
             term,
-            (self.stored_epoch, self.coordinators[old].ranks.iter().copied().map(name).collect()),
+            (self.stored_epoch, self.coordinators[old].ranks.iter().copied().map(name).collect(), alive),
             self.settings.clone(),
             self.limits,
             recovery,
@@ -109,6 +111,14 @@ impl World {
         ));
         self.leader = self.coordinators.len() - 1;
         self.coordinators[old].is_alive = !is_dead;
+        // The host is gone, and a rank with it.
+        let ranks = self.coordinators[old].ranks.clone();
+        if is_dead && !ranks.is_empty() && self.luck.one_in(2) {
+            let shard = ranks[self.luck.below(ranks.len())];
+            if self.shards[shard].health != Health::Dead {
+                self.kill(shard);
+            }
+        }
         for shard in 0..self.shards.len() {
             let Some((link, _)) = self.shards[shard].link.filter(|(_, c)| *c != self.leader) else { continue };
             let ms = self.luck.within(0, 25) as u64;

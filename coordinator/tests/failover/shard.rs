@@ -62,6 +62,15 @@ pub struct Kept {
     pub seals: Seals,
 }
 
+/// A rank's pages as they were after a step.
+#[derive(Clone)]
+pub struct Copied {
+    pub world_size: usize,
+    pub step: u64,
+    pub pages: Pages,
+    pub seals: Seals,
+}
+
 /// A process.
 pub struct Shard {
     pub health: Health,

@@ -11,6 +11,8 @@ pub struct Totals {
     /// Formations of a new leader with what an earlier one had computed.
     pub n_inherited: usize,
     pub n_mirrored: usize,
+    /// Copies that a new leader's ranks took over.
+    pub n_sealed_copies: usize,
     pub n_fetched: usize,
     pub n_switched: usize,
     pub n_smaller: usize,
@@ -32,6 +34,7 @@ impl Totals {
         self.n_kept += other.n_kept;
         self.n_inherited += other.n_inherited;
         self.n_mirrored += other.n_mirrored;
+        self.n_sealed_copies += other.n_sealed_copies;
         self.n_fetched += other.n_fetched;
         self.n_switched += other.n_switched;
         self.n_smaller += other.n_smaller;

@@ -13,7 +13,7 @@ use std::{
 
 use phalanx_cluster::{id::Epoch, seal::Seal};
 use phalanx_coordinator::{
-    group::machine::{Event as GroupEvent, MirrorTo, Settings},
+    group::machine::{Event as GroupEvent, MirrorTo, Settings, SliceOf},
     request::RequestError,
     scheduler::event::{Event, Limits, Recovery},
     sequence::RequestKey,
@@ -24,13 +24,10 @@ use super::{
     clients::Client,
     coordinator::{Coordinator, name},
     faults::Trouble,
-    shard::{Health, Shard, ToShard},
+    shard::{Copied, Health, Shard, ToShard},
     totals::Totals,
 };
-use crate::fake::{
-    Pages,
-    oracle::{Luck, MAX_MODEL_LEN, VOCAB},
-};
+use crate::fake::oracle::{Luck, MAX_MODEL_LEN, VOCAB};
 
 /// Seed of the request that kills whoever computes it.
 pub(super) const POISON: u64 = 0xdead;
@@ -44,7 +41,7 @@ pub(super) const SILENCE_MS: u64 = 30;
 /// What a shard tells a coordinator.
 #[derive(Debug, Clone)]
 pub(super) enum FromShard {
-    Hello { holds: Option<(usize, usize)> },
+    Hello { holds: Option<SliceOf>, copies: BTreeSet<SliceOf> },
     Loaded { epoch: u64, kept: Option<u64>, sealed: Option<BTreeMap<u32, Seal>>, n_blocks: usize },
     Prepared { world_size: usize, rank: usize },
     Leaving,
@@ -102,7 +99,8 @@ pub struct World {
     pub(super) settings: Settings,
     /// Which life of which shard gets copies of rows, by epoch and rank.
     pub(super) holders: BTreeMap<(u64, usize), (usize, u64)>,
-    pub(super) mirror: BTreeMap<(u64, usize), VecDeque<(u64, Pages)>>,
+    /// What they may have got, by epoch and rank: as it was after each of the last steps.
+    pub(super) mirror: BTreeMap<(u64, usize), VecDeque<Copied>>,
     pub(super) faults_until_ms: u64,
     pub(super) totals: Totals,
 }
@@ -155,7 +153,14 @@ impl World {
             limits,
             world_size,
             shards: (0..n_shards).map(|_| Shard::new(1, n_blocks)).collect(),
-            coordinators: vec![Coordinator::new(1, (0, Vec::new()), settings.clone(), limits, recovery, begun)],
+            coordinators: vec![Coordinator::new(
+                1,
+                (0, Vec::new(), Vec::new()),
+                settings.clone(),
+                limits,
+                recovery,
+                begun,
+            )],
             leader: 0,
             lives_at: vec![0; n_clients],
             clients,

@@ -104,6 +104,11 @@ impl FakeShard {
         &self.pages
     }
 
+    /// What is known of them.
+    pub fn seals(&self) -> &Seals {
+        &self.seals
+    }
+
     /// The last step that was executed.
     pub fn last_step(&self) -> u64 {
         self.last_step

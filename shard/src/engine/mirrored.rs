@@ -5,17 +5,17 @@ use std::time::{Duration, Instant};
 use phalanx_kernels::{
     collective::AbortFlag,
     error::KernelError,
-    ops::{KvShape, Ops, Precision, RowChunk},
+    ops::{KvShape, Precision, RowChunk},
 };
 use phalanx_proto::v1::{Form, MirrorTarget};
 
 use super::{
     kept::{KeptPages, KeptState},
     rank::EngineError,
-    slice::Weights,
+    slice::{Key, Weights},
 };
 use crate::{
-    mirror::{self, Adopted, FetchError, Mirrors, Source, Store, Taking, Target},
+    mirror::{self, Adopted, FetchError, Mirrors, Pages, RowsIdentity, Source, Store, Taking, Target},
     model::LoadError,
     step::seals::Seals,
 };
@@ -47,27 +47,28 @@ impl Mirroring {
             n_sources: 1,
             shape: no_pages,
             precision: Precision::Auto,
+            identity: RowsIdentity::default(),
         };
         Self { targets: form.mirrors.iter().map(target).collect(), source, mirrors: None }
     }
 
     /// The rank serves from these pages.
-    pub fn begin(&mut self, shape: KvShape, precision: Precision) {
+    pub fn begin(&mut self, shape: KvShape, precision: Precision, identity: RowsIdentity) {
         let targets = std::mem::take(&mut self.targets);
         if !targets.is_empty() {
-            self.source = Source { shape, precision, ..self.source };
+            self.source = Source { shape, precision, identity, ..self.source };
             self.mirrors = Some(Mirrors::start(self.source, targets));
         }
     }
 
     /// A step has written its rows.
-    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], ops: &dyn Ops) {
-        self.attempt(|mirrors| mirrors.step_done(step, chunks, ops));
+    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], pages: Pages<'_>) {
+        self.attempt(|mirrors| mirrors.step_done(step, chunks, pages));
     }
 
     /// There is no step to run.
-    pub fn catch_up(&mut self, ops: &dyn Ops) {
-        self.attempt(|mirrors| mirrors.catch_up(ops));
+    pub fn catch_up(&mut self, pages: Pages<'_>) {
+        self.attempt(|mirrors| mirrors.catch_up(pages));
     }
 
     /// When to catch up next if there is no step to run.
@@ -87,15 +88,21 @@ impl Mirroring {
 
 /// The copy of the rank's pages that the form wants, if the store has it and it is of the shape that the rank needs. Of
 /// other epochs' rows the store forgets all that it has.
-pub(super) fn wanted(store: Option<&Store>, form: &Form, shape: KvShape, precision: Precision) -> Option<Adopted> {
-    let taking = Taking { term: form.term, epoch: form.epoch, rank: form.rank, kv_of_epoch: form.keep_kv_of_epoch };
+pub(super) fn wanted(store: Option<&Store>, form: &Form, shape: KvShape, key: &Key) -> Option<Adopted> {
+    let taking = Taking {
+        term: form.term,
+        epoch: form.epoch,
+        rank: form.rank,
+        kv_of_epoch: form.keep_kv_of_epoch,
+        sealed_kv: form.keep_sealed_kv,
+    };
     let adopted = store?.adopt(taking)?;
-    let Source { world_size, shape: copied, precision: of_copy, .. } = adopted.source;
+    let Source { world_size, shape: copied, precision, identity, .. } = adopted.source;
     let fits = world_size == form.world_size
-        && of_copy == precision
+        && (precision, identity) == (key.precision(), key.rows_identity())
         && KvShape { n_blocks: 0, ..copied } == KvShape { n_blocks: 0, ..shape };
     if !fits {
-        tracing::warn!(epoch = form.epoch, rank = form.rank, ?copied, ?shape, "mirrored pages are of another shape");
+        tracing::warn!(epoch = form.epoch, rank = form.rank, ?copied, ?shape, "mirrored pages are of another slice");
     }
     fits.then_some(adopted)
 }
@@ -107,7 +114,7 @@ pub(super) fn wanted(store: Option<&Store>, form: &Form, shape: KvShape, precisi
 pub(super) fn fetched(
     form: &Form,
     shape: KvShape,
-    precision: Precision,
+    key: &Key,
     abort: &AbortFlag,
 ) -> Result<Option<Adopted>, EngineError> {
     let Some(mirror) = form.kv_from.as_ref().filter(|_| form.keep_kv_of_epoch != 0) else { return Ok(None) };
@@ -118,7 +125,8 @@ pub(super) fn fetched(
         world_size: form.world_size,
         n_sources: mirror.ranks,
         shape,
-        precision,
+        precision: key.precision(),
+        identity: key.rows_identity(),
     };
     let begun = Instant::now();
     match mirror::fetch(&target(mirror), &wanted, abort) {
@@ -164,12 +172,11 @@ pub(super) fn adopt(
     if let Some(pages) = adopted.pages {
         weights.ops.adopt_kv(pages)?;
     }
-    let state = KeptState { epoch, through_step: adopted.through_step };
     let n_blocks = u32::try_from(shape.n_blocks).unwrap_or(u32::MAX);
-    tracing::info!(epoch, rank = form.rank, through_step = adopted.through_step, "mirrored pages are taken over");
-    // What the blocks hold is not known until sequences say so that have them.
-    let seals = Seals::new(shape.n_blocks, shape.block_size);
-    let states = vec![state];
+    let (through_step, n_sealed) = (adopted.through_step, adopted.seals.len());
+    tracing::info!(epoch, rank = form.rank, through_step, n_sealed, "mirrored pages are taken over");
+    let seals = Seals::of_copies(shape.n_blocks, shape.block_size, adopted.seals);
+    let states = through_step.map(|through_step| KeptState { epoch, through_step }).into_iter().collect();
     weights.kept = Some(KeptPages { term, rank, world_size, shape, n_blocks, states, seals });
     Ok(())
 }

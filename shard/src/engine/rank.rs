@@ -22,7 +22,7 @@ use super::{
 use crate::{
     device::DeviceConfig,
     memory::{self, KvDemand},
-    mirror::Store,
+    mirror::{Pages, Store},
     model::{LoadError, RankShape, loader::Progress},
     step::{Executor, Limits, StepError, grammar::Grammars, seals::Seals},
 };
@@ -152,7 +152,7 @@ impl Rank {
             n_kv_heads: plan.ranks[rank].kv_heads.len(),
             head_dim: model.head_dim,
         };
-        let mut mirrored = mirrored::wanted(config.mirror.as_ref(), form, kv, key.precision());
+        let mut mirrored = mirrored::wanted(config.mirror.as_ref(), form, kv, &key);
         if let Some(weights) = slices.get_mut(&key) {
             // At once: if this form is interrupted, the next one finds them there.
             mirrored::adopt(weights, mirrored.take(), form, kv)?;
@@ -188,7 +188,7 @@ impl Rank {
         };
         let has_pages = weights.kept.as_ref().is_some_and(|kept| kept.are_wanted(form, kv));
         if !has_pages && mirrored.is_none() {
-            mirrored = mirrored::fetched(form, kv, weights.key.precision(), abort)?;
+            mirrored = mirrored::fetched(form, kv, &weights.key, abort)?;
         }
         mirrored::adopt(&mut weights, mirrored, form, kv)?;
         let kv_kept_through_step = weights.kept.as_ref().and_then(|kept| kept.through_step(form, kv));
@@ -267,7 +267,7 @@ impl Rank {
         }
         let limits = Limits { n_blocks, ..self.limits };
         let Weights { key, weight_bytes, ops, model, scratch, kept: _ } = *weights;
-        let precision = key.precision();
+        let (precision, identity) = (key.precision(), key.rows_identity());
         let mut executor = Box::new(Executor::new(ops, model, scratch, seals, limits));
         if let Some(grammars) = &self.grammars {
             executor.follow_grammars(Arc::clone(grammars));
@@ -275,7 +275,7 @@ impl Rank {
         let ready = Ready { epoch: serve.epoch, kv_bytes, resident_bytes: memory::resident_bytes() };
         let weights = WeightsOrExecutor::Executor(executor, key, weight_bytes);
         let mut rank = Self { weights, limits, kv, before, ..self };
-        rank.mirrors.begin(kv, precision);
+        rank.mirrors.begin(kv, precision, identity);
         Ok((rank, ready))
     }
 
@@ -299,14 +299,15 @@ impl Rank {
     pub(super) fn after_step(&mut self) {
         if let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights {
             executor.seal_step();
-            self.mirrors.step_done(self.last_step, executor.last_chunks(), executor.ops());
+            let pages = Pages { ops: executor.ops(), seals: executor.seals() };
+            self.mirrors.step_done(self.last_step, executor.last_chunks(), pages);
         }
     }
 
     /// Copies some of the rows that mirrors lack; when there is no step to run.
     pub(super) fn mirror_catch_up(&mut self) {
         if let WeightsOrExecutor::Executor(executor, ..) = &self.weights {
-            self.mirrors.catch_up(executor.ops());
+            self.mirrors.catch_up(Pages { ops: executor.ops(), seals: executor.seals() });
         }
     }
 

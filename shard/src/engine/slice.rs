@@ -9,10 +9,13 @@ use phalanx_cluster::{
 use phalanx_kernels::ops::{KvShape, Ops, Precision};
 use phalanx_proto::v1::Form;
 
+use sha2::{Digest, Sha256};
+
 use super::{kept::KeptPages, rank::EngineError, shelf::Shelf};
 use crate::{
     device::{self, DeviceConfig},
     layer::scratch::Scratch,
+    mirror::RowsIdentity,
     model::{self, LoadError, LoadedModel, loader::Progress},
 };
 
@@ -61,6 +64,21 @@ impl Key {
     /// How numbers are kept.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Names what its KV rows depend on beside tokens. Who computes is left out: a shard takes copies of its own kind only.
+    pub fn rows_identity(&self) -> RowsIdentity {
+        let Self { identity, precision, slice, ffn_slice_width, max_step_rows: _ } = self;
+        let mut hasher = Sha256::new();
+        hasher.update(identity);
+        hasher.update([0, u8::from(*precision == Precision::Float32)]);
+        for number in [slice.kv_heads.start, slice.kv_heads.end, *ffn_slice_width] {
+            hasher.update((number as u64).to_le_bytes());
+        }
+        let mut rows = RowsIdentity::default();
+        let n_bytes = rows.len();
+        rows.copy_from_slice(&hasher.finalize()[..n_bytes]);
+        rows
     }
 }
 

@@ -16,7 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use phalanx_proto::{dial::Dialer, v1::Hello};
+use phalanx_proto::{
+    dial::Dialer,
+    v1::{CopiedPages, Hello},
+};
 use ractor::ActorRef;
 use tokio::{sync::watch, time};
 use tonic::transport::Uri;
@@ -33,6 +36,7 @@ use crate::{
     },
     heartbeat::{Pulse, Watched},
     host,
+    mirror::{Copied, Store},
 };
 
 /// While nobody answers, the log says so this often.
@@ -77,6 +81,7 @@ pub struct Link {
     hello: Hello,
     engine: ActorRef<EngineMsg>,
     held: Held,
+    mirror: Option<Store>,
     pulse: Pulse,
     canary: Canary,
     /// Why the shard shall leave, once it shall.
@@ -106,8 +111,9 @@ impl Link {
             mirror: engine.mirror.clone(),
             canary: canary.clone(),
         })?;
-        let (coordinators, engine, held) = (coordinators.to_vec(), engine.actor.clone(), engine.held.clone());
-        Ok(Self { coordinators, dialer, hello, engine, held, pulse, canary, leave, leave_limit })
+        let coordinators = coordinators.to_vec();
+        let (engine, held, mirror) = (engine.actor.clone(), engine.held.clone(), engine.mirror.clone());
+        Ok(Self { coordinators, dialer, hello, engine, held, mirror, pulse, canary, leave, leave_limit })
     }
 
     /// Returns when the shard shall end.
@@ -185,7 +191,9 @@ impl Link {
 
     /// The introduction, with addresses at which others reach this machine, and the pages that it has now.
     async fn hello_from(&self, coordinator: &Uri) -> Hello {
-        let mut hello = Hello { held_pages: self.held.get(), ..self.hello.clone() };
+        let copied_pages = self.mirror.as_ref().and_then(Store::copied);
+        let copied_pages = copied_pages.map(|Copied { world_size, ranks }| CopiedPages { world_size, ranks });
+        let mut hello = Hello { held_pages: self.held.get(), copied_pages, ..self.hello.clone() };
         for address in [&mut hello.collective_address, &mut hello.mirror_address] {
             let bound = address.parse::<SocketAddr>().ok().filter(|bound| bound.ip().is_unspecified());
             if let Some(bound) = bound

@@ -4,14 +4,16 @@
 //! one is empty and says through which step rows are whole.
 
 use std::{
+    collections::BTreeMap,
     io::{self, Read, Write},
     net::TcpStream,
 };
 
+use phalanx_cluster::seal::Seal;
 use phalanx_kernels::{collective::AbortFlag, error::KernelError, pages::KvPages, slots::KvRange};
 
 use super::{
-    frame::{self, FrameError, HEADER_BYTES, Header, MOST_RANGES, RANGE_BYTES, Stream, TRAILER_BYTES},
+    frame::{self, Content, FrameError, HEADER_BYTES, Header, MOST_RANGES, MOST_SEALS, Stream, TRAILER_BYTES},
     handshake::{self, HandshakeError, Purpose, Source, Verdict},
     lane::{Target, WRITE_LIMIT},
     store::{Adopted, Lent},
@@ -51,30 +53,35 @@ pub(super) struct Frames {
     stream: Stream,
     bytes: Vec<u8>,
     ranges: Vec<KvRange>,
+    seals: Vec<(u32, Seal)>,
 }
 
 impl Frames {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, bytes: Vec::new(), ranges: Vec::new() }
+        Self { stream, bytes: Vec::new(), ranges: Vec::new(), seals: Vec::new() }
     }
 
-    /// The next frame: header, ranges, rows.
-    pub(super) fn next<E>(&mut self, link: &mut TcpStream) -> Result<(Header, &[KvRange], &[u8]), E>
+    /// The next frame: what it says, and its rows.
+    pub(super) fn next<E>(&mut self, link: &mut TcpStream) -> Result<(Content<'_>, &[u8]), E>
     where
         E: From<io::Error> + From<FrameError>,
     {
         let mut head = [0; HEADER_BYTES];
         link.read_exact(&mut head)?;
         let header = Header::parse(&head, &self.stream)?;
-        let of_ranges = header.n_ranges * RANGE_BYTES;
-        self.bytes.resize(of_ranges + header.row_bytes, 0);
+        let lens = header.lens();
+        self.bytes.resize(lens.iter().sum(), 0);
         link.read_exact(&mut self.bytes)?;
         let mut trailer = [0; TRAILER_BYTES];
         link.read_exact(&mut trailer)?;
-        let (ranges, rows) = self.bytes.split_at(of_ranges);
-        frame::check_sum([&head, ranges, rows], trailer)?;
+        frame::check_sum([&head, &self.bytes], trailer)?;
+        let [of_ranges, of_seals, _] = lens;
+        let (ranges, rest) = self.bytes.split_at(of_ranges);
+        let (seals, rows) = rest.split_at(of_seals);
         header.parse_ranges(ranges, &self.stream, &mut self.ranges)?;
-        Ok((header, &self.ranges, rows))
+        frame::parse_seals(seals, &self.stream, &mut self.seals)?;
+        let Header { step, through, .. } = header;
+        Ok((Content { step, through, ranges: &self.ranges, seals: &self.seals }, rows))
     }
 }
 
@@ -85,19 +92,23 @@ pub(super) fn give(link: &mut TcpStream, mut lent: Lent) -> Result<(), super::re
     link.set_write_timeout(Some(WRITE_LIMIT))?;
     let stream = lent.source.stream();
     let step = lent.through_step;
+    let nothing = Content { step, through: None, ranges: &[], seals: &[] };
     let (mut bytes, mut ranges) = (Vec::new(), Vec::new());
     let mut written = std::mem::take(&mut lent.written);
     while !written.is_empty() {
         ranges.clear();
         written.take(stream.most_rows().min(MOST_RANGES), &mut ranges);
-        Header::begin(&stream, step, None, &ranges, &mut bytes);
+        Header::begin(&stream, Content { ranges: &ranges, ..nothing }, &mut bytes);
         lent.read(&ranges, &mut bytes)?;
-        frame::seal(&mut bytes);
+        frame::finish(&mut bytes);
         link.write_all(&bytes)?;
     }
-    Header::begin(&stream, step, Some(step), &[], &mut bytes);
-    frame::seal(&mut bytes);
-    link.write_all(&bytes)?;
+    let of_seals = lent.seals.chunks(MOST_SEALS).map(|seals| Content { seals, ..nothing });
+    for content in of_seals.chain([Content { through: Some(step), ..nothing }]) {
+        Header::begin(&stream, content, &mut bytes);
+        frame::finish(&mut bytes);
+        link.write_all(&bytes)?;
+    }
     Ok(())
 }
 
@@ -117,16 +128,18 @@ pub fn fetch(target: &Target, wanted: &Source, abort: &AbortFlag) -> Result<Adop
     let has_pages = source.shape.n_kv_heads > 0 && source.shape.n_layers > 0;
     let mut pages = has_pages.then(|| KvPages::new(source.shape, source.precision)).transpose()?;
     let mut frames = Frames::new(source.stream());
+    let mut seals = BTreeMap::new();
     loop {
         if abort.is_aborted() {
             return Err(FetchError::Interrupted);
         }
-        let (header, ranges, rows) = frames.next::<FetchError>(&mut link)?;
-        if let Some(pages) = pages.as_mut().filter(|_| !ranges.is_empty()) {
-            pages.write(ranges, rows)?;
+        let (content, rows) = frames.next::<FetchError>(&mut link)?;
+        if let Some(pages) = pages.as_mut().filter(|_| !content.ranges.is_empty()) {
+            pages.write(content.ranges, rows)?;
         }
-        if let Some(through_step) = header.through {
-            return Ok(Adopted { source, pages, through_step });
+        seals.extend(content.seals.iter().copied());
+        if let Some(through_step) = content.through {
+            return Ok(Adopted { source, pages, seals, through_step: Some(through_step) });
         }
     }
 }

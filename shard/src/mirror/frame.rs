@@ -1,19 +1,26 @@
 //! Frames of the stream from a rank to its mirror: how they lie on the wire, and what a receiver believes.
 //!
 //! ```text
-//! header   magic, number of ranges, epoch, rank, step, through, bytes of rows      little-endian
-//! ranges   block, first slot, number of rows; each                                 little-endian
-//! rows     as `phalanx_kernels::pages` says                                        of the machine
+//! header   magic, number of ranges, epoch, rank, step, through, bytes of rows, number of seals    little-endian
+//! ranges   block, first slot, number of rows; each                                               little-endian
+//! seals    block, seal; each                                                                     little-endian
+//! rows     as `phalanx_kernels::pages` says                                                      of the machine
 //! trailer  CRC-32 of all that
 //! ```
+//!
+//! A block of the ranges has no seal any more, unless the same frame has one for it: a seal says that with this frame the
+//! mirror has all rows of its block.
 
+use phalanx_cluster::seal::{SEAL_BYTES, Seal};
 use phalanx_kernels::slots::{self, KvRange};
 
 const MAGIC: [u8; 4] = *b"PhKV";
 /// Size of a header.
-pub(super) const HEADER_BYTES: usize = 4 + 4 + 8 + 4 + 8 + 8 + 8;
+pub(super) const HEADER_BYTES: usize = 4 + 4 + 8 + 4 + 8 + 8 + 8 + 4;
 /// Size of a range.
-pub(super) const RANGE_BYTES: usize = 12;
+const RANGE_BYTES: usize = 12;
+/// Size of a block's seal.
+const SEALED_BYTES: usize = 4 + SEAL_BYTES;
 /// Size of what follows the rows.
 pub(super) const TRAILER_BYTES: usize = 4;
 
@@ -21,6 +28,8 @@ pub(super) const TRAILER_BYTES: usize = 4;
 pub(super) const MOST_ROW_BYTES: usize = 4 << 20;
 /// Most ranges in a frame.
 pub(super) const MOST_RANGES: usize = 8192;
+/// Most seals in a frame.
+pub(super) const MOST_SEALS: usize = 8192;
 
 /// On the wire, for no step.
 const NO_STEP: u64 = u64::MAX;
@@ -50,6 +59,14 @@ pub enum FrameError {
         n_blocks: usize,
         /// Slots in a block.
         block_size: usize,
+    },
+    /// A seal is of no block.
+    #[error("a seal of block {block}: want one of {n_blocks}")]
+    Seal {
+        /// The block.
+        block: u32,
+        /// Blocks that there are.
+        n_blocks: usize,
     },
     /// Bits were changed on the way.
     #[error("the checksum is {got:08x}, want {want:08x}")]
@@ -90,16 +107,32 @@ pub(super) struct Header {
     pub(super) step: u64,
     /// With this frame, all rows of steps up to this one are there.
     pub(super) through: Option<u64>,
-    pub(super) n_ranges: usize,
-    pub(super) row_bytes: usize,
+    n_ranges: usize,
+    n_seals: usize,
+    row_bytes: usize,
+}
+
+/// What a frame says, in front of the rows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Content<'a> {
+    /// Last step before the rows were copied.
+    pub(super) step: u64,
+    /// With this frame, all rows of steps up to this one are there.
+    pub(super) through: Option<u64>,
+    /// The slots of its rows.
+    pub(super) ranges: &'a [KvRange],
+    /// What blocks hold with this frame.
+    pub(super) seals: &'a [(u32, Seal)],
 }
 
 impl Header {
-    /// Begins a frame in an empty buffer; rows are appended to it, then [`seal`] ends it.
-    pub(super) fn begin(stream: &Stream, step: u64, through: Option<u64>, ranges: &[KvRange], frame: &mut Vec<u8>) {
+    /// Begins a frame in an empty buffer; rows are appended to it, then [`finish`] ends it.
+    pub(super) fn begin(stream: &Stream, content: Content<'_>, frame: &mut Vec<u8>) {
+        let Content { step, through, ranges, seals } = content;
         let row_bytes = slots::n_rows(ranges) * stream.row_bytes;
+        let of_lists = ranges.len() * RANGE_BYTES + seals.len() * SEALED_BYTES;
         frame.clear();
-        frame.reserve(HEADER_BYTES + ranges.len() * RANGE_BYTES + row_bytes + TRAILER_BYTES);
+        frame.reserve(HEADER_BYTES + of_lists + row_bytes + TRAILER_BYTES);
         frame.extend_from_slice(&MAGIC);
         frame.extend_from_slice(&(ranges.len() as u32).to_le_bytes());
         frame.extend_from_slice(&stream.epoch.to_le_bytes());
@@ -107,10 +140,15 @@ impl Header {
         frame.extend_from_slice(&step.to_le_bytes());
         frame.extend_from_slice(&through.unwrap_or(NO_STEP).to_le_bytes());
         frame.extend_from_slice(&(row_bytes as u64).to_le_bytes());
+        frame.extend_from_slice(&(seals.len() as u32).to_le_bytes());
         for range in ranges {
             for field in [range.block, range.first, range.n_rows] {
                 frame.extend_from_slice(&field.to_le_bytes());
             }
+        }
+        for (block, seal) in seals {
+            frame.extend_from_slice(&block.to_le_bytes());
+            frame.extend_from_slice(&seal.bytes());
         }
     }
 
@@ -124,6 +162,7 @@ impl Header {
         let n_ranges = u64::from(u32::from_le_bytes(fields.take()));
         let (epoch, rank) = (fields.u64(), u64::from(u32::from_le_bytes(fields.take())));
         let (step, through, row_bytes) = (fields.u64(), fields.u64(), fields.u64());
+        let n_seals = u64::from(fields.u32());
         if epoch != stream.epoch {
             return Err(number("epoch", epoch, stream.epoch.to_string()));
         }
@@ -136,6 +175,9 @@ impl Header {
         if n_ranges > MOST_RANGES as u64 {
             return Err(number("number of ranges", n_ranges, format!("at most {MOST_RANGES}")));
         }
+        if n_seals > MOST_SEALS as u64 {
+            return Err(number("number of seals", n_seals, format!("at most {MOST_SEALS}")));
+        }
         let most = stream.most_rows() * stream.row_bytes;
         if row_bytes > most as u64 {
             return Err(number("bytes of rows", row_bytes, format!("at most {most}")));
@@ -144,11 +186,17 @@ impl Header {
             step,
             through: (through != NO_STEP).then_some(through),
             n_ranges: n_ranges as usize,
+            n_seals: n_seals as usize,
             row_bytes: row_bytes as usize,
         })
     }
 
-    /// Checks the ranges that came and appends them to `ranges`.
+    /// Bytes of ranges, of seals and of rows, which follow.
+    pub(super) fn lens(&self) -> [usize; 3] {
+        [self.n_ranges * RANGE_BYTES, self.n_seals * SEALED_BYTES, self.row_bytes]
+    }
+
+    /// Checks the ranges that came and puts them into `ranges`.
     pub(super) fn parse_ranges(
         &self,
         bytes: &[u8],
@@ -177,14 +225,28 @@ impl Header {
     }
 }
 
+/// Checks the seals that came and puts them into `seals`.
+pub(super) fn parse_seals(bytes: &[u8], stream: &Stream, seals: &mut Vec<(u32, Seal)>) -> Result<(), FrameError> {
+    seals.clear();
+    for bytes in bytes.chunks_exact(SEALED_BYTES) {
+        let mut fields = Fields(bytes);
+        let (block, seal) = (fields.u32(), Seal::from_bytes(fields.take()));
+        if block as usize >= stream.n_blocks {
+            return Err(FrameError::Seal { block, n_blocks: stream.n_blocks });
+        }
+        seals.push((block, seal));
+    }
+    Ok(())
+}
+
 /// Ends a frame.
-pub(super) fn seal(frame: &mut Vec<u8>) {
+pub(super) fn finish(frame: &mut Vec<u8>) {
     let sum = crc32fast::hash(frame);
     frame.extend_from_slice(&sum.to_le_bytes());
 }
 
 /// Checks the trailer of a frame that came in these parts.
-pub(super) fn check_sum(parts: [&[u8]; 3], trailer: [u8; TRAILER_BYTES]) -> Result<(), FrameError> {
+pub(super) fn check_sum(parts: [&[u8]; 2], trailer: [u8; TRAILER_BYTES]) -> Result<(), FrameError> {
     let mut hasher = crc32fast::Hasher::new();
     parts.into_iter().for_each(|part| hasher.update(part));
     let (got, want) = (u32::from_le_bytes(trailer), hasher.finalize());
@@ -223,26 +285,33 @@ mod tests {
 
     const STREAM: Stream = Stream { epoch: 7, rank: 1, n_blocks: 10, block_size: 16, row_bytes: 24 };
 
-    fn frame(ranges: &[KvRange]) -> Vec<u8> {
+    type Parsed = (Header, Vec<KvRange>, Vec<(u32, Seal)>);
+
+    fn frame(ranges: &[KvRange], seals: &[(u32, Seal)]) -> Vec<u8> {
         let mut frame = Vec::new();
-        Header::begin(&STREAM, 9, Some(8), ranges, &mut frame);
+        Header::begin(&STREAM, Content { step: 9, through: Some(8), ranges, seals }, &mut frame);
         frame.extend((0..slots::n_rows(ranges) * STREAM.row_bytes).map(|i| i as u8));
-        seal(&mut frame);
+        finish(&mut frame);
         frame
     }
 
     /// As a receiver does.
-    fn parse(bytes: &[u8]) -> Result<(Header, Vec<KvRange>), FrameError> {
+    fn parse(bytes: &[u8]) -> Result<Parsed, FrameError> {
         let short = || number("length", bytes.len() as u64, "more");
         let (head, rest) = bytes.split_first_chunk().ok_or_else(short)?;
         let header = Header::parse(head, &STREAM)?;
-        let (ranges, rest) = rest.split_at_checked(header.n_ranges * RANGE_BYTES).ok_or_else(short)?;
-        let (rows, rest) = rest.split_at_checked(header.row_bytes).ok_or_else(short)?;
+        let [of_ranges, of_seals, of_rows] = header.lens();
+        let (body, rest) = rest.split_at_checked(of_ranges + of_seals + of_rows).ok_or_else(short)?;
         let (trailer, _) = rest.split_first_chunk().ok_or_else(short)?;
-        check_sum([head, ranges, rows], *trailer)?;
-        let mut parsed = Vec::new();
-        header.parse_ranges(ranges, &STREAM, &mut parsed)?;
-        Ok((header, parsed))
+        check_sum([head, body], *trailer)?;
+        let (mut ranges, mut seals) = (Vec::new(), Vec::new());
+        header.parse_ranges(&body[..of_ranges], &STREAM, &mut ranges)?;
+        parse_seals(&body[of_ranges..of_ranges + of_seals], &STREAM, &mut seals)?;
+        Ok((header, ranges, seals))
+    }
+
+    fn seal_of(token: u32) -> Seal {
+        Seal::of(&[token], 1)
     }
 
     fn range(block: u32, first: u32, n_rows: u32) -> KvRange {
@@ -252,15 +321,17 @@ mod tests {
     #[test]
     fn what_is_sent_is_what_comes() {
         for ranges in [vec![], vec![range(9, 15, 1)], vec![range(0, 0, 16), range(3, 2, 5)]] {
-            let (header, parsed) = parse(&frame(&ranges)).expect("a good frame");
-            assert_eq!((header.step, header.through), (9, Some(8)));
-            assert_eq!(parsed, ranges);
+            for seals in [vec![], vec![(9, seal_of(1))], vec![(0, seal_of(2)), (7, seal_of(3))]] {
+                let (header, of_frame, sealed) = parse(&frame(&ranges, &seals)).expect("a good frame");
+                assert_eq!((header.step, header.through), (9, Some(8)));
+                assert_eq!((of_frame, sealed), (ranges.clone(), seals));
+            }
         }
     }
 
     #[test]
     fn lengths_are_checked_before_anything_is_allocated() {
-        let good = frame(&[range(1, 0, 2)]);
+        let good = frame(&[range(1, 0, 2)], &[]);
         let with = |at: usize, bytes: &[u8]| {
             let mut bad = good.clone();
             bad[at..at + bytes.len()].copy_from_slice(bytes);
@@ -273,15 +344,18 @@ mod tests {
         assert!(with(16, &2u32.to_le_bytes()).contains("rank is 2"));
         assert!(with(28, &10u64.to_le_bytes()).contains("through is 10"));
         assert!(with(36, &(1u64 << 40).to_le_bytes()).contains("bytes of rows"));
+        assert!(with(44, &u32::MAX.to_le_bytes()).contains("number of seals"));
     }
 
     #[test]
     fn ranges_lie_in_the_pages_and_fit_the_rows() {
-        let refused = |ranges: &[KvRange]| parse(&frame(ranges)).expect_err("a bad range").to_string();
+        let refused = |ranges: &[KvRange]| parse(&frame(ranges, &[])).expect_err("a bad range").to_string();
         assert!(refused(&[range(10, 0, 1)]).contains("block 10"));
         assert!(refused(&[range(0, 15, 2)]).contains("slot 15"));
         assert!(refused(&[range(0, 0, 0)]).contains("0 rows"));
-        let mut long = frame(&[range(1, 0, 2)]);
+        let of_no_block = parse(&frame(&[], &[(10, seal_of(1))])).expect_err("a bad seal").to_string();
+        assert!(of_no_block.contains("block 10"), "{of_no_block}");
+        let mut long = frame(&[range(1, 0, 2)], &[]);
         long[36..44].copy_from_slice(&24u64.to_le_bytes());
         let (head, rest) = long.split_first_chunk().expect("a header");
         let header = Header::parse(head, &STREAM).expect("a good header");
@@ -298,9 +372,11 @@ mod tests {
         fn no_changed_frame_is_taken(
             (at, change) in (0..200usize, 1..=255u8),
             ranges in prop::collection::vec((0..10u32, 0..15u32), 0..4),
+            sealed in prop::collection::vec(0..10u32, 0..3),
         ) {
             let ranges: Vec<KvRange> = ranges.into_iter().map(|(block, first)| range(block, first, 1)).collect();
-            let mut bytes = frame(&ranges);
+            let seals: Vec<(u32, Seal)> = sealed.into_iter().map(|block| (block, seal_of(block))).collect();
+            let mut bytes = frame(&ranges, &seals);
             let at = at % bytes.len();
             bytes[at] ^= change;
             prop_assert!(parse(&bytes).is_err());

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! rank   Hello      magic, purpose, byte order, precision, term, epoch, rank, world size, ranks that copy there,
-//!                   shape of pages, nonce
+//!                   shape of pages, identity of rows, nonce
 //! mirror Challenge  nonce, proof over Hello and nonce
 //! rank   Answer     proof over the same, under another label
 //! mirror Verdict    one byte
@@ -26,9 +26,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::frame::{Fields, Stream};
 
-const MAGIC: [u8; 8] = *b"PhalKVM1";
+const MAGIC: [u8; 8] = *b"PhalKVM2";
 const NONCE_BYTES: usize = 32;
-const HELLO_BYTES: usize = MAGIC.len() + 3 + 2 * 8 + 8 * 4 + NONCE_BYTES;
+const HELLO_BYTES: usize = MAGIC.len() + 3 + 2 * 8 + 8 * 4 + size_of::<RowsIdentity>() + NONCE_BYTES;
 const MIRROR_LABEL: &str = "phalanx mirror";
 const RANK_LABEL: &str = "phalanx mirrored rank";
 /// Longest wait for the other side's next word.
@@ -40,6 +40,9 @@ const MOST_HEADS: u32 = 4096;
 const MOST_HEAD_DIM: u32 = 8192;
 const MOST_BLOCK_SIZE: u32 = 8192;
 const MOST_RANKS: u32 = 1024;
+
+/// Names what rows depend on beside their tokens: model, precision, heads. Equal tokens are equal rows where it is equal.
+pub type RowsIdentity = [u8; 16];
 
 /// A rank whose rows are mirrored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +61,8 @@ pub struct Source {
     pub shape: KvShape,
     /// Element of its pages.
     pub precision: Precision,
+    /// Of its rows.
+    pub identity: RowsIdentity,
 }
 
 impl Source {
@@ -65,7 +70,7 @@ impl Source {
     pub fn is_of_kind(&self, wanted: &Self) -> bool {
         let kind = |source: &Self| {
             let shape = KvShape { n_blocks: 0, ..source.shape };
-            (source.epoch, source.rank, source.world_size, source.precision, shape)
+            (source.epoch, source.rank, source.world_size, source.precision, source.identity, shape)
         };
         kind(self) == kind(wanted)
     }
@@ -207,6 +212,7 @@ fn encode(purpose: Purpose, source: &Source) -> io::Result<[u8; HELLO_BYTES]> {
     for n in [source.rank, source.world_size, source.n_sources].into_iter().chain(shape) {
         bytes.extend_from_slice(&n.to_le_bytes());
     }
+    bytes.extend_from_slice(&source.identity);
     bytes.extend_from_slice(&nonce()?);
     bytes.try_into().map_err(|_| io::Error::other("a hello of another length"))
 }
@@ -233,6 +239,7 @@ fn decode(hello: &[u8; HELLO_BYTES]) -> Result<(Purpose, Source), &'static str> 
     let (term, epoch) = (fields.u64(), fields.u64());
     let (rank, world_size, n_sources) = (fields.u32(), fields.u32(), fields.u32());
     let [n_layers, n_blocks, block_size, n_kv_heads, head_dim] = [(); 5].map(|()| fields.u32());
+    let identity = fields.take();
     if world_size > MOST_RANKS || rank >= world_size || epoch == 0 {
         return Err("the caller's epoch, rank or world size is none");
     }
@@ -243,7 +250,7 @@ fn decode(hello: &[u8; HELLO_BYTES]) -> Result<(Purpose, Source), &'static str> 
     }
     let [n_layers, n_blocks, block_size, n_kv_heads, head_dim] = sizes.map(|size| size as usize);
     let shape = KvShape { n_layers, n_blocks, block_size, n_kv_heads, head_dim };
-    Ok((purpose, Source { term, epoch, rank, world_size, n_sources, shape, precision }))
+    Ok((purpose, Source { term, epoch, rank, world_size, n_sources, shape, precision, identity }))
 }
 
 #[cfg(test)]
@@ -256,7 +263,8 @@ mod tests {
 
     fn source() -> Source {
         let shape = KvShape { n_layers: 2, n_blocks: 8, block_size: 16, n_kv_heads: 1, head_dim: 8 };
-        Source { term: 1, epoch: 3, rank: 1, world_size: 2, n_sources: 2, shape, precision: Precision::Auto }
+        let (precision, identity) = (Precision::Auto, [7; 16]);
+        Source { term: 1, epoch: 3, rank: 1, world_size: 2, n_sources: 2, shape, precision, identity }
     }
 
     type Heard = Result<(Purpose, Source), HandshakeError>;

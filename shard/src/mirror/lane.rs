@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    frame::{self, Header},
+    frame::{self, Content, Header},
     handshake::{self, HandshakeError, Purpose, Source, Verdict},
 };
 
@@ -236,13 +236,13 @@ impl Sender {
                 }
                 Next::Nothing => {
                     let mut bytes = Vec::new();
-                    Header::begin(&stream, step, through, &[], &mut bytes);
+                    Header::begin(&stream, Content { step, through, ranges: &[], seals: &[] }, &mut bytes);
                     bytes
                 }
                 Next::Over => return End::Over,
             };
             let n_bytes = bytes.len();
-            frame::seal(&mut bytes);
+            frame::finish(&mut bytes);
             let sent = link.write_all(&bytes);
             let mut state = self.shared.lock();
             state.queued_bytes = state.queued_bytes.saturating_sub(n_bytes);

@@ -4,7 +4,8 @@
 //! (`lane`), as `frame`s over a connection that both sides have proved to be theirs (`handshake`). A spare takes
 //! them in (`receiver`) and keeps them as pages (`store`), which a device takes over as they are: taking the rank of
 //! a lost shard then costs the same at any length of context. Where there is no spare, another rank keeps the copy, and
-//! whoever takes the rank fetches it from there (`fetch`).
+//! whoever takes the rank fetches it from there (`fetch`). Frames also say what full blocks hold (`step/seals.rs`), so that a
+//! copy is of use to a leader that knows nothing of the epoch that wrote it.
 //!
 //! **Invariant.** A step never waits for a mirror, and no mirror claims rows that it has not.
 
@@ -19,8 +20,8 @@ mod store;
 mod tests;
 
 pub use fetch::{FetchError, fetch};
-pub use handshake::Source;
+pub use handshake::{RowsIdentity, Source};
 pub use lane::Target;
 pub use receiver::Receiver;
-pub use sender::Mirrors;
-pub use store::{Adopted, Progress, Store, Taking};
+pub use sender::{Mirrors, Pages};
+pub use store::{Adopted, Copied, Progress, Store, Taking};

@@ -181,7 +181,7 @@ pub(super) fn take_frames(link: &mut TcpStream, source: &Source, writer: &Writer
     link.set_read_timeout(Some(SILENCE_LIMIT))?;
     let mut frames = Frames::new(source.stream());
     loop {
-        let (header, ranges, rows) = frames.next::<End>(link)?;
-        writer.write(ranges, rows, header.through)?;
+        let (content, rows) = frames.next::<End>(link)?;
+        writer.write(content, rows)?;
     }
 }

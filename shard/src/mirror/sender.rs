@@ -5,8 +5,12 @@
 //! more when there is none: pages have whatever was written last, which is all that anybody can want. While rows are missing
 //! the mirror counts as being at the last step that it has whole.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
+use phalanx_cluster::seal::Seal;
 use phalanx_kernels::{
     error::KernelError,
     ops::{Ops, RowChunk},
@@ -14,10 +18,11 @@ use phalanx_kernels::{
 };
 
 use super::{
-    frame::{Header, MOST_RANGES, Stream},
+    frame::{Content, Header, MOST_RANGES, MOST_SEALS, Stream},
     handshake::Source,
     lane::{Lane, Target},
 };
+use crate::step::seals::Seals;
 
 /// Rows of steps that follow each other within this time leave together: every frame wakes two threads, which on hosts whose
 /// cores all compute costs each step some tenths of a millisecond. After a loss they are computed again.
@@ -33,6 +38,15 @@ const MOST_CATCH_UP_BYTES: usize = 8 << 20;
 const SOON: Duration = Duration::from_millis(2);
 /// and while none is, for mirrors that connect anew.
 const LATER: Duration = Duration::from_millis(200);
+
+/// What a rank has to copy.
+#[derive(Clone, Copy)]
+pub struct Pages<'a> {
+    /// The device that has the pages.
+    pub ops: &'a dyn Ops,
+    /// What blocks hold.
+    pub seals: &'a Seals,
+}
 
 /// The mirrors of a rank.
 #[derive(Debug)]
@@ -53,6 +67,8 @@ struct Outgoing {
     /// The connection that `missing` is about.
     connection: Option<u64>,
     missing: SlotSet,
+    /// Blocks of whose seals the mirror has not been told.
+    untold: BTreeSet<u32>,
     /// Rows of steps since a frame was queued,
     gathered: usize,
     /// and when that was.
@@ -75,11 +91,11 @@ impl Mirrors {
         Self { stream: source.stream(), lanes, step: 0, stepped: Instant::now(), ranges: Vec::new() }
     }
 
-    /// Copies the rows that a step wrote. `chunks`: the step's; `ops`: has their pages.
+    /// Copies the rows that a step wrote. `chunks`: the step's; `pages`: theirs, with the seals of after the step.
     ///
     /// # Errors
     /// If the device can't read its pages.
-    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], ops: &dyn Ops) -> Result<(), KernelError> {
+    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], pages: Pages<'_>) -> Result<(), KernelError> {
         self.step = step;
         let took = self.stepped.elapsed();
         self.stepped += took;
@@ -91,7 +107,7 @@ impl Mirrors {
             self.ranges.extend(KvRange::of_positions(&chunk.blocks, positions, self.stream.block_size));
         }
         for outgoing in &mut self.lanes {
-            outgoing.step_done(&self.stream, step, &self.ranges, catch_up, ops)?;
+            outgoing.step_done(&self.stream, step, &self.ranges, catch_up, pages)?;
         }
         Ok(())
     }
@@ -100,9 +116,9 @@ impl Mirrors {
     ///
     /// # Errors
     /// If the device can't read its pages.
-    pub fn catch_up(&mut self, ops: &dyn Ops) -> Result<(), KernelError> {
+    pub fn catch_up(&mut self, pages: Pages<'_>) -> Result<(), KernelError> {
         for outgoing in &mut self.lanes {
-            outgoing.catch_up(&self.stream, self.step, CATCH_UP_BYTES, ops)?;
+            outgoing.catch_up(&self.stream, self.step, CATCH_UP_BYTES, pages)?;
         }
         Ok(())
     }
@@ -126,7 +142,8 @@ impl Mirrors {
 
 impl Outgoing {
     fn new(lane: Lane) -> Self {
-        Self { lane, connection: None, missing: SlotSet::default(), gathered: 0, queued: None, told: None }
+        let (missing, untold) = (SlotSet::default(), BTreeSet::new());
+        Self { lane, connection: None, missing, untold, gathered: 0, queued: None, told: None }
     }
 
     /// Sends the rows of the last steps, and about so many bytes of others that are missing; or leaves them for later
@@ -137,63 +154,71 @@ impl Outgoing {
         step: u64,
         ranges: &[KvRange],
         catch_up: usize,
-        ops: &dyn Ops,
+        pages: Pages<'_>,
     ) -> Result<(), KernelError> {
         // A new connection lacks this step's rows with all others.
-        let is_new = self.look_at_connection(ops);
+        let is_new = self.look_at_connection(pages);
         if self.connection.is_none() {
             return Ok(());
         }
         if !is_new {
             ranges.iter().for_each(|range| self.missing.insert(*range));
+            self.untold.extend(pages.seals.newly_sealed());
             self.gathered += slots::n_rows(ranges);
         }
         match self.queued.is_some_and(|at| at.elapsed() < GATHER) {
             true => Ok(()),
-            false => self.send_missing(stream, step, catch_up + self.gathered * stream.row_bytes, ops),
+            false => self.send_missing(stream, step, catch_up + self.gathered * stream.row_bytes, pages),
         }
     }
 
     /// Sends about so many bytes of missing rows, or else says that there are none.
-    fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, ops: &dyn Ops) -> Result<(), KernelError> {
-        self.look_at_connection(ops);
+    fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, pages: Pages<'_>) -> Result<(), KernelError> {
+        self.look_at_connection(pages);
         match self.connection {
-            Some(_) => self.send_missing(stream, step, bytes, ops),
+            Some(_) => self.send_missing(stream, step, bytes, pages),
             None => Ok(()),
         }
     }
 
-    fn send_missing(&mut self, stream: &Stream, step: u64, bytes: usize, ops: &dyn Ops) -> Result<(), KernelError> {
+    fn send_missing(&mut self, stream: &Stream, step: u64, bytes: usize, pages: Pages<'_>) -> Result<(), KernelError> {
         let mut left = (bytes / stream.row_bytes.max(1)).max(1);
         while left > 0 && !self.missing.is_empty() {
             let mut ranges = Vec::new();
             self.missing.take(left.min(MOST_RANGES).min(stream.most_rows()), &mut ranges);
             left -= slots::n_rows(&ranges);
-            if !self.send(stream, step, &ranges, ops)? {
+            if !self.send(stream, step, &ranges, pages)? {
                 return Ok(());
             }
         }
         if self.missing.is_empty() && self.told != Some(step) {
-            self.send(stream, step, &[], ops)?;
+            self.send(stream, step, &[], pages)?;
         }
         Ok(())
     }
 
     /// Whether the connection is a new one, which lacks all rows that were ever written.
-    fn look_at_connection(&mut self, ops: &dyn Ops) -> bool {
+    fn look_at_connection(&mut self, pages: Pages<'_>) -> bool {
         let connection = self.lane.connection();
         let is_new = connection.is_some() && connection != self.connection;
         self.connection = connection;
         if is_new {
-            self.missing = ops.written_kv().cloned().unwrap_or_default();
+            self.missing = pages.ops.written_kv().cloned().unwrap_or_default();
+            self.untold = pages.seals.iter().map(|(block, _)| block).collect();
             self.told = None;
             (self.gathered, self.queued) = (0, None);
         }
         is_new
     }
 
+    /// What the mirror is to be told of blocks of which it has all rows.
+    fn news(&self, seals: &Seals) -> Vec<(u32, Seal)> {
+        let whole = self.untold.iter().filter(|block| !self.missing.has_block(**block));
+        whole.filter_map(|block| Some((*block, seals.of(*block)?))).take(MOST_SEALS).collect()
+    }
+
     /// Copies rows into a frame and queues it. Returns whether there was room; without, the rows are missing.
-    fn send(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], ops: &dyn Ops) -> Result<bool, KernelError> {
+    fn send(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], pages: Pages<'_>) -> Result<bool, KernelError> {
         let Some(connection) = self.connection else { return Ok(false) };
         let Some(mut bytes) = self.lane.buffer(slots::n_rows(ranges) * stream.row_bytes) else {
             ranges.iter().for_each(|range| self.missing.insert(*range));
@@ -202,10 +227,16 @@ impl Outgoing {
         ranges.iter().for_each(|range| self.missing.remove(*range));
         // Whatever later steps lack, earlier ones have.
         let through = if self.missing.is_empty() { Some(step) } else { self.told };
-        Header::begin(stream, step, through, ranges, &mut bytes);
-        if let Err(error) = if ranges.is_empty() { Ok(()) } else { ops.read_kv(ranges, &mut bytes) } {
+        // A block that is to be written again has lost its seal, and will have another.
+        self.untold.retain(|block| pages.seals.of(*block).is_some());
+        let seals = self.news(pages.seals);
+        Header::begin(stream, Content { step, through, ranges, seals: &seals }, &mut bytes);
+        if let Err(error) = if ranges.is_empty() { Ok(()) } else { pages.ops.read_kv(ranges, &mut bytes) } {
             self.lane.give_back(bytes);
             return Err(error);
+        }
+        for (block, _) in &seals {
+            self.untold.remove(block);
         }
         self.lane.send(connection, bytes, step, through);
         self.told = through;

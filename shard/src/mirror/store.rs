@@ -1,9 +1,10 @@
 //! Rows of all ranks of one epoch, as a mirror keeps them: in pages that a device takes over as they are.
 //!
 //! **Invariant.** What the store says of a rank's rows is true of the pages that it gives away for that rank: frames come
-//! in order, and each says through which step rows are whole with it.
+//! in order, and each says through which step rows are whole with it, and which blocks are whole and what they hold.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,13 +12,17 @@ use std::{
     thread,
 };
 
+use phalanx_cluster::seal::Seal;
 use phalanx_kernels::{
     error::KernelError,
     pages::KvPages,
     slots::{KvRange, SlotSet},
 };
 
-use super::handshake::{Source, Verdict};
+use super::{
+    frame::Content,
+    handshake::{Source, Verdict},
+};
 use crate::memory;
 
 /// What `through` holds while rows are missing,
@@ -83,6 +88,8 @@ struct Copy {
     source: Option<Source>,
     /// None on a rank without KV heads, or when they are given away.
     pages: Option<KvPages>,
+    /// What blocks hold that are here as their rank has sealed them.
+    seals: BTreeMap<u32, Seal>,
 }
 
 /// A rank that this shard is to take.
@@ -96,6 +103,8 @@ pub struct Taking {
     pub rank: u32,
     /// Epoch whose rows are wanted; 0 for none.
     pub kv_of_epoch: u64,
+    /// Whether rows of any epoch are wanted, for what their blocks hold.
+    pub sealed_kv: bool,
 }
 
 /// What a rank's rows are given away as.
@@ -105,8 +114,19 @@ pub struct Adopted {
     pub source: Source,
     /// The pages; none for a rank without KV heads.
     pub pages: Option<KvPages>,
-    /// Last step of which all rows are there.
-    pub through_step: u64,
+    /// What blocks hold, of which all rows are there.
+    pub seals: BTreeMap<u32, Seal>,
+    /// Last step of which all rows are there, and of all before it; `None` if rows are missing.
+    pub through_step: Option<u64>,
+}
+
+/// Ranks of whose rows there are copies, whole blocks at least.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Copied {
+    /// Ranks of their group.
+    pub world_size: u32,
+    /// Which of them, ascending.
+    pub ranks: Vec<u32>,
 }
 
 /// How far all ranks are mirrored.
@@ -190,6 +210,7 @@ impl Store {
         let mut copy = lock(&rank.copy);
         // The sender sends all of it again.
         rank.through.store(MISSING, Ordering::Release);
+        copy.seals.clear();
         if copy.source != Some(*source) || copy.pages.is_none() {
             let has_pages = source.shape.n_kv_heads > 0 && source.shape.n_layers > 0;
             let pages = has_pages.then(|| KvPages::new(source.shape, source.precision)).transpose();
@@ -218,12 +239,21 @@ impl Store {
         (all && !group.full.load(Ordering::Acquire)).then_some(Progress { epoch: group.epoch, step })
     }
 
+    /// Of which ranks there are copies of which it is known what blocks hold.
+    pub fn copied(&self) -> Option<Copied> {
+        let group = lock(&self.0.state).group.clone().filter(|group| !group.full.load(Ordering::Acquire))?;
+        let is_copied = |(_, rank): &(u32, &Rank)| !lock(&rank.copy).seals.is_empty();
+        let ranks: Vec<u32> = (0..).zip(&group.ranks).filter(is_copied).map(|(rank, _)| rank).collect();
+        let world_size = u32::try_from(group.ranks.len()).unwrap_or(u32::MAX);
+        (!ranks.is_empty()).then_some(Copied { world_size, ranks })
+    }
+
     /// Gives away the rows of the rank, if they are here. Others of that epoch stay for whoever fetches them, until
     /// [`Store::forget_before`]; those of other epochs are forgotten.
     pub fn adopt(&self, taking: Taking) -> Option<Adopted> {
         let mut state = lock(&self.0.state);
         state.over = state.over.max((taking.term, taking.epoch));
-        if let Some(other) = state.group.take_if(|group| !group.is_wanted(taking.term, taking.kv_of_epoch)) {
+        if let Some(other) = state.group.take_if(|group| !group.is_wanted_by(taking)) {
             drop_aside(Some(other));
         }
         let group = state.group.clone()?;
@@ -245,8 +275,9 @@ impl Store {
         let through_step = group.through_step(rank)?;
         let source = copy.source.filter(|source| source.is_of_kind(wanted))?;
         let written = copy.pages.as_ref().map(|pages| pages.written().clone()).unwrap_or_default();
+        let seals = copy.seals.iter().map(|(block, seal)| (*block, *seal)).collect();
         drop(copy);
-        Some(Lent { group, rank: wanted.rank as usize, source, written, through_step })
+        Some(Lent { group, rank: wanted.rank as usize, source, written, seals, through_step })
     }
 }
 
@@ -259,6 +290,8 @@ pub(super) struct Lent {
     pub(super) source: Source,
     /// Which there are.
     pub(super) written: SlotSet,
+    /// What blocks hold.
+    pub(super) seals: Vec<(u32, Seal)>,
     /// Last step of which all rows are there.
     pub(super) through_step: u64,
 }
@@ -294,6 +327,10 @@ impl Group {
         (self.term, self.epoch) >= (source.term, source.epoch)
     }
 
+    fn is_wanted_by(&self, taking: Taking) -> bool {
+        self.is_wanted(taking.term, taking.kv_of_epoch) || (taking.sealed_kv && self.term <= taking.term)
+    }
+
     /// Whether a formation of that term wants these rows.
     fn is_wanted(&self, term: u64, kv_of_epoch: u64) -> bool {
         self.epoch == kv_of_epoch && self.term <= term
@@ -310,19 +347,29 @@ impl Group {
         let mut copy = lock(&rank.copy);
         // Under the lock: no frame comes between the number and the pages.
         copy.connection += 1;
-        let through_step = self.through_step(rank)?;
+        let through_step = self.through_step(rank);
+        // Blocks that are sealed are whole, whatever others lack.
+        if through_step.is_none() && (!taking.sealed_kv || self.full.load(Ordering::Acquire)) {
+            return None;
+        }
+        let source = copy.source.take()?;
         rank.through.store(MISSING, Ordering::Release);
-        Some(Adopted { source: copy.source.take()?, pages: copy.pages.take(), through_step })
+        let (pages, seals) = (copy.pages.take(), std::mem::take(&mut copy.seals));
+        Some(Adopted { source, pages, seals, through_step })
     }
 }
 
 impl Writer {
-    /// Takes in a frame: rows of `ranges`, with which all rows `through` a step are here.
-    pub(super) fn write(&self, ranges: &[KvRange], rows: &[u8], through: Option<u64>) -> Result<(), StoreError> {
+    /// Takes in a frame.
+    pub(super) fn write(&self, content: Content<'_>, rows: &[u8]) -> Result<(), StoreError> {
+        let Content { ranges, seals, through, .. } = content;
         let rank = self.group.ranks.get(self.rank).ok_or(StoreError::Unwanted)?;
         let mut copy = lock(&rank.copy);
         if copy.connection != self.connection {
             return Err(StoreError::Unwanted);
+        }
+        for range in ranges {
+            copy.seals.remove(&range.block);
         }
         if !ranges.is_empty() {
             let pages = copy.pages.as_mut().ok_or(StoreError::Unwanted)?;
@@ -335,6 +382,7 @@ impl Writer {
             }
             pages.write(ranges, rows)?;
         }
+        copy.seals.extend(seals.iter().copied());
         rank.through.store(through.unwrap_or(MISSING), Ordering::Release);
         Ok(())
     }

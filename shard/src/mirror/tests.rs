@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use phalanx_cluster::seal::Seal;
 use phalanx_kernels::{
     CpuConfig, CpuOps,
     collective::AbortFlag,
@@ -17,9 +18,10 @@ use phalanx_kernels::{
 use proptest::prelude::*;
 
 use super::{
-    FetchError, Mirrors, Progress, Receiver, Source, Store, Taking, Target, fetch,
+    FetchError, Mirrors, Pages, Progress, Receiver, Source, Store, Taking, Target, fetch,
     handshake::{self, Purpose, Verdict},
 };
+use crate::step::seals::{SealedPrefix, Seals};
 
 /// Far longer than anything here takes.
 const AMPLE: Duration = Duration::from_secs(60);
@@ -32,7 +34,8 @@ fn any_port() -> std::net::SocketAddr {
 }
 
 fn source(rank: u32, world_size: u32, shape: KvShape) -> Source {
-    Source { term: 1, epoch: 5, rank, world_size, n_sources: world_size, shape, precision: Precision::Auto }
+    let (precision, identity) = (Precision::Auto, [7; 16]);
+    Source { term: 1, epoch: 5, rank, world_size, n_sources: world_size, shape, precision, identity }
 }
 
 fn target(receiver: &Receiver) -> Target {
@@ -42,6 +45,7 @@ fn target(receiver: &Receiver) -> Target {
 /// A rank with pages and mirrors.
 struct TestRank {
     ops: CpuOps,
+    seals: Seals,
     source: Source,
     mirrors: Mirrors,
     step: u64,
@@ -55,7 +59,14 @@ impl TestRank {
         }
         let all = |target| Target { n_sources: source.n_sources, ..target };
         let mirrors = Mirrors::start(source, targets.into_iter().map(all).collect());
-        Self { ops, source, mirrors, step: 0 }
+        let seals = Seals::new(source.shape.n_blocks, source.shape.block_size);
+        Self { ops, seals, source, mirrors, step: 0 }
+    }
+
+    /// Between steps, as the engine does.
+    fn catch_up(&mut self) {
+        let pages = Pages { ops: &self.ops, seals: &self.seals };
+        self.mirrors.catch_up(pages).expect("readable pages");
     }
 
     /// A step that writes these slots, other values each time.
@@ -78,7 +89,17 @@ impl TestRank {
                 self.ops.store_kv(layer, buf, buf).expect("a layer");
             }
         }
-        self.mirrors.step_done(self.step, &rows.chunks, &self.ops).expect("readable pages");
+        self.seals.begin_step();
+        for chunk in &rows.chunks {
+            self.seals.unseal(&chunk.blocks, chunk.start..chunk.start + chunk.n_rows);
+            // A block that is written to its end is as good as full here; its only token is the step that wrote it.
+            if chunk.start + chunk.n_rows == shape.block_size {
+                let tokens = vec![self.step as u32; shape.block_size];
+                self.seals.seal(&mut SealedPrefix::default(), &tokens, &chunk.blocks, shape.block_size);
+            }
+        }
+        let pages = Pages { ops: &self.ops, seals: &self.seals };
+        self.mirrors.step_done(self.step, &rows.chunks, pages).expect("readable pages");
     }
 
     /// As the engine does while there is no step.
@@ -86,7 +107,7 @@ impl TestRank {
         let begun = Instant::now();
         while !is_there() {
             assert!(begun.elapsed() < AMPLE, "the mirror does not get there");
-            self.mirrors.catch_up(&self.ops).expect("readable pages");
+            self.catch_up();
             thread::sleep(self.mirrors.next_look().expect("a mirror").min(Duration::from_millis(1)));
         }
     }
@@ -104,9 +125,14 @@ fn all(shape: KvShape) -> Vec<KvRange> {
     (0..shape.n_blocks as u32).map(|block| KvRange { block, first: 0, n_rows }).collect()
 }
 
+fn taking(rank: u32) -> Taking {
+    Taking { term: 1, epoch: 6, rank, kv_of_epoch: 5, sealed_kv: false }
+}
+
 fn assert_adopted(store: &Store, rank: &TestRank) {
-    let adopted = store.adopt(Taking { term: 1, epoch: 6, rank: rank.source.rank, kv_of_epoch: 5 }).expect("rows");
-    assert_eq!((adopted.source, adopted.through_step), (rank.source, rank.step));
+    let adopted = store.adopt(taking(rank.source.rank)).expect("rows");
+    assert_eq!((adopted.source, adopted.through_step), (rank.source, Some(rank.step)));
+    assert_eq!(adopted.seals, rank.seals.iter().collect());
     let mut rows = Vec::new();
     adopted.pages.expect("pages").read(&all(rank.source.shape), &mut rows).expect("readable pages");
     assert!(rows == rank.rows(), "the mirror's rows are others");
@@ -131,8 +157,8 @@ fn a_mirror_has_the_rows_of_all_ranks() {
     let begun = Instant::now();
     while store.progress() != at(40) {
         assert!(begun.elapsed() < AMPLE, "{:?}", store.progress());
-        ranks.iter_mut().for_each(|rank| rank.mirrors.catch_up(&rank.ops).expect("readable pages"));
-        third.mirrors.catch_up(&third.ops).expect("no pages");
+        ranks.iter_mut().for_each(TestRank::catch_up);
+        third.catch_up();
         thread::yield_now();
     }
     assert_adopted(&store, &ranks[1]);
@@ -190,7 +216,7 @@ fn a_slow_mirror_delays_no_step_and_gets_all_rows_in_the_end() {
     let begun = Instant::now();
     while !rank.mirrors.are_connected() {
         assert!(begun.elapsed() < AMPLE, "no connection");
-        rank.mirrors.catch_up(&rank.ops).expect("readable pages");
+        rank.catch_up();
     }
     // 16 MiB a step: more than queue and sockets hold.
     let blocks: Vec<(u32, usize, usize)> = (0..16).map(|block| (block, 0, 16)).collect();
@@ -267,7 +293,7 @@ proptest! {
                         histories[idx].push((rank.step, bytes));
                     }
                 }
-                Happening::Idle => rank.mirrors.catch_up(&rank.ops).expect("readable pages"),
+                Happening::Idle => rank.catch_up(),
                 Happening::Break => {
                     // One that has ended already is as good.
                     receiver.shared.links().iter().for_each(|(_, link)| drop(link.shutdown(Shutdown::Both)));
@@ -276,10 +302,21 @@ proptest! {
             }
         }
         let claimed = store.progress();
-        let Some(adopted) = store.adopt(Taking { term: 1, epoch: 6, rank: 0, kv_of_epoch: 5 }) else { return Ok(()) };
-        let through = adopted.through_step;
-        prop_assert!(through <= rank.step && claimed.is_none_or(|progress| progress.step <= through));
+        let Some(adopted) = store.adopt(Taking { sealed_kv: true, ..taking(0) }) else { return Ok(()) };
         let pages = adopted.pages.expect("pages");
+        // A sealed block is as it was after the step that its seal names, all of it.
+        for (block, seal) in adopted.seals {
+            let sealed_by = (1..=rank.step).find(|step| Seal::of(&[*step as u32; 16], 16) == seal);
+            let step = sealed_by.expect("a seal of a step");
+            for slot in block as usize * 16..(block as usize + 1) * 16 {
+                let mut got = Vec::new();
+                pages.read(&[slots[slot]], &mut got).expect("readable pages");
+                let was = histories[slot].iter().rev().find(|(of, _)| *of <= step);
+                prop_assert!(was.is_none_or(|(_, bytes)| *bytes == got), "block {block}, slot {slot}, step {step}");
+            }
+        }
+        let Some(through) = adopted.through_step else { return Ok(()) };
+        prop_assert!(through <= rank.step && claimed.is_none_or(|progress| progress.step <= through));
         for (slot, history) in slots.iter().zip(&histories) {
             let mut got = Vec::new();
             pages.read(&[*slot], &mut got).expect("readable pages");
@@ -302,12 +339,12 @@ fn a_shard_that_takes_the_rank_fetches_its_rows() {
         (0..20).for_each(|i| rank.step(&[(i % 12, 3, 9)]));
         rank.idle_until(|| store.progress() == at(20));
         // It forms a group as a rank, and has no rows of its own rank.
-        assert!(store.adopt(Taking { term: 1, epoch: 6, rank: 0, kv_of_epoch: 5 }).is_none());
+        assert!(store.adopt(taking(0)).is_none());
         let wanted = Source { term: 1, shape: KvShape { n_blocks: 0, ..shape }, ..rank.source };
         let abort = AbortFlag::default();
         for _ in 0..2 {
             let fetched = fetch(&target(&receiver), &wanted, &abort).expect("rows");
-            assert_eq!(fetched.through_step, rank.step);
+            assert_eq!((fetched.through_step, fetched.seals), (Some(rank.step), rank.seals.iter().collect()));
             let mut rows = Vec::new();
             fetched.pages.expect("pages").read(&all(shape), &mut rows).expect("readable pages");
             assert!(rows == rank.rows(), "the rows that were fetched are others");
@@ -318,6 +355,7 @@ fn a_shard_that_takes_the_rank_fetches_its_rows() {
             Source { epoch: 4, ..wanted },
             Source { rank: 0, ..wanted },
             Source { precision: Precision::Float32, ..wanted },
+            Source { identity: [8; 16], ..wanted },
             Source { shape: KvShape { head_dim: 16, ..wanted.shape }, ..wanted },
         ] {
             let refused = fetch(&target(&receiver), &other, &abort).expect_err("other rows");
@@ -357,7 +395,7 @@ fn a_mirror_without_room_is_left_alone() {
     let begun = Instant::now();
     // The other rank is told as soon as the first one's rows are too many.
     loop {
-        rank.mirrors.catch_up(&rank.ops).expect("readable pages");
+        rank.catch_up();
         let mut link = std::net::TcpStream::connect(receiver.address()).expect("a listener");
         let verdict = handshake::call(&mut link, receiver.secret(), Purpose::Send, &source(1, 2, SMALL));
         match verdict.expect("a verdict") {

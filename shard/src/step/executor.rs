@@ -124,6 +124,7 @@ impl Executor {
 
     /// Seals the blocks that the last step filled, and those that its new sequences had before. Nobody's token waits for it.
     pub fn seal_step(&mut self) {
+        self.seals.begin_step();
         for id in self.to_seal.drain(..) {
             if let Some(Sequence { sealed, tokens, blocks, computed: Some(n_computed), .. }) =
                 self.sequences.get_mut(&id)
@@ -136,6 +137,11 @@ impl Executor {
     /// The device.
     pub fn ops(&self) -> &dyn Ops {
         self.ops.as_ref()
+    }
+
+    /// What blocks of the pages hold.
+    pub fn seals(&self) -> &Seals {
+        &self.seals
     }
 
     /// The rows of the last step, in the pages that they were written to.

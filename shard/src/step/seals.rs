@@ -12,6 +12,8 @@ use phalanx_cluster::seal::Seal;
 pub struct Seals {
     block_size: usize,
     by_block: Vec<Option<Seal>>,
+    /// Blocks that the last step sealed.
+    new: Vec<u32>,
 }
 
 /// The leading blocks of a sequence that were sealed for it.
@@ -37,7 +39,18 @@ impl SealedPrefix {
 impl Seals {
     /// Of blocks that hold nothing.
     pub fn new(n_blocks: usize, block_size: usize) -> Self {
-        Self { block_size: block_size.max(1), by_block: vec![None; n_blocks] }
+        Self { block_size: block_size.max(1), by_block: vec![None; n_blocks], new: Vec::new() }
+    }
+
+    /// Of blocks that hold what somebody else has sealed.
+    pub fn of_copies(n_blocks: usize, block_size: usize, seals: impl IntoIterator<Item = (u32, Seal)>) -> Self {
+        let mut copied = Self::new(n_blocks, block_size);
+        for (block, seal) in seals {
+            if let Some(sealed) = copied.by_block.get_mut(block as usize) {
+                *sealed = Some(seal);
+            }
+        }
+        copied
     }
 
     /// A step is about to write these positions of a sequence with these blocks.
@@ -57,10 +70,28 @@ impl Seals {
         for (tokens, block) in full.zip(blocks).skip(prefix.n_blocks) {
             let seal = prefix.seal.then(tokens);
             *prefix = SealedPrefix { n_blocks: prefix.n_blocks + 1, seal };
-            if let Some(sealed) = self.by_block.get_mut(*block as usize) {
+            if let Some(sealed) = self.by_block.get_mut(*block as usize)
+                && *sealed != Some(seal)
+            {
                 *sealed = Some(seal);
+                self.new.push(*block);
             }
         }
+    }
+
+    /// From now on blocks are sealed that count as new.
+    pub fn begin_step(&mut self) {
+        self.new.clear();
+    }
+
+    /// Blocks that have been sealed since [`Seals::begin_step`].
+    pub fn newly_sealed(&self) -> &[u32] {
+        &self.new
+    }
+
+    /// What a block holds, if it is known.
+    pub fn of(&self, block: u32) -> Option<Seal> {
+        self.by_block.get(block as usize).copied().flatten()
     }
 
     /// Blocks that are sealed, in order.

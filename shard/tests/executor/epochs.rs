@@ -252,6 +252,57 @@ async fn a_spare_takes_over_with_mirrored_pages() {
 }
 
 #[tokio::test]
+async fn a_spare_takes_over_what_full_blocks_hold_when_rank_and_leader_are_lost() {
+    let file = File::new();
+    let tokens = [file.tokens.as_slice(); 2].concat();
+    let mut coordinator = Played::start().await;
+    let mut shards = Vec::new();
+    let mut attached = Vec::new();
+    for _ in 0..3 {
+        shards.push(Shard::start(&[coordinator.uri()]).await);
+        attached.push(coordinator.shard(1).await);
+    }
+    let [mut first, mut second, mut spare] = attached.try_into().ok().expect("three shards");
+    let target = MirrorTarget {
+        shard_id: "spare".to_owned(),
+        address: spare.hello.mirror_address.clone(),
+        secret: spare.hello.mirror_secret.clone(),
+        ranks: 2,
+    };
+    let mirrored = |rank| Form { term: 1, mirrors: vec![target.clone()], ..of_two(2, rank, &file) };
+    tokio::join!(first.loaded(mirrored(0)), second.loaded(mirrored(1)));
+    tokio::join!(first.serve(2), second.serve(2));
+    let want = on_both([&mut first, &mut second], start(2, &tokens)).await;
+    spare.beat(|beat| (beat.mirrored_epoch, beat.mirrored_step) == (2, 1)).await;
+
+    // All look for the next leader; the second rank is not seated by it.
+    drop((first, second, spare));
+    let (mut first, mut spare) = (None, None);
+    for _ in 0..3 {
+        let attached = coordinator.shard(2).await;
+        match (attached.hello.held_pages.map(|held| held.rank), &attached.hello.copied_pages) {
+            (Some(0), None) => first = Some(attached),
+            (Some(1), None) => {}
+            (None, Some(copied)) => {
+                assert_eq!((copied.world_size, copied.ranks.as_slice()), (2, &[0, 1][..]));
+                spare = Some(attached);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let (mut first, mut spare) = (first.expect("a rank"), spare.expect("a spare"));
+    let sealed = |rank| Form { term: 2, keep_sealed_kv: true, ..of_two(1, rank, &file) };
+    let (of_first, of_spare) = tokio::join!(first.loaded(sealed(0)), spare.loaded(sealed(1)));
+    let whole = Some(SealedBlocks { blocks: vec![0], seals: Seal::of(&tokens, 16).bytes().to_vec() });
+    assert_eq!((&of_first.sealed, &of_spare.sealed), (&whole, &whole));
+    assert_eq!((of_spare.kv_blocks, of_spare.kv_kept_through_step), (of_first.kv_blocks, None));
+    tokio::join!(first.serve(1), spare.serve(1));
+    let mut rest = start(1, &tokens);
+    rest.chunks = vec![Chunk { sequence: 0, start: 16, len: 4, sample: true }];
+    assert_eq!(on_both([&mut first, &mut spare], rest).await, want);
+}
+
+#[tokio::test]
 async fn a_rank_has_as_many_blocks_as_the_group_had() {
     let file = File::new();
     let mut coordinator = Played::start().await;

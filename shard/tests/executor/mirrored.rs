@@ -45,7 +45,8 @@ impl Mirror {
     }
 
     fn pages(&self, rank: u32) -> KvPages {
-        let adopted = self.store.adopt(Taking { term: 1, epoch: 2, rank, kv_of_epoch: 1 }).expect("rows");
+        let taking = Taking { term: 1, epoch: 2, rank, kv_of_epoch: 1, sealed_kv: false };
+        let adopted = self.store.adopt(taking).expect("rows");
         adopted.pages.expect("a rank with KV heads")
     }
 }

@@ -1,12 +1,16 @@
 //! What happens to a group, and what is to be done about it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use phalanx_cluster::{
     id::{Epoch, ShardId},
     seal::Seal,
 };
 
+use super::seating::SliceOf;
 use crate::group::change::ChangeError;
 
 /// Where ranks are to copy their KV rows to.
@@ -66,8 +70,17 @@ pub struct Candidate {
     pub memory_bytes: u64,
     /// Whether it takes copies of KV rows.
     pub takes_mirror: bool,
-    /// KV pages that it brought along: of the ranks of a group of this world size, the one of this rank.
-    pub holds: Option<(usize, usize)>,
+    /// The rank whose KV pages it brought along.
+    pub holds: Option<SliceOf>,
+    /// Ranks of whose pages it brought copies along.
+    pub copies: BTreeSet<SliceOf>,
+}
+
+impl Candidate {
+    /// Whether it brought pages of this rank along, its own or a copy.
+    pub(super) fn has_pages_of(&self, slice: SliceOf) -> bool {
+        self.holds == Some(slice) || self.copies.contains(&slice)
+    }
 }
 
 /// One life of a shard: where a message came from.

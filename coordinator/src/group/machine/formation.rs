@@ -33,7 +33,7 @@ impl GroupMachine {
             self.forget(&shard, Cause::Lost, "the process was replaced by a new one", now);
         }
         self.on_returned(&candidate, now);
-        self.expect_heirs(candidate.holds, now);
+        self.expect_heirs(&candidate, now);
         let leaves = self.is_to_restart(&candidate).then_some(Cause::Rollout);
         let attached = Attached {
             candidate,
@@ -128,7 +128,7 @@ impl GroupMachine {
             self.reconsider(now);
         }
         self.stop_waiting_for_recovery(now);
-        let has_waited = self.has_waited_for_owners(now);
+        let has_waited = self.has_waited_for_others(now);
         match self.phase.clone() {
             Phase::Waiting if has_waited || self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
             Phase::Pausing(until) if now >= until => self.try_to_form(now),
@@ -193,7 +193,7 @@ impl GroupMachine {
 
     /// Who could form a group now: as many ranks as are wanted, else as many as can after a while without them.
     fn select(&self, now: Instant) -> Option<Vec<ShardId>> {
-        if self.awaits_owners_until().is_some_and(|until| now < until) {
+        if self.awaits_others_until().is_some_and(|until| now < until) {
             return None;
         }
         let wanted = self.settings.world_size;

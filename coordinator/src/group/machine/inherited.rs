@@ -1,4 +1,4 @@
-//! KV pages that shards bring along from an earlier leader.
+//! KV pages that shards bring along from an earlier leader, of their own or copied from a rank that is lost.
 //!
 //! A new leader knows none of the formations that wrote them, nor which steps its predecessor heard of. But each rank knows
 //! of its full blocks which tokens' rows they hold, by name (`phalanx_cluster::seal`), from steps that it ran completely. A
@@ -14,7 +14,7 @@ impl GroupMachine {
     /// holds for all: they are better given back before all measure what memory there is.
     pub(super) fn inherits(&self, ranks: &[ShardId]) -> bool {
         let holds = |(rank, shard): (usize, &ShardId)| {
-            self.attached.get(shard).is_some_and(|a| a.candidate.holds == Some((ranks.len(), rank)))
+            self.attached.get(shard).is_some_and(|a| a.candidate.has_pages_of((ranks.len(), rank)))
         };
         !self.has_served && self.pages.is_none() && ranks.iter().enumerate().all(holds)
     }

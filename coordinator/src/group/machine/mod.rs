@@ -38,9 +38,10 @@ pub use event::{
     Action, Beat, Candidate, Cause, Changed, Event, Kept, MirrorTo, Mirrors, Origin, Slice, Ticket, Turned,
 };
 use expected::Expected;
-pub use expected::OWNERS_LIMIT;
+pub use expected::{COPIED_OWNERS_LIMIT, OWNERS_LIMIT};
 use rollout::Rollout;
-use seating::{Owners, Sitter, SliceOf};
+pub use seating::SliceOf;
+use seating::{Owners, Sitter};
 pub use standing::{Given, Standing};
 use watch::{StepWatch, Witness};
 
@@ -48,6 +49,7 @@ use watch::{StepWatch, Witness};
 const DOUBT: Duration = Duration::from_secs(60);
 /// Between looks at who waits for whom.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+static NO_SLICES: BTreeSet<SliceOf> = BTreeSet::new();
 
 /// What a group is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -298,7 +300,7 @@ impl GroupMachine {
     pub fn wakes_at(&self) -> Option<Instant> {
         let by_phase = match &self.phase {
             // Fewer ranks are not formed either before owners were waited for.
-            Phase::Waiting => self.awaits_owners_until().or_else(|| self.regroups_at()),
+            Phase::Waiting => self.awaits_others_until().or_else(|| self.regroups_at()),
             Phase::Taking => None,
             Phase::Pausing(until) => Some(*until),
             Phase::Loading(_, since) => Some(*since + formation::LOAD_LIMIT),
@@ -438,8 +440,11 @@ impl GroupMachine {
             if self.may_sit(attached) && also(shard) && self.has_memory_for(world_size, attached) {
                 let is_doubtful = self.is_doubtful(shard, now);
                 let has_copies = self.mirrors == Mirrors::Spare(shard.clone());
-                let sitter = Sitter { shard, is_doubtful, prepared: &attached.prepared, has_copies };
-                kinds.entry(&attached.candidate.kind).or_default().push(sitter);
+                let Candidate { kind, holds, copies, .. } = &attached.candidate;
+                // What an earlier leader left is wanted until something else has been computed.
+                let brought = if self.has_served { (&None, &NO_SLICES) } else { (holds, copies) };
+                let sitter = Sitter { shard, is_doubtful, prepared: &attached.prepared, has_copies, brought };
+                kinds.entry(kind).or_default().push(sitter);
             }
         }
         let returning = |sitters: &[Sitter<'_>]| sitters.iter().filter(|s| self.ranks.contains(s.shard)).count();

@@ -1,6 +1,7 @@
 //! Who takes which rank. Pure functions of who is there.
 //!
-//! A rank goes, in this order, to its last owner, to a shard that has loaded its slice, to any other; and in each case
+//! A rank goes, in this order, to who brought its KV pages along from an earlier leader, its own before copies, to its last
+//! owner, to a shard that has loaded its slice, to any other; and in each case
 //! rather to a shard that is trusted than to one that was lately found stuck, slow or failing. Among several that have
 //! loaded it, one with copies of the ranks' KV rows comes first.
 
@@ -22,11 +23,15 @@ pub struct Sitter<'a> {
     pub prepared: &'a BTreeSet<SliceOf>,
     /// Whether it has copies of the ranks' KV rows.
     pub has_copies: bool,
+    /// The rank whose pages it brought along from an earlier leader, and ranks of whose pages it brought copies.
+    pub brought: (&'a Option<SliceOf>, &'a BTreeSet<SliceOf>),
 }
 
 /// Who may take a rank, in the order of the attempts.
 #[derive(Clone, Copy)]
 enum Rule {
+    HasPages,
+    HasCopy,
     Owner,
     Prepared,
     Anybody,
@@ -66,8 +71,10 @@ impl Owners {
         let mut ranks: Vec<Option<&ShardId>> = vec![None; world_size];
         for doubtful in [false, true] {
             let eligible = || sitters.iter().filter(move |s| s.is_doubtful == doubtful);
-            for rule in [Rule::Owner, Rule::Prepared, Rule::Anybody] {
+            for rule in [Rule::HasPages, Rule::HasCopy, Rule::Owner, Rule::Prepared, Rule::Anybody] {
                 let fits = |rank: usize, s: &Sitter<'_>| match rule {
+                    Rule::HasPages => *s.brought.0 == Some((world_size, rank)),
+                    Rule::HasCopy => s.brought.1.contains(&(world_size, rank)),
                     Rule::Owner => owners.get(rank) == Some(s.shard),
                     Rule::Prepared => s.prepared.contains(&(world_size, rank)),
                     Rule::Anybody => true,
@@ -103,6 +110,7 @@ mod tests {
                 (id(&text[..1]), *text, prepared)
             })
             .collect();
+        let none = BTreeSet::new();
         let sitters: Vec<Sitter<'_>> = parsed
             .iter()
             .map(|(shard, text, prepared)| Sitter {
@@ -110,6 +118,7 @@ mod tests {
                 is_doubtful: text.contains('?'),
                 prepared,
                 has_copies: text.contains('='),
+                brought: (&None, &none),
             })
             .collect();
         let owners = Owners::new(owners.iter().map(|o| id(o)).collect());
@@ -141,6 +150,26 @@ mod tests {
         assert_eq!(seat(&["a", "b"], 2, &["a?", "b", "c"]), "cb");
         assert_eq!(seat(&["a", "b"], 2, &["a?", "b"]), "ab");
         assert_eq!(seat(&["a", "b"], 2, &["a?", "b?", "c1"]), "ac");
+    }
+
+    #[test]
+    fn pages_of_an_earlier_leader_come_before_owners() {
+        let (copies, none, prepared) = (BTreeSet::from([(2, 0), (2, 1)]), BTreeSet::new(), BTreeSet::new());
+        let [a, b, c, d] = ["a", "b", "c", "d"].map(id);
+        let sitter =
+            |shard, brought| Sitter { shard, is_doubtful: false, prepared: &prepared, has_copies: false, brought };
+        let owners = Owners::new(vec![a.clone(), b.clone()]);
+        // The owner of rank 1 was started anew; of two spares one has copies.
+        let sitters = [
+            sitter(&a, (&Some((2, 0)), &none)),
+            sitter(&b, (&None, &none)),
+            sitter(&c, (&None, &none)),
+            sitter(&d, (&None, &copies)),
+        ];
+        assert_eq!(owners.seat(2, &sitters), Some(vec![a.clone(), d.clone()]));
+        assert_eq!(owners.seat(1, &sitters), Some(vec![a.clone()]), "pages of another world size");
+        let doubtful = Sitter { is_doubtful: true, ..sitters[3] };
+        assert_eq!(owners.seat(2, &[sitters[0], sitters[1], doubtful]), Some(vec![a, b]));
     }
 
     #[test]

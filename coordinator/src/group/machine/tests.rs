@@ -23,6 +23,7 @@ fn candidate(name: &str, incarnation: u64) -> Candidate {
         memory_bytes: 0,
         takes_mirror: false,
         holds: None,
+        copies: BTreeSet::new(),
     }
 }
 

@@ -8,8 +8,12 @@ use std::{
 use anyhow::Result;
 use rustix::process::Signal;
 
-use super::{Epochs, PLAIN, Row};
+use super::{
+    Epochs, PLAIN, Row,
+    mirrored::{LAG, LAG_OF_SHORT_STEPS, LARGE_KV},
+};
 use crate::faults::{
+    load::Sizes,
     round::Round,
     setup::{Clients, Model, Setup, StoreKind},
     starvation::Starved,
@@ -31,6 +35,29 @@ pub(super) static ROWS: &[Row] = &[
         setup: || two(Clients::OfStandby),
         epochs: Epochs::Any,
         inject: kill_leader,
+        ..PLAIN
+    },
+    Row {
+        name: "leader-rank-kill",
+        fault: "SIGKILL of the leading coordinator and of a rank at once, with a standby, and a spare that has copies of the \
+                rank's KV rows; clients call the standby",
+        setup: || two(Clients::OfStandby),
+        long_prompts: Some(200),
+        mirrored: true,
+        most_replayed: Some(0.5),
+        inject: |round| kill_leader_and_rank(round, LAG_OF_SHORT_STEPS),
+        ..PLAIN
+    },
+    Row {
+        name: "leader-rank-kill-1000",
+        short: false,
+        fault: "the same with SmolLM2, 16 streams of about 1,000 tokens",
+        setup: || Setup { model: Model::Smollm2, ..two(Clients::OfStandby) }.with(&LARGE_KV),
+        sizes: Some(|model| Sizes { tokens: 96, ..Sizes::of(model) }),
+        long_prompts: Some(1000),
+        mirrored: true,
+        most_replayed: Some(0.2),
+        inject: |round| kill_leader_and_rank(round, LAG),
         ..PLAIN
     },
     Row {
@@ -107,6 +134,18 @@ fn kill_leader(round: &mut Round<'_>) -> Result<()> {
     let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
     let pid = round.deployment.coordinators[leader].process.pid();
     round.signal(pid, Signal::KILL);
+    round.deployment.wait_leads(standby)?;
+    round.deployment.restart_coordinator(leader)
+}
+
+fn kill_leader_and_rank(round: &mut Round<'_>, lag: u64) -> Result<()> {
+    round.wait_all_begun()?;
+    round.wait_decode(10, 40)?;
+    round.wait_mirrored(lag)?;
+    let (leader, standby) = (round.deployment.leader()?, round.deployment.standby()?);
+    let (rank, pid) = (round.rank_pid(None)?, round.deployment.coordinators[leader].process.pid());
+    round.signal(pid, Signal::KILL);
+    round.signal(rank, Signal::KILL);
     round.deployment.wait_leads(standby)?;
     round.deployment.restart_coordinator(leader)
 }

@@ -10,11 +10,11 @@ use crate::faults::{
 };
 
 /// Memory for the KV pages of sixteen streams of 4,000 tokens, twice: those that run, and what the prefix cache keeps.
-const LARGE_KV: [&str; 2] = ["--kv-cache-memory", "2GiB"];
+pub(super) const LARGE_KV: [&str; 2] = ["--kv-cache-memory", "2GiB"];
 /// Steps that copies may be behind when the fault comes.
-const LAG: u64 = 16;
+pub(super) const LAG: u64 = 16;
 /// The same for a model whose steps take a millisecond or two: ranks gather the rows of 30 ms.
-const LAG_OF_SHORT_STEPS: u64 = 64;
+pub(super) const LAG_OF_SHORT_STEPS: u64 = 64;
 
 /// SmolLM2 with a spare, prompts of so many tokens, SIGKILL of a rank in decode.
 const SMOLLM2: Row = Row {

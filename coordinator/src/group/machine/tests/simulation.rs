@@ -118,7 +118,9 @@ impl World {
             let takes_mirror = index.is_multiple_of(2);
             // Pages from an earlier leader, as far as it says.
             let holds = (!self.lives.is_multiple_of(3)).then_some((self.world_size, index));
-            let arrived = Candidate { takes_mirror, holds, ..candidate(&index.to_string(), self.lives) };
+            let copies = (0..self.world_size).filter(|_| self.lives.is_multiple_of(5)).map(|r| (self.world_size, r));
+            let copies = copies.collect();
+            let arrived = Candidate { takes_mirror, holds, copies, ..candidate(&index.to_string(), self.lives) };
             process.said.push_back(Event::Arrived(arrived));
         }
     }

@@ -409,6 +409,71 @@ fn pages_of_some_ranks_only_are_given_back() {
 }
 
 #[test]
+fn a_copy_stands_in_for_a_rank_that_was_lost_with_the_leader() {
+    let seal = |token| Seal::of(&[token], 1);
+    let mut group = Group::new(settings(2));
+    group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+    group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 1) }));
+    group.arrive("d", 1);
+    let copies = [(2, 0), (2, 1)].into();
+    group.on(Event::Arrived(Candidate { copies, ..candidate("e", 1) }));
+    // Its owner would be better, if it lives.
+    assert_eq!(group.machine.wakes_at(), Some(group.now + COPIED_OWNERS_LIMIT));
+    group.wait(COPIED_OWNERS_LIMIT);
+    group.tick();
+    let formed = group.answer();
+    assert!(wants_sealed(&formed), "{formed:?}");
+    assert_eq!(group.machine.ranks(), shards("eb"), "of two spares the one with copies");
+    for (name, blocks) in [("e", vec![(0, seal(1))]), ("b", vec![(0, seal(1)), (3, seal(9))])] {
+        let sealed = Some(blocks.into_iter().collect());
+        let slice = Slice { kv_blocks: 70, sealed, ..Slice::default() };
+        group.on(Event::Loaded { from: group.life_of(name), epoch: group.machine.epoch(), slice });
+    }
+    group.ready("e");
+    let kept = Some(Kept::Sealed(vec![(0, seal(1))]));
+    assert_eq!(group.ready("b")[0], Action::Serving { epoch: epoch(1), kv_blocks: 70, kept });
+}
+
+#[test]
+fn an_owner_that_was_started_anew_leaves_its_rank_to_who_has_a_copy() {
+    let mut group = Group::new(settings(2));
+    group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+    let seen = [(shard("c"), String::new())].into();
+    group.machine.expect(seen, group.now + OWNERS_LIMIT);
+    group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 1) }));
+    group.arrive("a", 2);
+    assert_eq!(group.machine.wakes_at(), Some(group.now + COPIED_OWNERS_LIMIT), "the spare may come");
+    assert!(group.machine.waits_for().unwrap().ends_with("copies of KV pages"));
+    group.on(Event::Arrived(Candidate { copies: [(2, 0), (2, 1)].into(), ..candidate("c", 1) }));
+    let formed = group.answer();
+    assert!(wants_sealed(&formed), "{formed:?}");
+    assert_eq!(group.machine.ranks(), shards("cb"));
+    // Nobody comes.
+    let mut group = Group::new(settings(2));
+    group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+    group.machine.expect([(shard("c"), String::new())].into(), group.now + OWNERS_LIMIT);
+    group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 1) }));
+    group.arrive("a", 2);
+    group.wait(COPIED_OWNERS_LIMIT);
+    group.tick();
+    assert_eq!(group.answer(), [group.form(1, "ab", None)]);
+}
+
+#[test]
+fn copies_of_another_rank_stand_in_for_nobody() {
+    for copies in [vec![], vec![(2, 1)], vec![(3, 0)]] {
+        let mut group = Group::new(settings(2));
+        group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
+        group.on(Event::Arrived(Candidate { holds: Some((2, 1)), ..candidate("b", 1) }));
+        group.on(Event::Arrived(Candidate { copies: copies.into_iter().collect(), ..candidate("c", 1) }));
+        assert_eq!(group.machine.wakes_at(), Some(group.now + OWNERS_LIMIT));
+        group.wait(OWNERS_LIMIT);
+        group.tick();
+        assert_eq!(group.answer(), [group.form(1, "cb", None)]);
+    }
+}
+
+#[test]
 fn who_comes_with_pages_is_not_seated_beside_a_stranger_at_once() {
     let mut group = Group::new(settings(2));
     group.machine = GroupMachine::new(settings(2), epoch(0), shards("ab"), group.now);
