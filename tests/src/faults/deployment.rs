@@ -1,6 +1,7 @@
 //! The processes of a row.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::Path,
     sync::Arc,
@@ -309,6 +310,12 @@ impl Deployment {
     pub fn epoch(&self) -> f64 {
         let epochs = self.coordinators.iter().filter(|c| c.is_alive()).map(|c| metric(&c.http, "phalanx_epoch"));
         epochs.fold(0.0, f64::max)
+    }
+
+    /// Tokens that each living coordinator counts as computed again, by process.
+    pub fn replayed(&self) -> BTreeMap<u32, f64> {
+        let alive = self.coordinators.iter().filter(|c| c.is_alive());
+        alive.map(|c| (c.process.pid(), metric(&c.http, "phalanx_replayed_tokens_total"))).collect()
     }
 
     /// Failovers that all living coordinators count.

@@ -225,7 +225,7 @@ fn round(
         eventually("all KV rows are mirrored", || deployment.mirror_lag() == Some(0))?;
     }
     let (epoch, failovers) = (deployment.epoch(), deployment.failovers());
-    let replayed = deployment.metric("phalanx_replayed_tokens_total");
+    let replayed = deployment.replayed();
     let lives = deployment.coordinator_pids();
     let key = format!("fault-{}-{}", row.name, numbers.0);
     let load = Load::start(runtime, deployment, jobs, row.resumes.then_some(key.as_str()), row.repeats)?;
@@ -266,7 +266,9 @@ fn round(
     if eventually("KV blocks are free", || deployment.metric("kv_blocks_used") == 0.0).is_err() {
         outcome.problems.push(format!("{} KV blocks stay in use", deployment.metric("kv_blocks_used")));
     }
-    outcome.replayed = (deployment.metric("phalanx_replayed_tokens_total") - replayed).max(0.0);
+    // Who was started again counts from 0.
+    let grown = |(pid, n): (u32, f64)| n - replayed.get(&pid).copied().unwrap_or(0.0);
+    outcome.replayed = deployment.replayed().into_iter().map(grown).sum();
     if let Some(share) = row.most_replayed {
         let held: usize = records.iter().map(|r| r.held_at(injected)).sum();
         if outcome.replayed > held as f64 * share {
