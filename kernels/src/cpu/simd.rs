@@ -18,9 +18,9 @@ pub(crate) const LANES: usize = 16;
 pub(crate) const FIXED_LIMIT: f32 = 2_251_799_813_685_248.0;
 
 /// Numbers of less than [`NARROW_LIMIT`] that [`Simd::add_narrow`] may add: their sum is below 2^31 units of 2^-24.
-pub(crate) const NARROW_TERMS: usize = 16;
+pub(crate) const NARROW_TERMS: usize = 4;
 /// See there.
-pub(crate) const NARROW_LIMIT: f32 = 8.0;
+pub(crate) const NARROW_LIMIT: f32 = 32.0;
 
 /// An array on a cache-line boundary.
 #[derive(Clone, Copy)]
