@@ -200,6 +200,19 @@ async fn on_both([a, b]: [&mut Attached; 2], plan: StepPlan) -> u32 {
     result.samples[0].token_id
 }
 
+/// Both serve in epoch 2 and copy their rows to the spare.
+async fn serve_mirrored([a, b]: [&mut Attached; 2], spare: &Attached, file: &File) {
+    let target = MirrorTarget {
+        shard_id: "spare".to_owned(),
+        address: spare.hello.mirror_address.clone(),
+        secret: spare.hello.mirror_secret.clone(),
+        ranks: 2,
+    };
+    let mirrored = |rank| Form { term: 1, mirrors: vec![target.clone()], ..of_two(2, rank, file) };
+    tokio::join!(a.loaded(mirrored(0)), b.loaded(mirrored(1)));
+    tokio::join!(a.serve(2), b.serve(2));
+}
+
 #[tokio::test]
 async fn a_spare_takes_over_with_mirrored_pages() {
     let file = File::new();
@@ -216,15 +229,7 @@ async fn a_spare_takes_over_with_mirrored_pages() {
     spare.prepared().await;
     spare.has_loaded = false;
 
-    let target = MirrorTarget {
-        shard_id: "spare".to_owned(),
-        address: spare.hello.mirror_address.clone(),
-        secret: spare.hello.mirror_secret.clone(),
-        ranks: 2,
-    };
-    let mirrored = |rank| Form { term: 1, mirrors: vec![target.clone()], ..of_two(2, rank, &file) };
-    tokio::join!(first.loaded(mirrored(0)), second.loaded(mirrored(1)));
-    tokio::join!(first.serve(2), second.serve(2));
+    serve_mirrored([&mut first, &mut second], &spare, &file).await;
     let both = [&mut first, &mut second];
     assert_eq!(on_both(both, start(2, &file.tokens)).await, want[0]);
     let position = file.tokens.len();
@@ -263,15 +268,7 @@ async fn a_spare_takes_over_what_full_blocks_hold_when_rank_and_leader_are_lost(
         attached.push(coordinator.shard(1).await);
     }
     let [mut first, mut second, mut spare] = attached.try_into().ok().expect("three shards");
-    let target = MirrorTarget {
-        shard_id: "spare".to_owned(),
-        address: spare.hello.mirror_address.clone(),
-        secret: spare.hello.mirror_secret.clone(),
-        ranks: 2,
-    };
-    let mirrored = |rank| Form { term: 1, mirrors: vec![target.clone()], ..of_two(2, rank, &file) };
-    tokio::join!(first.loaded(mirrored(0)), second.loaded(mirrored(1)));
-    tokio::join!(first.serve(2), second.serve(2));
+    serve_mirrored([&mut first, &mut second], &spare, &file).await;
     let want = on_both([&mut first, &mut second], start(2, &tokens)).await;
     spare.beat(|beat| (beat.mirrored_epoch, beat.mirrored_step) == (2, 1)).await;
 
