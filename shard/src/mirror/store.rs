@@ -327,6 +327,7 @@ impl Group {
         (self.term, self.epoch) >= (source.term, source.epoch)
     }
 
+    /// Whether a formation wants these rows, by their epoch or for what blocks hold.
     fn is_wanted_by(&self, taking: Taking) -> bool {
         self.is_wanted(taking.term, taking.kv_of_epoch) || (taking.sealed_kv && self.term <= taking.term)
     }

@@ -49,7 +49,6 @@ use watch::{StepWatch, Witness};
 const DOUBT: Duration = Duration::from_secs(60);
 /// Between looks at who waits for whom.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-static NO_SLICES: BTreeSet<SliceOf> = BTreeSet::new();
 
 /// What a group is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -440,11 +439,17 @@ impl GroupMachine {
             if self.may_sit(attached) && also(shard) && self.has_memory_for(world_size, attached) {
                 let is_doubtful = self.is_doubtful(shard, now);
                 let has_copies = self.mirrors == Mirrors::Spare(shard.clone());
-                let Candidate { kind, holds, copies, .. } = &attached.candidate;
                 // What an earlier leader left is wanted until something else has been computed.
-                let brought = if self.has_served { (&None, &NO_SLICES) } else { (holds, copies) };
-                let sitter = Sitter { shard, is_doubtful, prepared: &attached.prepared, has_copies, brought };
-                kinds.entry(kind).or_default().push(sitter);
+                let brought = Some(&attached.candidate).filter(|_| !self.has_served);
+                let sitter = Sitter {
+                    shard,
+                    is_doubtful,
+                    prepared: &attached.prepared,
+                    has_copies,
+                    holds: brought.and_then(|candidate| candidate.holds),
+                    copies: brought.map(|candidate| &candidate.copies),
+                };
+                kinds.entry(&attached.candidate.kind).or_default().push(sitter);
             }
         }
         let returning = |sitters: &[Sitter<'_>]| sitters.iter().filter(|s| self.ranks.contains(s.shard)).count();

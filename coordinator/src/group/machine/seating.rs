@@ -1,9 +1,9 @@
 //! Who takes which rank. Pure functions of who is there.
 //!
-//! A rank goes, in this order, to who brought its KV pages along from an earlier leader, its own before copies, to its last
-//! owner, to a shard that has loaded its slice, to any other; and in each case
-//! rather to a shard that is trusted than to one that was lately found stuck, slow or failing. Among several that have
-//! loaded it, one with copies of the ranks' KV rows comes first.
+//! A rank goes, in this order, to who brought its KV pages along from an earlier leader, to who brought copies of them, to its
+//! last owner, to a shard that has loaded its slice, to any other; and in each case rather to a shard that is trusted than to
+//! one that was lately found stuck, slow or failing. Among several that have loaded it, one with copies of the ranks' KV rows
+//! comes first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,8 +23,10 @@ pub struct Sitter<'a> {
     pub prepared: &'a BTreeSet<SliceOf>,
     /// Whether it has copies of the ranks' KV rows.
     pub has_copies: bool,
-    /// The rank whose pages it brought along from an earlier leader, and ranks of whose pages it brought copies.
-    pub brought: (&'a Option<SliceOf>, &'a BTreeSet<SliceOf>),
+    /// The rank whose pages it brought along from an earlier leader, if they are of use.
+    pub holds: Option<SliceOf>,
+    /// Ranks of whose pages it brought copies, if they are of use.
+    pub copies: Option<&'a BTreeSet<SliceOf>>,
 }
 
 /// Who may take a rank, in the order of the attempts.
@@ -73,8 +75,8 @@ impl Owners {
             let eligible = || sitters.iter().filter(move |s| s.is_doubtful == doubtful);
             for rule in [Rule::HasPages, Rule::HasCopy, Rule::Owner, Rule::Prepared, Rule::Anybody] {
                 let fits = |rank: usize, s: &Sitter<'_>| match rule {
-                    Rule::HasPages => *s.brought.0 == Some((world_size, rank)),
-                    Rule::HasCopy => s.brought.1.contains(&(world_size, rank)),
+                    Rule::HasPages => s.holds == Some((world_size, rank)),
+                    Rule::HasCopy => s.copies.is_some_and(|copies| copies.contains(&(world_size, rank))),
                     Rule::Owner => owners.get(rank) == Some(s.shard),
                     Rule::Prepared => s.prepared.contains(&(world_size, rank)),
                     Rule::Anybody => true,
@@ -110,7 +112,6 @@ mod tests {
                 (id(&text[..1]), *text, prepared)
             })
             .collect();
-        let none = BTreeSet::new();
         let sitters: Vec<Sitter<'_>> = parsed
             .iter()
             .map(|(shard, text, prepared)| Sitter {
@@ -118,7 +119,8 @@ mod tests {
                 is_doubtful: text.contains('?'),
                 prepared,
                 has_copies: text.contains('='),
-                brought: (&None, &none),
+                holds: None,
+                copies: None,
             })
             .collect();
         let owners = Owners::new(owners.iter().map(|o| id(o)).collect());
@@ -154,17 +156,19 @@ mod tests {
 
     #[test]
     fn pages_of_an_earlier_leader_come_before_owners() {
-        let (copies, none, prepared) = (BTreeSet::from([(2, 0), (2, 1)]), BTreeSet::new(), BTreeSet::new());
+        let (copies, prepared) = (BTreeSet::from([(2, 0), (2, 1)]), BTreeSet::new());
         let [a, b, c, d] = ["a", "b", "c", "d"].map(id);
-        let sitter =
-            |shard, brought| Sitter { shard, is_doubtful: false, prepared: &prepared, has_copies: false, brought };
+        let sitter = |shard| {
+            let (holds, copies) = (None, None);
+            Sitter { shard, is_doubtful: false, prepared: &prepared, has_copies: false, holds, copies }
+        };
         let owners = Owners::new(vec![a.clone(), b.clone()]);
         // The owner of rank 1 was started anew; of two spares one has copies.
         let sitters = [
-            sitter(&a, (&Some((2, 0)), &none)),
-            sitter(&b, (&None, &none)),
-            sitter(&c, (&None, &none)),
-            sitter(&d, (&None, &copies)),
+            Sitter { holds: Some((2, 0)), ..sitter(&a) },
+            sitter(&b),
+            sitter(&c),
+            Sitter { copies: Some(&copies), ..sitter(&d) },
         ];
         assert_eq!(owners.seat(2, &sitters), Some(vec![a.clone(), d.clone()]));
         assert_eq!(owners.seat(1, &sitters), Some(vec![a.clone()]), "pages of another world size");
