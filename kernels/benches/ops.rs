@@ -39,8 +39,8 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
     let values = numbers(n);
     let quants4: Vec<u8> = (0..n).map(|i| (i * 7 % 16) as u8).collect();
     let quants8: Vec<i8> = (0..n).map(|i| (i * 37 % 256) as u8 as i8).collect();
-    // Of weights as models have them: sums of slices are small.
-    let (scales, short) = (numbers(n / 16), vec![0.01; n / 32]);
+    // Of weights as models have them, so that sums of slices are small; an f16.
+    let (scales, short) = (numbers(n / 16), vec![1.0 / 128.0; n / 32]);
     let quants6: Vec<i8> = (0..n).map(|i| (i * 37 % 64) as i8 - 32).collect();
     // Not an f16, but a small number times the same factor.
     let factored: Vec<f32> = (0..n / 16).map(|i| (1 + i % 60) as f32 * (1.0 + f32::EPSILON * 1024.0)).collect();

@@ -71,9 +71,6 @@ pub(crate) trait Tile: Sized {
 
 /// [`Tile::fixed`], slice by slice.
 ///
-/// Sums of slices are nearly always small: then some of them are added in 32 bits, which takes half as many instructions. If
-/// one was not, the same slices are done again in 64.
-///
 /// # Safety
 /// As there.
 #[inline(always)]
@@ -83,18 +80,71 @@ pub(crate) unsafe fn fixed_slices<S: Dots, K: Tile, const R: usize, const T: usi
     steps_per_slice: usize,
     out: &mut FixedSums<R, T>,
 ) {
+    // SAFETY: the contract above.
+    unsafe {
+        // Of one row, what is around the additions costs as much as narrow ones save.
+        if R == 1 {
+            wide_slices::<S, K, R, T>(w, x, steps_per_slice, out);
+        } else {
+            narrow_slices::<S, K, R, T>(w, x, steps_per_slice, out);
+        }
+    }
+}
+
+/// Adds slices in 64 bits.
+///
+/// # Safety
+/// As [`fixed_slices`].
+#[inline(always)]
+unsafe fn wide_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
+    w: Weights,
+    x: Inputs,
+    steps_per_slice: usize,
+    out: &mut FixedSums<R, T>,
+) {
+    let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
+    let mut step = 0;
+    while step < w.n_steps {
+        let end = w.n_steps.min(step + steps_per_slice);
+        // Else the compiler carries the numbers from slice to slice in registers that it does not have.
+        let out = black_box(&mut *out);
+        // SAFETY: the contract above.
+        unsafe {
+            K::sums::<S, R, T>(w, x, step..end, &mut slice);
+            for t in 0..T {
+                for r in 0..R {
+                    S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
+                }
+            }
+        }
+        step = end;
+    }
+}
+
+/// Adds a few slices at a time in 32 bits, which takes half as many instructions. If a sum was too large for that, these
+/// slices are done again in 64: in the same loop, which then is compiled once.
+///
+/// # Safety
+/// As [`fixed_slices`].
+#[inline(always)]
+unsafe fn narrow_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
+    w: Weights,
+    x: Inputs,
+    steps_per_slice: usize,
+    out: &mut FixedSums<R, T>,
+) {
     let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
     let mut narrow: NarrowSums<R, T> = Line([[[0; LANES]; R]; T]);
     let (mut part, mut is_narrow) = (0, true);
     while part < w.n_steps {
-        let part_end = w.n_steps.min(part.saturating_add(steps_per_slice.saturating_mul(NARROW_TERMS)));
+        let part_end = w.n_steps.min(part + steps_per_slice * NARROW_TERMS);
         let (mut step, mut n_slices) = (part, 0);
         // SAFETY: the contract above.
         unsafe {
             let mut largest = S::splat(0.0);
             while step < part_end {
-                let end = part_end.min(step.saturating_add(steps_per_slice));
-                // Else the compiler carries the numbers from slice to slice in registers that it does not have.
+                let end = part_end.min(step + steps_per_slice);
+                // As above.
                 let (out, narrow) = (black_box(&mut *out), black_box(&mut narrow));
                 K::sums::<S, R, T>(w, x, step..end, &mut slice);
                 for t in 0..T {
@@ -109,23 +159,21 @@ pub(crate) unsafe fn fixed_slices<S: Dots, K: Tile, const R: usize, const T: usi
                 }
                 (step, n_slices) = (end, n_slices + 1);
             }
-            if is_narrow {
-                is_narrow = S::is_narrow(largest);
-                if is_narrow {
-                    let excess = S::FIXED_EXCESS.wrapping_mul(n_slices);
-                    for t in 0..T {
-                        for r in 0..R {
-                            S::add_widened(out.0[t][r].as_mut_ptr(), narrow.0[t][r].as_ptr(), excess);
-                        }
+            let is_done = !is_narrow || S::is_narrow(largest);
+            if is_narrow && is_done {
+                let excess = S::FIXED_EXCESS.wrapping_mul(n_slices);
+                for t in 0..T {
+                    for r in 0..R {
+                        S::add_widened(out.0[t][r].as_mut_ptr(), narrow.0[t][r].as_ptr(), excess);
                     }
                 }
-                narrow.0 = [[[0; LANES]; R]; T];
-                if !is_narrow {
-                    continue;
-                }
+            }
+            narrow.0 = [[[0; LANES]; R]; T];
+            is_narrow = is_done;
+            if is_done {
+                part = part_end;
             }
         }
-        (part, is_narrow) = (part_end, true);
     }
 }
 
