@@ -2,11 +2,12 @@
 //!
 //! Prints billions of products a second, and how many bytes of packed weights pass by in that time.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use half::f16;
 use phalanx_kernels::{
     CpuConfig, CpuOps, Isa,
+    collective::{CollectiveConfig, PeerAddress, connect},
     ops::{ActivationLevels, Attention, Buf, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData},
 };
 
@@ -185,17 +186,26 @@ fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim
 }
 
 fn bench_elementwise(ops: &mut CpuOps) -> Result<()> {
+    let config = CollectiveConfig {
+        epoch: 1,
+        rank: 0,
+        world_size: 1,
+        secret: Vec::new(),
+        peers: vec![PeerAddress { host_id: String::new(), address: String::new() }],
+        time_limit: Duration::from_secs(1),
+    };
+    let mut alone = connect(&config, None, None)?;
     for (n_rows, width) in [(1, 1536), (512, 1536)] {
         let n = n_rows * width;
         let (x, w, out, fixed) = (vector(ops, n)?, vector(ops, width)?, ops.alloc(n)?, ops.alloc_fixed(n)?);
         let norm = time(|| Ok(ops.rms_norm(x, w, 1e-5, out, n_rows)?))?;
         let silu = time(|| Ok(ops.silu_mul(x, out, x, n)?))?;
-        let add = time(|| Ok(ops.add_fixed(x, fixed, n)?))?;
+        let add = time(|| Ok(ops.add_reduced(x, fixed, n, &mut *alone)?))?;
         let mut best = vec![(0.0, 0); n_rows];
         let argmax = time(|| Ok(ops.argmax(x, n_rows, width, &mut best)?))?;
         let [norm, silu, add, argmax] = [norm, silu, add, argmax].map(|s| s * 1e6);
         println!(
-            "  {n_rows} x {width}: rms_norm {norm:.1} us, silu_mul {silu:.1} us, add_fixed {add:.1} us, argmax {argmax:.1} us"
+            "  {n_rows} x {width}: rms_norm {norm:.1} us, silu_mul {silu:.1} us, add_reduced {add:.1} us, argmax {argmax:.1} us"
         );
     }
     Ok(())

@@ -286,8 +286,15 @@ pub trait Ops: Send {
     /// Adds the first `len` elements over all ranks; every rank has the sum afterwards.
     fn all_reduce(&mut self, buf: FixedBuf, len: usize, collective: &mut dyn Collective) -> Result<(), KernelError>;
 
-    /// `x[i] += delta[i] * 2^-24` for `len` elements.
-    fn add_fixed(&mut self, x: Buf, delta: FixedBuf, len: usize) -> Result<(), KernelError>;
+    /// `x[i] += sum * 2^-24`, the sum of `delta[i]` over all ranks, for `len` elements. `x` is the same on every rank, before and
+    /// afterwards, for ranks may do a part each and exchange them; `delta` holds nothing in particular afterwards.
+    fn add_reduced(
+        &mut self,
+        x: Buf,
+        delta: FixedBuf,
+        len: usize,
+        collective: &mut dyn Collective,
+    ) -> Result<(), KernelError>;
 
     /// Rotates each head of each row in place by the row's position. `x`: `[n_rows, n_heads, head_dim]`.
     fn rope(&mut self, x: Buf, n_heads: usize, head_dim: usize, rope: Rope) -> Result<(), KernelError>;

@@ -112,6 +112,9 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// What is made of sums: see [`Collective::all_reduce_into`].
+pub type Finish<'a> = &'a mut dyn FnMut(&[i64], &mut [f32]);
+
 /// Ranks that compute in lock-step. Every rank calls the same operations in the same order.
 ///
 /// No operation waits longer than the time limit the collective was made with, and each ends soon after
@@ -131,6 +134,18 @@ pub trait Collective: Send {
 
     /// Adds element-wise over all ranks (wrapping); every rank has the sum afterwards. Lengths are equal on all ranks.
     fn all_reduce(&mut self, values: &mut [i64]) -> Result<(), CollectiveError>;
+
+    /// Adds element-wise over all ranks (wrapping) and makes `results` of the sums, which every rank has afterwards; `values` hold
+    /// nothing in particular then. Lengths are equal, also on all ranks.
+    ///
+    /// `finish` gets stretches of the sums and what `results` hold at the same place. A stretch may be finished on one rank, and what came of
+    /// it sent to the others: so `finish` has to do the same on all of them, and `results` to hold the same before.
+    fn all_reduce_into(
+        &mut self,
+        values: &mut [i64],
+        results: &mut [f32],
+        finish: Finish<'_>,
+    ) -> Result<(), CollectiveError>;
 
     /// Concatenates what the ranks give, in rank order, on every rank. `lens[rank]` is each rank's length in bytes;
     /// `mine.len() == lens[self.rank()]`, `all.len()` is their sum.

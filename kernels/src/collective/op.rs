@@ -1,6 +1,6 @@
 //! What ranks tell each other about the operation they are in, to notice when they disagree.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 use super::CollectiveError;
 
@@ -10,6 +10,7 @@ pub(super) enum OpKind {
     AllGather = 2,
     Gather = 3,
     Broadcast = 4,
+    AllReduceInto = 5,
 }
 
 /// One operation, or one part of it. Equal on all ranks.
@@ -55,13 +56,30 @@ impl Op {
 
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const KINDS: [OpKind; 4] = [OpKind::AllReduce, OpKind::AllGather, OpKind::Gather, OpKind::Broadcast];
+        use OpKind::{AllGather, AllReduce, AllReduceInto, Broadcast, Gather};
+        const KINDS: [OpKind; 5] = [AllReduce, AllGather, Gather, Broadcast, AllReduceInto];
         match KINDS.into_iter().find(|kind| *kind as u8 == self.kind) {
             Some(kind) => write!(f, "{kind:?}")?,
             None => write!(f, "unknown operation {}", self.kind)?,
         }
         write!(f, " number {} of {} bytes", self.counter, self.bytes)
     }
+}
+
+/// The part of `n` numbers that a rank sums where ranks share them: whole cache lines of f32, if there is one for each.
+pub(super) fn share(n: usize, rank: usize, world_size: usize) -> Range<usize> {
+    let line = if n < 16 * world_size { 1 } else { 16 };
+    let start = |rank: usize| if rank == world_size { n } else { n * rank / world_size / line * line };
+    start(rank)..start(rank + 1)
+}
+
+/// Checks that there is a result for each sum.
+pub(super) fn check_results(epoch: u64, rank: usize, values: &[i64], results: &[f32]) -> Result<(), CollectiveError> {
+    if values.len() == results.len() {
+        return Ok(());
+    }
+    let (want, got) = (format!("{} results", values.len()), format!("room for {}", results.len()));
+    Err(CollectiveError::Mismatch { epoch, rank, want, got })
 }
 
 /// Checks the lengths that a caller of a gathering operation gives; returns their sum.
@@ -112,6 +130,22 @@ mod tests {
             Op::new(OpKind::AllReduce, 7, 8),
         ] {
             assert_ne!(op.to_word(), other.to_word());
+        }
+    }
+
+    #[test]
+    fn shares_cover_all_numbers() {
+        for world_size in 1..=5 {
+            for n in [0, 1, 15, 16, 79, 4608, 65_537] {
+                let shares = (0..world_size).map(|rank| share(n, rank, world_size));
+                let end = shares.fold(0, |end, share: Range<usize>| {
+                    assert_eq!(share.start, end);
+                    assert!(share.start % 16 == 0 || n < 16 * world_size);
+                    assert!(!share.is_empty() || n < world_size);
+                    share.end
+                });
+                assert_eq!(end, n);
+            }
         }
     }
 

@@ -207,17 +207,22 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// Gives this rank's piece of the next round to the others. Returns when they are done with the buffer it takes.
-    fn publish(&mut self, op: Op, piece: &[u8], deadline: Instant) -> Result<(), CollectiveError> {
-        assert!(!self.published && piece.len() <= BUFFER_BYTES, "one piece of a buffer at most in each round");
+    /// Gives this rank's piece of the next round to the others: bytes at offsets; what lies between is anything. Returns when
+    /// they are done with the buffer it takes.
+    fn publish(&mut self, op: Op, piece: &[(usize, &[u8])], deadline: Instant) -> Result<(), CollectiveError> {
+        assert!(!self.published, "one piece in each round");
+        piece.iter().for_each(|(offset, bytes)| check_range(*offset, bytes.len()));
         for peer in self.others() {
             self.wait(peer, self.round, deadline)?;
         }
-        // SAFETY: the buffer is this rank's own and holds the piece by the check above. Every other rank has published
-        // the previous round, so none reads this buffer's older piece any more, and none reads the new one before
-        // `published` says so below. `&mut self`: no other thread of ours is here.
-        unsafe {
-            std::ptr::copy_nonoverlapping(piece.as_ptr(), self.segment.buffer(self.rank, self.round), piece.len());
+        for (offset, bytes) in piece {
+            // SAFETY: the buffer is this rank's own and holds the piece by the check above. Every other rank has published
+            // the previous round, so none reads this buffer's older piece any more, and none reads the new one before
+            // `published` says so below. `&mut self`: no other thread of ours is here.
+            unsafe {
+                let at = self.segment.buffer(self.rank, self.round).add(*offset);
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len());
+            }
         }
         let lane = self.segment.lane(self.rank);
         lane.op[(self.round & 1) as usize].store(op.to_word(), Ordering::Relaxed);

@@ -2,7 +2,10 @@
 
 use std::net::TcpListener;
 
-use super::{AbortFlag, Collective, CollectiveConfig, CollectiveError, CollectiveKind, op::check_lens};
+use super::{
+    AbortFlag, Collective, CollectiveConfig, CollectiveError, CollectiveKind, Finish,
+    op::{check_lens, check_results},
+};
 
 pub(super) const KIND: CollectiveKind =
     CollectiveKind { name: "single", fits: |config| config.world_size == 1, connect };
@@ -48,6 +51,18 @@ impl Collective for Single {
 
     fn all_reduce(&mut self, _values: &mut [i64]) -> Result<(), CollectiveError> {
         self.check()
+    }
+
+    fn all_reduce_into(
+        &mut self,
+        values: &mut [i64],
+        results: &mut [f32],
+        finish: Finish<'_>,
+    ) -> Result<(), CollectiveError> {
+        self.check()?;
+        check_results(self.epoch, 0, values, results)?;
+        finish(values, results);
+        Ok(())
     }
 
     fn all_gather(&mut self, mine: &[u8], lens: &[usize], all: &mut [u8]) -> Result<(), CollectiveError> {

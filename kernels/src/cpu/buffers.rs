@@ -1,5 +1,7 @@
 //! Buffers behind handles, and the checks before a kernel gets a pointer.
 
+use bytemuck::Pod;
+
 use super::shape_error;
 use crate::{
     error::KernelError,
@@ -37,20 +39,26 @@ impl Buffers {
 
     /// The first `len` elements.
     pub fn floats(&mut self, op: &'static str, buf: Buf, len: usize) -> Result<&mut [f32], KernelError> {
-        let buffer = self.floats.get_mut(buf.0 as usize);
-        let buffer = buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{buf:?}")))?;
-        let have = buffer.len();
-        let too_short = || shape_error(op, format!("{len} elements"), format!("a buffer of {have}"));
-        buffer.as_mut_slice().get_mut(..len).ok_or_else(too_short)
+        first(op, self.floats.get_mut(buf.0 as usize), &buf, len)
     }
 
     /// The first `len` elements.
     pub fn fixed(&mut self, op: &'static str, buf: FixedBuf, len: usize) -> Result<&mut [i64], KernelError> {
-        let buffer = self.fixed.get_mut(buf.0 as usize);
-        let buffer = buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{buf:?}")))?;
-        let have = buffer.len();
-        let too_short = || shape_error(op, format!("{len} elements"), format!("a buffer of {have}"));
-        buffer.as_mut_slice().get_mut(..len).ok_or_else(too_short)
+        first(op, self.fixed.get_mut(buf.0 as usize), &buf, len)
+    }
+
+    /// The first `len` elements of both.
+    pub fn floats_and_fixed(
+        &mut self,
+        op: &'static str,
+        (floats, fixed): (Buf, FixedBuf),
+        len: usize,
+    ) -> Result<(&mut [f32], &mut [i64]), KernelError> {
+        let (all_floats, all_fixed) = (&mut self.floats, &mut self.fixed);
+        Ok((
+            first(op, all_floats.get_mut(floats.0 as usize), &floats, len)?,
+            first(op, all_fixed.get_mut(fixed.0 as usize), &fixed, len)?,
+        ))
     }
 
     /// A pointer to the first `len` elements.
@@ -62,6 +70,19 @@ impl Buffers {
     pub fn fixed_pointer(&mut self, op: &'static str, buf: FixedBuf, len: usize) -> Result<*mut i64, KernelError> {
         Ok(self.fixed(op, buf, len)?.as_mut_ptr())
     }
+}
+
+/// The first `len` elements of the buffer that `name` is the handle of.
+fn first<'a, T: Pod>(
+    op: &'static str,
+    buffer: Option<&'a mut Aligned<T>>,
+    name: &dyn std::fmt::Debug,
+    len: usize,
+) -> Result<&'a mut [T], KernelError> {
+    let buffer = buffer.ok_or_else(|| shape_error(op, "a buffer of this device", format!("{name:?}")))?;
+    let have = buffer.len();
+    let too_short = || shape_error(op, format!("{len} elements"), format!("a buffer of {have}"));
+    buffer.as_mut_slice().get_mut(..len).ok_or_else(too_short)
 }
 
 /// Checks that no buffer in `outputs` is also in `inputs` or there twice.

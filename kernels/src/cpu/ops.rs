@@ -7,6 +7,7 @@ use super::{
     generic::{attention::AttentionTask, linear::Out},
     kv::{self, KvCache},
     linear::rows_per_task,
+    pool::Pool,
     shape_error,
     steps::RopeTable,
 };
@@ -33,14 +34,14 @@ impl CpuOps {
             .filter(|weight| (weight.n_out, weight.n_in) == (linear.n_out, linear.n_in))
             .ok_or_else(|| shape_error(op, "weights of this device", format!("{linear:?}")))
     }
+}
 
-    /// Runs `task(from, len)` over stretches of `len` elements.
-    fn elementwise(&mut self, len: usize, task: &(dyn Fn(usize, usize) + Sync)) {
-        self.pool.run(len.div_ceil(ELEMENTS_PER_TASK), &|index, _| {
-            let from = index * ELEMENTS_PER_TASK;
-            task(from, ELEMENTS_PER_TASK.min(len - from));
-        });
-    }
+/// Runs `task(from, len)` over stretches of `len` elements.
+fn elementwise(pool: &mut Pool, len: usize, task: &(dyn Fn(usize, usize) + Sync)) {
+    pool.run(len.div_ceil(ELEMENTS_PER_TASK), &|index, _| {
+        let from = index * ELEMENTS_PER_TASK;
+        task(from, ELEMENTS_PER_TASK.min(len - from));
+    });
 }
 
 impl Ops for CpuOps {
@@ -172,7 +173,7 @@ impl Ops for CpuOps {
         let op = "bits_to_f32";
         let dst = Shared(self.buffers.pointer(op, dst, len)?);
         let src = Shared(self.buffers.fixed_pointer(op, src, len)?);
-        self.elementwise(len, &|from, n| {
+        elementwise(&mut self.pool, len, &|from, n| {
             for i in from..from + n {
                 // SAFETY: both buffers have `len` elements; each task has its own stretch.
                 unsafe { *dst.get().add(i) = f32::from_bits(*src.get().add(i) as u32) };
@@ -246,15 +247,24 @@ impl Ops for CpuOps {
         Ok(collective.all_reduce(self.buffers.fixed("all_reduce", buf, len)?)?)
     }
 
-    fn add_fixed(&mut self, x: Buf, delta: FixedBuf, len: usize) -> Result<(), KernelError> {
-        let x = Shared(self.buffers.pointer("add_fixed", x, len)?);
-        let delta = Shared(self.buffers.fixed_pointer("add_fixed", delta, len)?);
-        let add_fixed = self.table.add_fixed;
-        self.elementwise(len, &|from, n| {
-            // SAFETY: both buffers have `len` elements; each task has its own stretch; the CPU has the table.
-            unsafe { add_fixed(x.get().add(from), delta.get().add(from), n) };
-        });
-        Ok(())
+    fn add_reduced(
+        &mut self,
+        x: Buf,
+        delta: FixedBuf,
+        len: usize,
+        collective: &mut dyn Collective,
+    ) -> Result<(), KernelError> {
+        let (x, delta) = self.buffers.floats_and_fixed("add_reduced", (x, delta), len)?;
+        let (pool, add_fixed) = (&mut self.pool, self.table.add_fixed);
+        let mut add = |sums: &[i64], x: &mut [f32]| {
+            let len = sums.len().min(x.len());
+            let (sums, x) = (Shared(sums.as_ptr()), Shared(x.as_mut_ptr()));
+            elementwise(pool, len, &|from, n| {
+                // SAFETY: both have `len` elements; each task has its own stretch; the CPU has the table.
+                unsafe { add_fixed(x.get().add(from), sums.get().add(from), n) };
+            });
+        };
+        Ok(collective.all_reduce_into(delta, x, &mut add)?)
     }
 
     fn rope(&mut self, x: Buf, n_heads: usize, head_dim: usize, rope: Rope) -> Result<(), KernelError> {
@@ -412,7 +422,7 @@ impl Ops for CpuOps {
         let gate_pointer = Shared(self.buffers.pointer(op, gate, len)?);
         let out = if out == gate { gate_pointer } else { Shared(self.buffers.pointer(op, out, len)?) };
         let silu_mul = self.table.silu_mul;
-        self.elementwise(len, &|from, n| {
+        elementwise(&mut self.pool, len, &|from, n| {
             // SAFETY: all buffers have `len` elements; each task has its own stretch; the CPU has the table.
             unsafe { silu_mul(gate_pointer.get().add(from), up.get().add(from), out.get().add(from), n) };
         });

@@ -148,9 +148,10 @@ fn a_rank_that_leaves_is_lost() {
 #[test]
 fn ranks_that_disagree_are_told() {
     type Body = fn(&mut dyn Collective) -> Result<(), CollectiveError>;
-    let pairs: [(Body, Body); 3] = [
+    let pairs: [(Body, Body); 4] = [
         (|c| c.all_reduce(&mut [0; 8]), |c| c.all_reduce(&mut [0; 9])),
         (|c| c.all_reduce(&mut [0; 8]), |c| c.all_gather(&[0; 32], &[32, 32], &mut [0; 64])),
+        (|c| c.all_reduce(&mut [0; 8]), |c| c.all_reduce_into(&mut [0; 8], &mut [0.0; 8], &mut |_, _| ())),
         (|c| c.broadcast(&mut [0; 8]), |c| c.broadcast(&mut [0; 9])),
     ];
     for kind in ["shm", "tcp"] {
@@ -174,6 +175,8 @@ fn wrong_lengths_of_the_caller_are_errors() {
                 let result = collective.all_gather(b"ab", lens, &mut vec![0; room]);
                 assert!(matches!(result, Err(CollectiveError::Mismatch { .. })), "{kind}: {result:?}");
             }
+            let result = collective.all_reduce_into(&mut [0; 3], &mut [0.0; 4], &mut |_, _| ());
+            assert!(matches!(result, Err(CollectiveError::Mismatch { .. })), "{kind}: {result:?}");
         });
     }
 }

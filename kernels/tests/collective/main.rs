@@ -118,6 +118,28 @@ fn check_sum(collective: &mut dyn Collective, n: usize, salt: usize) {
     }
 }
 
+/// As [`check_sum`], of what comes of sums that are finished by whichever rank.
+fn check_sum_into(collective: &mut dyn Collective, n: usize, salt: usize) {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let mut values: Vec<i64> = (0..n).map(|idx| number(rank, idx, salt)).collect();
+    // What is there before is the same on all ranks.
+    let before = |idx: usize| (idx % 1000) as f32;
+    let finished = |sum: i64| (sum >> 48) as f32;
+    let mut results: Vec<f32> = (0..n).map(before).collect();
+    let mut finish = |sums: &[i64], results: &mut [f32]| {
+        assert_eq!(sums.len(), results.len());
+        for (result, sum) in results.iter_mut().zip(sums) {
+            *result += finished(*sum);
+        }
+    };
+    collective.all_reduce_into(&mut values, &mut results, &mut finish).expect("all ranks sum");
+    for (idx, result) in results.into_iter().enumerate() {
+        let sum = (0..world_size).fold(0_i64, |sum, rank| sum.wrapping_add(number(rank, idx, salt)));
+        let want = before(idx) + finished(sum);
+        assert_eq!(result, want, "result {idx} of {n} at rank {rank} of {world_size}");
+    }
+}
+
 /// A rank's byte at an index.
 fn byte(rank: usize, idx: usize, salt: usize) -> u8 {
     (number(rank, idx, salt) >> 40) as u8
@@ -155,6 +177,7 @@ fn sums_are_exact_on_every_rank() {
                 [0, 1, 7, 576, 2047, 2048, 0, 4096, 65_536, 65_537, 100_003, 300_001].into_iter().enumerate()
             {
                 check_sum(&mut *collective, n, salt);
+                check_sum_into(&mut *collective, n, salt);
             }
         });
     });
@@ -196,8 +219,9 @@ fn operations_in_any_order_do_not_mix() {
                 let draw = |idx| uniform(11, salt as u64, idx);
                 let len = (draw(0).powi(3) * 20_000.0) as usize;
                 let lens: Vec<_> = (0..world_size).map(|rank| (draw(rank as u32 + 1) * len as f64) as usize).collect();
-                match (draw(9) * 4.0) as u32 {
+                match (draw(9) * 5.0) as u32 {
                     0 => check_sum(&mut *collective, len / 4, salt),
+                    4 => check_sum_into(&mut *collective, len / 4, salt),
                     1 => check_gather(&mut *collective, &lens, salt, true),
                     2 => check_gather(&mut *collective, &lens, salt, false),
                     _ => check_broadcast(&mut *collective, len, salt),

@@ -55,7 +55,7 @@ impl AttentionBlock {
         })
     }
 
-    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`; in the last layer, that of wanted rows.
+    /// Leaves this rank's share of the block's output in the scratch's `delta`; in the last layer, that of wanted rows.
     pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
         let scratch = pass.scratch;
         let n_heads = self.kv_head_of.len();
@@ -80,6 +80,6 @@ impl AttentionBlock {
             let attention = Attention { layer: self.layer, n_heads, kv_head_of: &self.kv_head_of, scale: self.scale };
             pass.ops.attention(attention, queries, attended)?;
         }
-        pass.reduce(attended, self.projections.as_ref().map(|weights| weights.output))
+        pass.share(attended, self.projections.as_ref().map(|weights| weights.output))
     }
 }

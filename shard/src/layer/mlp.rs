@@ -34,13 +34,13 @@ impl GatedMlp {
         Ok(Self { ffn: shape.ffn(), weights })
     }
 
-    /// Leaves the block's output, summed over the ranks, in the scratch's `delta`.
+    /// Leaves this rank's share of the block's output in the scratch's `delta`.
     pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
         let scratch = pass.scratch;
         if let Some(weights) = &self.weights {
             pass.ops.linear(x, pass.n_rows, &[(weights.gate, scratch.gate), (weights.up, scratch.up)])?;
             pass.ops.silu_mul(scratch.gate, scratch.up, scratch.gate, pass.n_rows * self.ffn)?;
         }
-        pass.reduce(scratch.gate, self.weights.as_ref().map(|weights| weights.down))
+        pass.share(scratch.gate, self.weights.as_ref().map(|weights| weights.down))
     }
 }

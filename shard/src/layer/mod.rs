@@ -54,34 +54,22 @@ impl<'a> Pass<'a> {
         Ok(Some(wanted.indices()))
     }
 
-    /// This rank's share of a row-parallel product into [`Scratch::delta`], then summed over all ranks.
-    /// A rank that holds no column (`None`) adds nothing.
-    pub fn reduce(&mut self, x: Buf, weight: Option<Linear>) -> Result<(), KernelError> {
-        match weight {
-            Some(weight) => self.ops.linear_exact(x, self.n_rows, weight, self.scratch.delta)?,
+    /// This rank's share of a row-parallel product into [`Scratch::delta`]. A rank that holds no column (`None`) adds nothing.
+    pub fn share(&mut self, x: Buf, weight: Option<Linear>) -> Result<(), KernelError> {
+        let Some(weight) = weight else {
             // Rows of "another rank" are zeros.
-            None => {
-                let ids = self.scratch.elsewhere.get(..self.n_rows).ok_or_else(|| KernelError::Shape {
-                    op: "reduce",
-                    want: format!("at most {} rows", self.scratch.elsewhere.len()),
-                    got: self.n_rows.to_string(),
-                })?;
-                self.ops.embed(self.scratch.nothing, ids, self.scratch.delta)?;
-            }
-        }
-        self.all_reduce_delta()
+            let ids = self.scratch.elsewhere.get(..self.n_rows).ok_or_else(|| KernelError::Shape {
+                op: "share",
+                want: format!("at most {} rows", self.scratch.elsewhere.len()),
+                got: self.n_rows.to_string(),
+            })?;
+            return self.ops.embed(self.scratch.nothing, ids, self.scratch.delta);
+        };
+        self.ops.linear_exact(x, self.n_rows, weight, self.scratch.delta)
     }
 
-    /// Sums [`Scratch::delta`] over the ranks.
-    pub fn all_reduce_delta(&mut self) -> Result<(), KernelError> {
-        if self.collective.world_size() > 1 {
-            self.ops.all_reduce(self.scratch.delta, self.n_rows * self.hidden, self.collective)?;
-        }
-        Ok(())
-    }
-
-    /// Adds [`Scratch::delta`] to the residual stream.
-    pub fn add_delta(&mut self) -> Result<(), KernelError> {
-        self.ops.add_fixed(self.residual, self.scratch.delta, self.n_rows * self.hidden)
+    /// Adds all ranks' shares to the residual stream.
+    pub fn add_shares(&mut self) -> Result<(), KernelError> {
+        self.ops.add_reduced(self.residual, self.scratch.delta, self.n_rows * self.hidden, self.collective)
     }
 }

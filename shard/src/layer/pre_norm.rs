@@ -36,9 +36,9 @@ impl DecoderLayer for PreNormLayer {
         if pass.n_rows == 0 {
             return Ok(());
         }
-        pass.add_delta()?;
+        pass.add_shares()?;
         self.ffn_norm.run(pass, pass.residual, pass.normed)?;
         self.ffn.run(pass, pass.normed)?;
-        pass.add_delta()
+        pass.add_shares()
     }
 }

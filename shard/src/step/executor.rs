@@ -264,7 +264,9 @@ impl Executor {
         let scratch = &self.scratch;
         let (residual, normed, wanted) = (scratch.residual, scratch.normed, None);
         let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, normed, wanted };
-        pass.all_reduce_delta()?;
+        if pass.collective.world_size() > 1 {
+            pass.ops.all_reduce(self.scratch.delta, n_rows * hidden, pass.collective)?;
+        }
         pass.ops.bits_to_f32(self.scratch.delta, self.scratch.residual, n_rows * hidden)?;
         let n_layers = self.model.layers.len();
         for (idx, layer) in self.model.layers.iter().enumerate() {

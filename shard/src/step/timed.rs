@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use phalanx_kernels::collective::{AbortFlag, Collective, CollectiveError};
+use phalanx_kernels::collective::{AbortFlag, Collective, CollectiveError, Finish};
 
 use crate::failpoint;
 
@@ -46,6 +46,16 @@ impl Collective for Timed<'_> {
     fn all_reduce(&mut self, values: &mut [i64]) -> Result<(), CollectiveError> {
         failpoint::all_reduce();
         self.time(|inner| inner.all_reduce(values))
+    }
+
+    fn all_reduce_into(
+        &mut self,
+        values: &mut [i64],
+        results: &mut [f32],
+        finish: Finish<'_>,
+    ) -> Result<(), CollectiveError> {
+        failpoint::all_reduce();
+        self.time(|inner| inner.all_reduce_into(values, results, finish))
     }
 
     fn all_gather(&mut self, mine: &[u8], lens: &[usize], all: &mut [u8]) -> Result<(), CollectiveError> {

@@ -1,18 +1,19 @@
 //! The operations, as rounds of the exchange.
 
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use super::{BUFFER_BYTES, Exchange, KIND, Sources};
 use crate::collective::{
-    AbortFlag, Collective, CollectiveError,
-    op::{Op, OpKind, check_lens},
+    AbortFlag, Collective, CollectiveError, Finish,
+    op::{Op, OpKind, check_lens, check_results, share},
 };
 
 /// Numbers in one buffer.
 const CHUNK: usize = BUFFER_BYTES / size_of::<i64>();
 
-/// From this many numbers on, more than two ranks add a part each and share the sums: two rounds instead of one, but each
-/// rank reads `2 (world_size - 1) / world_size` times the vector instead of `world_size - 1` times.
+/// From this many numbers on, ranks add a share each and give each other the sums, or what came of them: two rounds instead of one,
+/// but each rank reads `2 (world_size - 1) / world_size` times the vector instead of `world_size - 1` times. Two ranks gain
+/// only where what comes of the sums is smaller or takes work.
 const SHARED_FROM: usize = 2048;
 
 pub(super) struct Shm {
@@ -78,7 +79,7 @@ impl Shm {
             }
             for start in (0..longest).step_by(BUFFER_BYTES) {
                 let part = |len: usize| start.min(len)..(start + BUFFER_BYTES).min(len);
-                exchange.publish(op, &mine[part(mine.len())], deadline)?;
+                exchange.publish(op, &[(0, &mine[part(mine.len())])], deadline)?;
                 exchange.collect(op, sources, deadline, |peer, piece| {
                     piece.copy_to(0, &mut all[starts[peer]..][part(lens[peer])]);
                 })?;
@@ -90,21 +91,43 @@ impl Shm {
 
 /// One round: every rank reads every other's numbers.
 fn sum_directly(exchange: &mut Exchange, op: Op, deadline: Instant, values: &mut [i64]) -> Result<(), CollectiveError> {
-    exchange.publish(op, bytemuck::cast_slice(values), deadline)?;
+    exchange.publish(op, &[(0, bytemuck::cast_slice(values))], deadline)?;
     exchange.collect(op, Sources::All, deadline, |_, piece| piece.add_to(0, values))
 }
 
-/// Two rounds: each rank sums its part, then reads the others' sums.
-fn sum_shared(exchange: &mut Exchange, op: Op, deadline: Instant, values: &mut [i64]) -> Result<(), CollectiveError> {
-    let (world_size, n) = (exchange.world_size, values.len());
-    let part = |rank: usize| n * rank / world_size..n * (rank + 1) / world_size;
-    let mine = part(exchange.rank);
-    exchange.publish(op, bytemuck::cast_slice(values), deadline)?;
+/// One round: each rank sums its share, which is returned.
+fn sum_share(
+    exchange: &mut Exchange,
+    op: Op,
+    deadline: Instant,
+    values: &mut [i64],
+) -> Result<Range<usize>, CollectiveError> {
+    let mine = share(values.len(), exchange.rank, exchange.world_size);
+    let (before, after) = (bytemuck::cast_slice(&values[..mine.start]), bytemuck::cast_slice(&values[mine.end..]));
+    exchange.publish(op, &[(0, before), (mine.end * size_of::<i64>(), after)], deadline)?;
     exchange.collect(op, Sources::All, deadline, |_, piece| piece.add_to(mine.start, &mut values[mine.clone()]))?;
-    exchange.publish(op, bytemuck::cast_slice(&values[mine]), deadline)?;
+    Ok(mine)
+}
+
+/// One round: each rank gives its share to the others.
+fn gather_shares<T: bytemuck::Pod>(
+    exchange: &mut Exchange,
+    op: Op,
+    deadline: Instant,
+    values: &mut [T],
+) -> Result<(), CollectiveError> {
+    let (n, world_size) = (values.len(), exchange.world_size);
+    let mine = bytemuck::cast_slice(&values[share(n, exchange.rank, world_size)]);
+    exchange.publish(op, &[(0, mine)], deadline)?;
     exchange.collect(op, Sources::All, deadline, |peer, piece| {
-        piece.copy_to(0, bytemuck::cast_slice_mut(&mut values[part(peer)]));
+        piece.copy_to(0, bytemuck::cast_slice_mut(&mut values[share(n, peer, world_size)]));
     })
+}
+
+/// Two rounds: each rank sums its share, then reads the others' sums.
+fn sum_shared(exchange: &mut Exchange, op: Op, deadline: Instant, values: &mut [i64]) -> Result<(), CollectiveError> {
+    sum_share(exchange, op, deadline, values)?;
+    gather_shares(exchange, op, deadline, values)
 }
 
 impl Collective for Shm {
@@ -131,6 +154,27 @@ impl Collective for Shm {
         })
     }
 
+    fn all_reduce_into(
+        &mut self,
+        values: &mut [i64],
+        results: &mut [f32],
+        finish: Finish<'_>,
+    ) -> Result<(), CollectiveError> {
+        check_results(self.exchange.epoch, self.exchange.rank, values, results)?;
+        self.run(OpKind::AllReduceInto, size_of_val(values), |exchange, op, deadline| {
+            values.chunks_mut(CHUNK).zip(results.chunks_mut(CHUNK)).try_for_each(|(values, results)| {
+                if values.len() < SHARED_FROM {
+                    sum_directly(exchange, op, deadline, values)?;
+                    finish(values, results);
+                    return Ok(());
+                }
+                let mine = sum_share(exchange, op, deadline, values)?;
+                finish(&values[mine.clone()], &mut results[mine]);
+                gather_shares(exchange, op, deadline, results)
+            })
+        })
+    }
+
     fn all_gather(&mut self, mine: &[u8], lens: &[usize], all: &mut [u8]) -> Result<(), CollectiveError> {
         self.gather_to(OpKind::AllGather, Sources::All, mine, lens, all)
     }
@@ -144,7 +188,7 @@ impl Collective for Shm {
         self.run(OpKind::Broadcast, bytes.len(), |exchange, op, deadline| {
             let is_root = exchange.rank == 0;
             for chunk in bytes.chunks_mut(BUFFER_BYTES) {
-                exchange.publish(op, if is_root { chunk } else { &[] }, deadline)?;
+                exchange.publish(op, &[(0, if is_root { chunk } else { &[] })], deadline)?;
                 let sources = if is_root { Sources::None } else { Sources::Root };
                 exchange.collect(op, sources, deadline, |_, piece| piece.copy_to(0, chunk))?;
             }

@@ -156,7 +156,7 @@ fn fixed_sums_are_added_rounded_once_to_f32() {
     for ops in &mut devices(Precision::Auto, 2) {
         let (x, fixed) = (buffer(ops, &x), ops.alloc_fixed(len).expect("memory"));
         ops.buffers.fixed("test", fixed, len).expect("in bounds").copy_from_slice(&delta);
-        ops.add_fixed(x, fixed, len).expect("valid");
+        ops.add_reduced(x, fixed, len, &mut *alone()).expect("valid");
         assert_same(&floats(ops, x, len), &want, &ops.name());
     }
 }

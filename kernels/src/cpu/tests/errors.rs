@@ -75,7 +75,8 @@ fn operands_that_do_not_fit_are_refused() {
     refused(ops.embed(plain, &[8], fixed));
     refused(ops.embed(plain, &[7; 2], fixed));
     refused(ops.bits_to_f32(fixed, out, 17));
-    refused(ops.add_fixed(out, FixedBuf(9), 1));
+    refused(ops.add_reduced(out, FixedBuf(9), 1, &mut *alone()));
+    refused(ops.add_reduced(out, fixed, 17, &mut *alone()));
     refused(ops.rms_norm(x, out, 0.0, x, 1));
     refused(ops.rms_norm(x, out, 0.0, out, 1));
     refused(ops.silu_mul(x, out, out, 4));
