@@ -391,8 +391,12 @@ struct Spin {
 impl Spin {
     const MOST_SKIPPED: u32 = 64;
 
+    /// Longer than ranks that compute drift apart from one sum to the next, in steps of many rows too. Who sleeps for less is woken later
+    /// than it could have gone on, and a core that has gone idle begins slowly.
+    const LONG: Duration = Duration::from_millis(2);
+
     fn new(world_size: usize, n_cores: usize) -> Self {
-        let budget = if world_size <= n_cores { Duration::from_micros(50) } else { Duration::from_micros(2) };
+        let budget = if world_size <= n_cores { Self::LONG } else { Duration::from_micros(2) };
         Self { budget, skip: 0, penalty: 0 }
     }
 
