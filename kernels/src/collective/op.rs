@@ -140,7 +140,7 @@ mod tests {
                 let shares = (0..world_size).map(|rank| share(n, rank, world_size));
                 let end = shares.fold(0, |end, share: Range<usize>| {
                     assert_eq!(share.start, end);
-                    assert!(share.start % 16 == 0 || n < 16 * world_size);
+                    assert!(share.start.is_multiple_of(16) || n < 16 * world_size);
                     assert!(!share.is_empty() || n < world_size);
                     share.end
                 });
