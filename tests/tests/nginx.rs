@@ -156,6 +156,9 @@ fn streams_pass_event_by_event_and_both_coordinators_are_asked() {
     assert_eq!(text, wanted, "the same over gRPC");
 
     // One after the other they take turns: each begins when NGINX knows that the one before has ended, which it logs then.
+    let streams = ["/v1/completions", "/phalanx.v1.Inference/Generate"];
+    let logged = |path: &str| nginx.accesses().iter().any(|access| access.request.ends_with(path));
+    wait_until("both streams are in the log", || streams.into_iter().all(logged));
     let n_before = nginx.accesses().len();
     for n in 1..=6 {
         assert_eq!(post(&url, &completion(&prompt, 1)).unwrap().status, 200);
