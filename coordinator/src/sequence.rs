@@ -34,15 +34,17 @@ pub struct Turn {
 
 /// A waiting sequence's place in the queue.
 ///
-/// Those that ran when a group was lost go first: clients are in the middle of reading them. Among equals of these the
-/// shortest goes first. In any order the last one goes on when all rows are computed, so the longest stall is the same;
-/// the sum of all stalls is the least this way.
+/// Those that ran when a group was lost go first, and of these the ones that clients are in the middle of reading. Among equals of
+/// these the shortest goes first. In any order the last one goes on when all rows are computed, so the longest stall is the
+/// same; the sum of all stalls is the least this way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     /// `false` goes first.
     pub is_new: bool,
     /// Lower goes first.
     pub priority: i32,
+    /// `false` goes first: it ran, and a client has some of its tokens.
+    pub is_unread: bool,
     /// Positions to compute again.
     pub n_replayed: usize,
     /// Among equals the oldest goes first.
@@ -103,7 +105,13 @@ impl Sequence {
 
     /// Its place among those that wait, now.
     pub fn place(&self) -> Place {
-        Place { is_new: self.replay_until == 0, priority: self.priority, n_replayed: self.replay_until, key: self.key }
+        Place {
+            is_new: self.replay_until == 0,
+            priority: self.priority,
+            is_unread: self.replay_until == 0 || self.n_output == 0,
+            n_replayed: self.replay_until,
+            key: self.key,
+        }
     }
 
     /// Tokens that are known to the coordinator.

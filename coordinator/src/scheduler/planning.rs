@@ -85,14 +85,16 @@ impl Machine {
                 self.add_chunk(key, &mut draft, out);
             }
         }
-        let n_decodes = draft.planned.len();
-        if n_decodes > 0 {
-            let n_rows = self.row_time.rows_beside_decodes(self.limits.max_step_rows);
-            draft.rows_left = draft.rows_left.min(n_rows.saturating_sub(n_decodes));
-        }
         // Who has just been preempted must not take blocks from those who run.
         let may_admit = self.running.len() == n_running;
         let has_replays = !replays.is_empty() || (may_admit && self.next_waiting(allowed, Waiting::Replayed).is_some());
+        let n_decodes = draft.planned.len();
+        let n_stalled = if has_replays && n_decodes == 0 { self.stalled_rows(allowed) } else { 0 };
+        if n_decodes + n_stalled > 0 {
+            let n_rows = self.row_time.rows_beside_tokens(self.limits.max_step_rows);
+            let n_rows = n_rows.max(policy::rows_around_replays(n_stalled));
+            draft.rows_left = draft.rows_left.min(n_rows.saturating_sub(n_decodes));
+        }
         let for_replays = if has_replays { policy::replay_rows(draft.rows_left) } else { 0 };
         draft.rows_left -= for_replays;
         prefills.retain(|key| !self.add_chunk(*key, &mut draft, out));
@@ -148,6 +150,15 @@ impl Machine {
         }
         missing.replays.sort_by_key(|key| self.sequences.get(key).map(Sequence::place));
         missing
+    }
+
+    /// Rows without which answers that were being read when a group was lost don't go on.
+    fn stalled_rows(&self, allowed: Allowed) -> usize {
+        let running = self.running.iter().map(|turn| turn.key);
+        let waiting = self.waiting.iter().take_while(|place| !place.is_new).map(|place| place.key);
+        let stalled = running.chain(waiting).filter(|key| self.allows(allowed, *key));
+        let stalled = stalled.filter_map(|key| self.sequences.get(&key)).filter(|s| s.stalled_since.is_some());
+        stalled.map(|s| if s.seat.is_some() { n_missing(s) } else { s.n_known() }).sum()
     }
 
     /// Gives a sequence the block for its next row; the last in turn give theirs up if need be. Rows of this plan are all

@@ -54,7 +54,7 @@ impl RowTime {
     }
 
     /// Most rows of a step that somebody's next token comes with: a long prompt must not stop those who are being answered.
-    pub fn rows_beside_decodes(&self, max_step_rows: usize) -> usize {
+    pub fn rows_beside_tokens(&self, max_step_rows: usize) -> usize {
         let fits = self.micros.map_or(f64::INFINITY, |micros| STEP_TARGET.as_secs_f64() * 1e6 / micros);
         max_step_rows.min((fits as usize).max(LEAST_ROWS))
     }
@@ -65,6 +65,12 @@ impl RowTime {
 /// nobody's first token waits until all is computed again.
 pub fn replay_rows(n_rows: usize) -> usize {
     n_rows - n_rows / 4
+}
+
+/// Rows of a step in which so many, of answers that stand still, are what [`replay_rows`] holds back: others may have a quarter, but
+/// must not make it longer than that.
+pub fn rows_around_replays(n_rows: usize) -> usize {
+    n_rows + n_rows / 3
 }
 
 /// Missing positions come first if they are one per sequence: clients wait for those tokens.
@@ -93,21 +99,24 @@ mod tests {
     #[test]
     fn long_prompts_are_cut_by_time_where_others_wait_for_tokens() {
         let mut time = RowTime::default();
-        assert_eq!(time.rows_beside_decodes(2048), 2048, "nothing is known");
+        assert_eq!(time.rows_beside_tokens(2048), 2048, "nothing is known");
         time.record(1, Duration::from_secs(9));
-        assert_eq!(time.rows_beside_decodes(2048), 2048, "a small step says nothing");
+        assert_eq!(time.rows_beside_tokens(2048), 2048, "a small step says nothing");
         time.record(2048, Duration::from_millis(2048));
-        assert_eq!(time.rows_beside_decodes(2048), 80);
-        assert_eq!(time.rows_beside_decodes(70), 70);
+        assert_eq!(time.rows_beside_tokens(2048), 80);
+        assert_eq!(time.rows_beside_tokens(70), 70);
         (0..50).for_each(|_| time.record(64, Duration::from_secs(10)));
-        assert_eq!(time.rows_beside_decodes(2048), LEAST_ROWS);
+        assert_eq!(time.rows_beside_tokens(2048), LEAST_ROWS);
         (0..99).for_each(|_| time.record(64, Duration::from_micros(64)));
-        assert_eq!(time.rows_beside_decodes(2048), 2048);
+        assert_eq!(time.rows_beside_tokens(2048), 2048);
     }
 
     #[test]
     fn replay_gets_most_rows() {
         assert_eq!([2048, 5, 3, 1, 0].map(replay_rows), [1536, 4, 3, 1, 0]);
+        for n_rows in 0..100 {
+            assert!(replay_rows(rows_around_replays(n_rows)) >= n_rows);
+        }
     }
 
     #[test]
