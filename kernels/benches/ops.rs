@@ -8,7 +8,9 @@ use half::f16;
 use phalanx_kernels::{
     CpuConfig, CpuOps, Isa,
     collective::{CollectiveConfig, PeerAddress, connect},
-    ops::{ActivationLevels, Attention, Buf, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData},
+    ops::{
+        ActivationLevels, Attention, Buf, Input, KvShape, LinearSource, Ops, Precision, RowChunk, StepRows, WeightData,
+    },
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -78,8 +80,8 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
     let (x, out, fixed) = (vector(ops, 512 * n_in)?, ops.alloc(512 * n_out)?, ops.alloc_fixed(512 * n_out)?);
     for n_rows in [1, 4, 8, 32, 128, 512] {
         let products = (n_rows * n) as f64;
-        let plain = time(|| Ok(ops.linear(x, n_rows, &[(weight, out)])?))?;
-        let sliced = time(|| Ok(ops.linear_exact(x, n_rows, exact, fixed)?))?;
+        let plain = time(|| Ok(ops.linear(x.into(), n_rows, &[(weight, out)])?))?;
+        let sliced = time(|| Ok(ops.linear_exact(x.into(), n_rows, exact, fixed)?))?;
         println!(
             "{name:>16} {n_out:>5} x {n_in:<5} {n_rows:>4} rows: {:8.1} GMAC/s {:7.1} GB/s {:9.1} us; exact {:8.1} GMAC/s",
             products / plain / 1e9,
@@ -105,7 +107,7 @@ fn bench_decode(ops: &mut CpuOps) -> Result<()> {
     let load = begin.elapsed().as_secs_f64();
     let bytes = ops.resident_bytes() as f64;
     let (x, out) = (vector(ops, n_in)?, ops.alloc(n_out)?);
-    let seconds = time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x, 1, &[(*weight, out)])?)))?;
+    let seconds = time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x.into(), 1, &[(*weight, out)])?)))?;
     let n = (n_matrices * n_out * n_in) as f64;
     println!(
         "  q4 from memory: {:.1} GB/s, {:.1} GMAC/s; packed at {:.2} G weights/s",
@@ -131,8 +133,9 @@ fn bench_batches(ops: &mut CpuOps, name: &str) -> Result<()> {
     let weights = (0..n_matrices).map(|_| load(ops)).collect::<std::result::Result<Vec<_>, _>>()?;
     let (x, out) = (vector(ops, 128 * n_in)?, ops.alloc(128 * n_out)?);
     for n_rows in [1, 4, 8, 16, 32, 64, 128] {
-        let cold = time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x, n_rows, &[(*weight, out)])?)))?;
-        let warm = time(|| weights.iter().try_for_each(|_| Ok(ops.linear(x, n_rows, &[(weights[0], out)])?)))?;
+        let cold =
+            time(|| weights.iter().try_for_each(|weight| Ok(ops.linear(x.into(), n_rows, &[(*weight, out)])?)))?;
+        let warm = time(|| weights.iter().try_for_each(|_| Ok(ops.linear(x.into(), n_rows, &[(weights[0], out)])?)))?;
         let speed = |seconds: f64| (n_matrices * n_out * n_in * n_rows) as f64 / seconds / 1e9;
         println!(
             "  {name} {n_out} x {n_in} {n_rows:>4} rows: {:.1} GMAC/s from memory, {:.1} from the cache",
@@ -198,14 +201,25 @@ fn bench_elementwise(ops: &mut CpuOps) -> Result<()> {
     for (n_rows, width) in [(1, 1536), (512, 1536)] {
         let n = n_rows * width;
         let (x, w, out, fixed) = (vector(ops, n)?, vector(ops, width)?, ops.alloc(n)?, ops.alloc_fixed(n)?);
-        let norm = time(|| Ok(ops.rms_norm(x, w, 1e-5, out, n_rows)?))?;
-        let silu = time(|| Ok(ops.silu_mul(x, out, x, n)?))?;
+        // What a product takes in quantized, beside a matrix that is next to nothing.
+        let data = WeightData::Q4 {
+            quants: &vec![7; 16 * width],
+            scales: &vec![0.01; width / 2],
+            mins: &vec![0.0; width / 2],
+        };
+        let (bias, slice_width, activations) = (None, None, ActivationLevels::One);
+        let small = ops.load_linear(LinearSource { n_out: 16, n_in: width, data, bias, slice_width, activations })?;
+        let few = ops.alloc(n_rows * 16)?;
+        let mut with = |input: Input| time(|| Ok(ops.linear(input, n_rows, &[(small, few)])?));
+        let rows = with(x.into())?;
+        let norm = with(Input::Normed { x, weight: w, eps: 1e-5 })? - rows;
+        let silu = with(Input::Gated { gate: x, up: out })? - rows;
         let add = time(|| Ok(ops.add_reduced(x, fixed, n, &mut *alone)?))?;
         let mut best = vec![(0.0, 0); n_rows];
         let argmax = time(|| Ok(ops.argmax(x, n_rows, width, &mut best)?))?;
-        let [norm, silu, add, argmax] = [norm, silu, add, argmax].map(|s| s * 1e6);
+        let [rows, norm, silu, add, argmax] = [rows, norm, silu, add, argmax].map(|s| s * 1e6);
         println!(
-            "  {n_rows} x {width}: rms_norm {norm:.1} us, silu_mul {silu:.1} us, add_reduced {add:.1} us, argmax {argmax:.1} us"
+            "  {n_rows} x {width}: quantization and 16 outputs {rows:.1} us, norm {norm:.1} us more, SiLU {silu:.1} us more, add_reduced {add:.1} us, argmax {argmax:.1} us"
         );
     }
     Ok(())

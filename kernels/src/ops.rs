@@ -120,6 +120,35 @@ pub enum WeightData<'a> {
     },
 }
 
+/// Rows that a product takes, `[n_rows, n_in]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Input {
+    /// As they are.
+    Rows(Buf),
+    /// Root mean square norm (Zhang and Sennrich, 2019): `x[r] / sqrt(mean(x[r]^2) + eps) * weight`.
+    Normed {
+        /// `[n_rows, n_in]`.
+        x: Buf,
+        /// `[n_in]`.
+        weight: Buf,
+        /// Added to the mean of squares.
+        eps: f32,
+    },
+    /// Gated linear units with SiLU (Shazeer, 2020, arXiv:2002.05202): `gate[i] / (1 + exp(-gate[i])) * up[i]`.
+    Gated {
+        /// `[n_rows, n_in]`.
+        gate: Buf,
+        /// `[n_rows, n_in]`.
+        up: Buf,
+    },
+}
+
+impl From<Buf> for Input {
+    fn from(rows: Buf) -> Self {
+        Self::Rows(rows)
+    }
+}
+
 /// Which elements of a head rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RopeStyle {
@@ -269,19 +298,15 @@ pub trait Ops: Send {
     /// `dst[i]` = the f32 whose bits are `src[i]`, for `len` elements.
     fn bits_to_f32(&mut self, src: FixedBuf, dst: Buf, len: usize) -> Result<(), KernelError>;
 
-    /// Root mean square norm (Zhang and Sennrich, 2019): `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight`.
-    /// `x`, `out`: `[n_rows, width]`; `weight`: `[width]`.
-    fn rms_norm(&mut self, x: Buf, weight: Buf, eps: f32, out: Buf, n_rows: usize) -> Result<(), KernelError>;
-
-    /// `out = x · weightᵀ + bias` for each pair; the weights share `n_in` and [`ActivationLevels`], and `x` is quantized once
-    /// for all of them.
+    /// `out = x · weightᵀ + bias` for each pair; the weights share `n_in` and [`ActivationLevels`], and `x` is computed and
+    /// quantized once for all of them.
     /// `x`: `[n_rows, n_in]`; each `out`: `[n_rows, n_out]`.
-    fn linear(&mut self, x: Buf, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError>;
+    fn linear(&mut self, x: Input, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError>;
 
     /// `out = x · weightᵀ` as exact sums over this rank's slices; a bias counts as one more slice, so that one rank alone
     /// must have it.
     /// `x`: `[n_rows, n_in]`; `out`: `[n_rows, n_out]`.
-    fn linear_exact(&mut self, x: Buf, n_rows: usize, weight: Linear, out: FixedBuf) -> Result<(), KernelError>;
+    fn linear_exact(&mut self, x: Input, n_rows: usize, weight: Linear, out: FixedBuf) -> Result<(), KernelError>;
 
     /// Adds the first `len` elements over all ranks; every rank has the sum afterwards.
     fn all_reduce(&mut self, buf: FixedBuf, len: usize, collective: &mut dyn Collective) -> Result<(), KernelError>;
@@ -296,8 +321,9 @@ pub trait Ops: Send {
         collective: &mut dyn Collective,
     ) -> Result<(), KernelError>;
 
-    /// Rotates each head of each row in place by the row's position. `x`: `[n_rows, n_heads, head_dim]`.
-    fn rope(&mut self, x: Buf, n_heads: usize, head_dim: usize, rope: Rope) -> Result<(), KernelError>;
+    /// Rotates each head of each row in place by the row's position, in each of some buffers and its number of heads.
+    /// Each `x`: `[n_rows, n_heads, head_dim]`.
+    fn rope(&mut self, xs: &[(Buf, usize)], head_dim: usize, rope: Rope) -> Result<(), KernelError>;
 
     /// Writes the rows' keys and values to their slots in the pages of `layer`. `k`, `v`: `[n_rows, n_kv_heads, head_dim]`.
     fn store_kv(&mut self, layer: usize, k: Buf, v: Buf) -> Result<(), KernelError>;
@@ -305,9 +331,6 @@ pub trait Ops: Send {
     /// Causal attention (Vaswani et al., 2017; paged as in Kwon et al., 2023): each row attends to the positions of its
     /// sequence up to its own, which [`Ops::store_kv`] has written. `q`, `out`: `[n_rows, n_heads, head_dim]`.
     fn attention(&mut self, attention: Attention<'_>, q: Buf, out: Buf) -> Result<(), KernelError>;
-
-    /// `out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]` for `len` elements. `out` may be `gate`.
-    fn silu_mul(&mut self, gate: Buf, up: Buf, out: Buf, len: usize) -> Result<(), KernelError>;
 
     /// Copies rows: `dst[i] = src[rows[i]]`, rows of `width` elements.
     fn gather_rows(&mut self, src: Buf, rows: &[u32], width: usize, dst: Buf) -> Result<(), KernelError>;

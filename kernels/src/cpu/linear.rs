@@ -8,6 +8,7 @@ use super::{
         linear::{LinearTask, Out},
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
     },
+    input::Rows,
     table::LinearFn,
 };
 use crate::{
@@ -35,13 +36,13 @@ pub(super) struct Product {
 }
 
 impl CpuOps {
-    /// Computes the products of the rows at `x` with some weights (index, bias wanted, where to). Weights share `n_in`.
+    /// Computes the products of the rows `x` with some weights (index, where to). Weights share `n_in`.
     ///
     /// # Safety
-    /// `x` is valid for `n_rows * n_in` elements, each output for `n_rows * n_out`; outputs are disjoint from all else.
+    /// `x` has `n_rows` rows of `n_in` elements, each output has room for `n_rows * n_out`; outputs are disjoint from all else.
     pub(super) unsafe fn products(
         &mut self,
-        x: *const f32,
+        x: Rows,
         n_rows: usize,
         outputs: impl Iterator<Item = (usize, Out)> + Clone,
     ) -> Result<(), KernelError> {
@@ -54,12 +55,17 @@ impl CpuOps {
         let n_levels = outputs.clone().map(|(index, _)| self.weights[index].n_levels).max().unwrap_or(1);
         let kinds = || outputs.clone().map(|(index, _)| self.weights[index].kind);
         let (quantized, dense) = (kinds().any(|k| k.is_quantized()), kinds().any(|k| !k.is_quantized()));
+        // One row that is there needs no packing for dense weights.
+        let in_place = match x {
+            Rows::Plain(x) if n_rows == 1 => Some(x),
+            _ => None,
+        };
         // SAFETY: the contract above.
         unsafe {
             if quantized {
                 self.quantize(x, n_rows, n_in, n_levels)?;
             }
-            if dense && n_rows > 1 {
+            if dense && in_place.is_none() {
                 self.interleave(x, n_rows, n_in)?;
             }
         }
@@ -86,10 +92,10 @@ impl CpuOps {
             let unpacks = weight.kind.is_unpacked_for_many_rows()
                 && row_blocks_per_task >= self.table.products.unpack_blocks
                 && unpacked_bytes <= self.table.products.unpacked_bytes;
-            let packed = match (weight.kind.is_quantized(), n_rows) {
+            let packed = match (weight.kind.is_quantized(), in_place) {
                 (true, _) => self.quantized.as_slice().as_ptr(),
-                (false, 1) => x.cast(),
-                (false, _) => self.interleaved.as_slice().as_ptr().cast(),
+                (false, Some(x)) => x.cast(),
+                (false, None) => self.interleaved.as_slice().as_ptr().cast(),
             };
             products.push(Product {
                 task: LinearTask {
@@ -150,25 +156,22 @@ impl CpuOps {
     /// Fills `self.quantized`.
     ///
     /// # Safety
-    /// `x` is valid for `n_rows * n_in` elements; `n_in` is a multiple of 32.
-    unsafe fn quantize(
-        &mut self,
-        x: *const f32,
-        n_rows: usize,
-        n_in: usize,
-        n_levels: usize,
-    ) -> Result<(), KernelError> {
-        let n_groups = n_in / GROUP;
+    /// `x` has `n_rows` rows of `n_in` elements; `n_in` is a multiple of 32.
+    unsafe fn quantize(&mut self, x: Rows, n_rows: usize, n_in: usize, n_levels: usize) -> Result<(), KernelError> {
+        let (n_groups, n_threads) = (n_in / GROUP, self.pool.n_threads());
         self.quantized.reserve("quantized activations", n_rows * n_groups * n_levels * QUANT_ROW_BYTES)?;
-        let (table, out, x) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()), Shared(x));
-        let rows_per_task = rows_per_task(n_rows, n_in);
-        self.pool.run(n_rows.div_ceil(rows_per_task), &|index, _| {
+        self.computed.reserve("activations", n_threads * n_in)?;
+        let (table, out) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()));
+        let room = Shared(self.computed.as_mut_slice().as_mut_ptr());
+        let rows_per_task = rows_per_task(n_rows, n_in, n_threads);
+        self.pool.run(n_rows.div_ceil(rows_per_task), &|index, thread| {
             for row in index * rows_per_task..n_rows.min((index + 1) * rows_per_task) {
                 let block = Block::of_row(n_rows, table.products.rows, row);
-                // SAFETY: the contract above; the buffer has room for all rows, each row writes its own part.
+                // SAFETY: the contract above; the buffer has room for all rows, each row writes its own part; each thread has its own
+                // room for a row.
                 unsafe {
                     let out = out.get().add(block.first_row * n_groups * n_levels * QUANT_ROW_BYTES);
-                    let x = x.get().add(row * n_in);
+                    let x = x.row(&table, row, n_in, room.get().add(thread * n_in));
                     let place = QuantPlace { row: row - block.first_row, block_rows: block.n_rows, n_levels };
                     (table.quantize_row)(x, n_groups, place, out);
                 }
@@ -180,23 +183,37 @@ impl CpuOps {
     /// Fills `self.interleaved`.
     ///
     /// # Safety
-    /// `x` is valid for `n_rows * n_in` elements.
-    unsafe fn interleave(&mut self, x: *const f32, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
+    /// `x` has `n_rows` rows of `n_in` elements.
+    unsafe fn interleave(&mut self, x: Rows, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
         self.interleaved.reserve("activations", n_rows * n_in)?;
-        let (table, out, x) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()), Shared(x));
-        self.pool.run(Block::count(n_rows, table.products.rows), &|index, _| {
-            let block = Block::new(n_rows, table.products.rows, index);
-            // SAFETY: the contract above; the buffer has room for all rows, each block writes its own part.
+        let block_rows = self.table.products.rows;
+        self.computed.reserve("activations", self.pool.n_threads() * block_rows * n_in)?;
+        let (table, out) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()));
+        let room = Shared(self.computed.as_mut_slice().as_mut_ptr());
+        self.pool.run(Block::count(n_rows, block_rows), &|index, thread| {
+            let block = Block::new(n_rows, block_rows, index);
+            // SAFETY: the contract above; the buffer has room for all rows, each block writes its own part; each thread has its own
+            // room for a block.
             unsafe {
-                let from = block.first_row * n_in;
-                (table.pack_rows)(x.get().add(from), n_in, block.n_rows, out.get().add(from));
+                let room = room.get().add(thread * block_rows * n_in);
+                let first = x.row(&table, block.first_row, n_in, room);
+                // Rows that are there follow each other as those in the room do.
+                for i in 1..block.n_rows {
+                    x.row(&table, block.first_row + i, n_in, room.add(i * n_in));
+                }
+                (table.pack_rows)(first, n_in, block.n_rows, out.get().add(block.first_row * n_in));
             }
         });
         Ok(())
     }
 }
 
-/// Rows of a task of simple work: enough that starting it is worth while.
-pub(super) fn rows_per_task(n_rows: usize, width: usize) -> usize {
-    (16_384 / width.max(1)).clamp(1, n_rows.max(1))
+/// Fewest elements of a task of simple work: starting one takes about as long as a thousand.
+const LEAST_ELEMENTS: usize = 4096;
+
+/// Rows of a task of simple work: as many tasks for each thread, none of them small.
+pub(super) fn rows_per_task(n_rows: usize, width: usize, n_threads: usize) -> usize {
+    let n_tasks = (n_rows * width / LEAST_ELEMENTS).clamp(1, TASKS_PER_THREAD * n_threads);
+    let n_tasks = if n_tasks > n_threads { n_tasks / n_threads * n_threads } else { n_tasks };
+    n_rows.div_ceil(n_tasks).max(1)
 }

@@ -26,6 +26,7 @@ mod avx512;
 mod avx_vnni;
 mod buffers;
 mod generic;
+mod input;
 mod isa;
 pub(crate) mod kv;
 mod kv_rows;
@@ -85,6 +86,8 @@ pub struct CpuOps {
     unpacked: Aligned<u8>,
     /// Interleaved f32 activations.
     interleaved: Aligned<f32>,
+    /// Rows that are normed or gated, a few for each thread.
+    computed: Aligned<f32>,
     /// Queries and scores of attention, a stretch for each thread.
     scores: Aligned<f32>,
     products: Vec<linear::Product>,
@@ -121,6 +124,7 @@ impl CpuOps {
             quantized: Aligned::zeroed("quantized activations", 0)?,
             unpacked: Aligned::zeroed("unpacked weights", 0)?,
             interleaved: Aligned::zeroed("activations", 0)?,
+            computed: Aligned::zeroed("activations", 0)?,
             scores: Aligned::zeroed("attention scores", 0)?,
             products: Vec::new(),
             attention_tasks: Vec::new(),

@@ -5,17 +5,19 @@ use super::{
     CpuOps, RowMath, Shared,
     buffers::{check_distinct, product},
     generic::{attention::AttentionTask, linear::Out},
+    input::Rows,
     kv::{self, KvCache},
     linear::rows_per_task,
     pool::Pool,
     shape_error,
+    simd::LANES,
     steps::RopeTable,
 };
 use crate::{
     collective::Collective,
     error::KernelError,
     layout::Packed,
-    ops::{Attention, Buf, FixedBuf, KvShape, Linear, LinearSource, Ops, Precision, Rope, RopeSpec, StepRows},
+    ops::{Attention, Buf, FixedBuf, Input, KvShape, Linear, LinearSource, Ops, Precision, Rope, RopeSpec, StepRows},
     pages::KvPages,
     slots::{KvRange, SlotSet},
     tensor::Aligned,
@@ -23,9 +25,6 @@ use crate::{
 
 /// Number of these numerics: changes whenever a result, or a choice among results, changes in a bit.
 const NUMERICS: u32 = 3;
-
-/// Elements of a task of an element-wise operation.
-const ELEMENTS_PER_TASK: usize = 16_384;
 
 impl CpuOps {
     fn weight(&self, op: &'static str, linear: Linear) -> Result<&Packed, KernelError> {
@@ -36,11 +35,19 @@ impl CpuOps {
     }
 }
 
+/// A buffer that is rotated.
+#[derive(Clone, Copy)]
+struct Rotated {
+    x: *mut f32,
+    n_heads: usize,
+}
+
 /// Runs `task(from, len)` over stretches of `len` elements.
 fn elementwise(pool: &mut Pool, len: usize, task: &(dyn Fn(usize, usize) + Sync)) {
-    pool.run(len.div_ceil(ELEMENTS_PER_TASK), &|index, _| {
-        let from = index * ELEMENTS_PER_TASK;
-        task(from, ELEMENTS_PER_TASK.min(len - from));
+    let per_task = rows_per_task(len, 1, pool.n_threads()).next_multiple_of(LANES);
+    pool.run(len.div_ceil(per_task), &|index, _| {
+        let from = index * per_task;
+        task(from, per_task.min(len - from));
     });
 }
 
@@ -59,7 +66,7 @@ impl Ops for CpuOps {
     }
 
     fn resident_bytes(&self) -> u64 {
-        let scratch = self.quantized.bytes() + self.interleaved.bytes() + self.scores.bytes();
+        let scratch = self.quantized.bytes() + self.interleaved.bytes() + self.computed.bytes() + self.scores.bytes();
         self.weights.iter().map(Packed::bytes).sum::<u64>()
             + self.buffers.bytes()
             + self.kv.as_ref().map_or(0, KvCache::bytes)
@@ -182,28 +189,10 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn rms_norm(&mut self, x: Buf, weight: Buf, eps: f32, out: Buf, n_rows: usize) -> Result<(), KernelError> {
-        let op = "rms_norm";
-        check_distinct(op, &[x, weight], [out].into_iter())?;
-        let width = self.buffers.len(op, weight)?;
-        let len = product(op, &[n_rows, width])?;
-        let weight = Shared(self.buffers.pointer(op, weight, width)?);
-        let x = Shared(self.buffers.pointer(op, x, len)?);
-        let out = Shared(self.buffers.pointer(op, out, len)?);
-        let (rms_norm, per_task) = (self.table.rms_norm, rows_per_task(n_rows, width));
-        self.pool.run(n_rows.div_ceil(per_task), &|index, _| {
-            for row in index * per_task..n_rows.min((index + 1) * per_task) {
-                // SAFETY: rows of buffers that have `len` elements; each task has its own rows; the CPU has the table.
-                unsafe { rms_norm(x.get().add(row * width), weight.get(), eps, out.get().add(row * width), width) };
-            }
-        });
-        Ok(())
-    }
-
-    fn linear(&mut self, x: Buf, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError> {
+    fn linear(&mut self, x: Input, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError> {
         let op = "linear";
         let Some((first, _)) = outputs.first() else { return Ok(()) };
-        check_distinct(op, &[x], outputs.iter().map(|(_, out)| *out))?;
+        let x = Rows::new(op, &mut self.buffers, x, [n_rows, first.n_in], outputs.iter().map(|(_, out)| *out))?;
         let mut n_levels = None;
         for (weight, out) in outputs {
             if weight.n_in != first.n_in {
@@ -218,7 +207,6 @@ impl Ops for CpuOps {
             }
             self.buffers.floats(op, *out, product(op, &[n_rows, weight.n_out])?)?;
         }
-        let x = self.buffers.pointer(op, x, product(op, &[n_rows, first.n_in])?)?;
         // The pointers are collected first: later checks of the same buffers would end them.
         let mut pointers = [std::ptr::null_mut(); 16];
         if outputs.len() > pointers.len() {
@@ -232,12 +220,12 @@ impl Ops for CpuOps {
         unsafe { self.products(x, n_rows, outputs) }
     }
 
-    fn linear_exact(&mut self, x: Buf, n_rows: usize, weight: Linear, out: FixedBuf) -> Result<(), KernelError> {
+    fn linear_exact(&mut self, x: Input, n_rows: usize, weight: Linear, out: FixedBuf) -> Result<(), KernelError> {
         let op = "linear_exact";
         if self.weight(op, weight)?.slice_width.is_none() {
             return Err(shape_error(op, "weights with a slice width", format!("{weight:?}, made for linear")));
         }
-        let x = self.buffers.pointer(op, x, product(op, &[n_rows, weight.n_in])?)?;
+        let x = Rows::new(op, &mut self.buffers, x, [n_rows, weight.n_in], std::iter::empty())?;
         let out = self.buffers.fixed_pointer(op, out, product(op, &[n_rows, weight.n_out])?)?;
         // SAFETY: lengths are checked.
         unsafe { self.products(x, n_rows, std::iter::once((weight.id as usize, Out::Fixed(out)))) }
@@ -267,7 +255,7 @@ impl Ops for CpuOps {
         Ok(collective.all_reduce_into(delta, x, &mut add)?)
     }
 
-    fn rope(&mut self, x: Buf, n_heads: usize, head_dim: usize, rope: Rope) -> Result<(), KernelError> {
+    fn rope(&mut self, xs: &[(Buf, usize)], head_dim: usize, rope: Rope) -> Result<(), KernelError> {
         let op = "rope";
         let rope = self.ropes.get_mut(rope.0 as usize);
         let rope = rope.ok_or_else(|| shape_error(op, "a rotary embedding of this device", "another"))?;
@@ -275,16 +263,27 @@ impl Ops for CpuOps {
             let want = format!("heads of at least {} elements", 2 * rope.spec.inv_freq.len());
             return Err(shape_error(op, want, head_dim.to_string()));
         }
+        let mut rotated = [Rotated { x: std::ptr::null_mut(), n_heads: 0 }; 4];
+        if xs.len() > rotated.len() {
+            return Err(shape_error(op, format!("at most {} buffers", rotated.len()), xs.len().to_string()));
+        }
+        check_distinct(op, &[], xs.iter().map(|(x, _)| *x))?;
+        let (mut width, n_rows) = (0, self.step.n_rows);
+        for (to, &(x, n_heads)) in rotated.iter_mut().zip(xs) {
+            let len = product(op, &[n_rows, n_heads, head_dim])?;
+            *to = Rotated { x: self.buffers.pointer(op, x, len)?, n_heads };
+            width += n_heads * head_dim;
+        }
         rope.prepare(&self.step);
-        let (rope, n_rows) = (&*rope, self.step.n_rows);
-        let width = product(op, &[n_heads, head_dim])?;
-        let x = Shared(self.buffers.pointer(op, x, product(op, &[n_rows, width])?)?);
-        let (kernel, per_task) = (self.table.rope, rows_per_task(n_rows, width));
+        let (rope, xs) = (&*rope, Shared(&rotated[..xs.len()]));
+        let (kernel, per_task) = (self.table.rope, rows_per_task(n_rows, width, self.pool.n_threads()));
         self.pool.run(n_rows.div_ceil(per_task), &|index, _| {
             for row in index * per_task..n_rows.min((index + 1) * per_task) {
                 let (cos, sin) = rope.row(row);
-                // SAFETY: a row of a checked buffer; each task has its own rows; the CPU has the table.
-                unsafe { kernel(x.get().add(row * width), n_heads, head_dim, rope.spec.style, cos, sin) };
+                for &Rotated { x, n_heads } in xs.get() {
+                    // SAFETY: a row of a checked buffer; each task has its own rows; the CPU has the table.
+                    unsafe { kernel(x.add(row * n_heads * head_dim), n_heads, head_dim, rope.spec.style, cos, sin) };
+                }
             }
         });
         Ok(())
@@ -412,20 +411,6 @@ impl Ops for CpuOps {
         });
         tasks.clear();
         self.attention_tasks = tasks;
-        Ok(())
-    }
-
-    fn silu_mul(&mut self, gate: Buf, up: Buf, out: Buf, len: usize) -> Result<(), KernelError> {
-        let op = "silu_mul";
-        check_distinct(op, &[up], [out].into_iter())?;
-        let up = Shared(self.buffers.pointer(op, up, len)?.cast_const());
-        let gate_pointer = Shared(self.buffers.pointer(op, gate, len)?);
-        let out = if out == gate { gate_pointer } else { Shared(self.buffers.pointer(op, out, len)?) };
-        let silu_mul = self.table.silu_mul;
-        elementwise(&mut self.pool, len, &|from, n| {
-            // SAFETY: all buffers have `len` elements; each task has its own stretch; the CPU has the table.
-            unsafe { silu_mul(gate_pointer.get().add(from), up.get().add(from), out.get().add(from), n) };
-        });
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use phalanx_kernels::{
     error::KernelError,
-    ops::{Attention, Buf, Linear, Rope},
+    ops::{Attention, Input, Linear, Rope},
 };
 
 use super::{Pass, tensors::LayerTensors};
@@ -56,15 +56,15 @@ impl AttentionBlock {
     }
 
     /// Leaves this rank's share of the block's output in the scratch's `delta`; in the last layer, that of wanted rows.
-    pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
+    pub fn run(&self, pass: &mut Pass<'_>, x: Input) -> Result<(), KernelError> {
         let scratch = pass.scratch;
         let n_heads = self.kv_head_of.len();
         let (mut queries, mut attended) = (scratch.q, scratch.attended);
         if let Some(weights) = &self.projections {
             let outputs = [(weights.q, scratch.q), (weights.k, scratch.k), (weights.v, scratch.v)];
             pass.ops.linear(x, pass.n_rows, &outputs)?;
-            pass.ops.rope(scratch.q, n_heads, self.head_dim, self.rope)?;
-            pass.ops.rope(scratch.k, self.n_kv_heads, self.head_dim, self.rope)?;
+            let rotated = [(scratch.q, n_heads), (scratch.k, self.n_kv_heads)];
+            pass.ops.rope(&rotated, self.head_dim, self.rope)?;
             pass.ops.store_kv(self.layer, scratch.k, scratch.v)?;
         }
         if let Some(wanted) = pass.drop_unwanted()? {
@@ -80,6 +80,6 @@ impl AttentionBlock {
             let attention = Attention { layer: self.layer, n_heads, kv_head_of: &self.kv_head_of, scale: self.scale };
             pass.ops.attention(attention, queries, attended)?;
         }
-        pass.share(attended, self.projections.as_ref().map(|weights| weights.output))
+        pass.share(attended.into(), self.projections.as_ref().map(|weights| weights.output))
     }
 }

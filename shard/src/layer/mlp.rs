@@ -2,15 +2,14 @@
 
 use phalanx_kernels::{
     error::KernelError,
-    ops::{Buf, Linear},
+    ops::{Input, Linear},
 };
 
 use super::{Pass, tensors::LayerTensors};
-use crate::model::{LoadError, RankShape};
+use crate::model::LoadError;
 
 /// `down(silu(gate(x)) * up(x))`.
 pub struct GatedMlp {
-    ffn: usize,
     /// `None` on a rank without feed-forward columns.
     weights: Option<Weights>,
 }
@@ -26,21 +25,21 @@ impl GatedMlp {
     ///
     /// # Errors
     /// If the family does not list them.
-    pub fn new(tensors: &LayerTensors, shape: &RankShape) -> Result<Self, LoadError> {
+    pub fn new(tensors: &LayerTensors) -> Result<Self, LoadError> {
         let weights = match (tensors.matrix("ffn_gate")?, tensors.matrix("ffn_up")?, tensors.matrix("ffn_down")?) {
             (Some(gate), Some(up), Some(down)) => Some(Weights { gate, up, down }),
             _ => None,
         };
-        Ok(Self { ffn: shape.ffn(), weights })
+        Ok(Self { weights })
     }
 
     /// Leaves this rank's share of the block's output in the scratch's `delta`.
-    pub fn run(&self, pass: &mut Pass<'_>, x: Buf) -> Result<(), KernelError> {
+    pub fn run(&self, pass: &mut Pass<'_>, x: Input) -> Result<(), KernelError> {
         let scratch = pass.scratch;
         if let Some(weights) = &self.weights {
             pass.ops.linear(x, pass.n_rows, &[(weights.gate, scratch.gate), (weights.up, scratch.up)])?;
-            pass.ops.silu_mul(scratch.gate, scratch.up, scratch.gate, pass.n_rows * self.ffn)?;
         }
-        pass.share(scratch.gate, self.weights.as_ref().map(|weights| weights.down))
+        let gated = Input::Gated { gate: scratch.gate, up: scratch.up };
+        pass.share(gated, self.weights.as_ref().map(|weights| weights.down))
     }
 }

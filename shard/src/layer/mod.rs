@@ -12,7 +12,7 @@ pub mod wanted;
 use phalanx_kernels::{
     collective::Collective,
     error::KernelError,
-    ops::{Buf, Linear, Ops},
+    ops::{Buf, Input, Linear, Ops},
 };
 
 use self::{scratch::Scratch, wanted::WantedRows};
@@ -31,15 +31,15 @@ pub struct Pass<'a> {
     pub hidden: usize,
     /// Residual stream, `[n_rows, hidden]`.
     pub residual: Buf,
-    /// Room for the norm of it, `[n_rows, hidden]`.
-    pub normed: Buf,
+    /// Room for some rows of it, `[n_rows, hidden]`.
+    pub spare: Buf,
     /// In the last layer, if some rows' logits are not wanted: those whose are.
     pub wanted: Option<&'a WantedRows>,
 }
 
 impl<'a> Pass<'a> {
-    /// Goes on with the wanted rows alone, if there are others: returns which ones those are. [`Pass::normed`] holds nothing
-    /// afterwards, and what else is kept by row has to be gathered.
+    /// Goes on with the wanted rows alone, if there are others: returns which ones those are. What else is kept by row has to be
+    /// gathered.
     ///
     /// # Errors
     /// If the device fails.
@@ -48,14 +48,14 @@ impl<'a> Pass<'a> {
         self.n_rows = wanted.indices().len();
         if self.n_rows > 0 {
             self.ops.begin_step(wanted.rows())?;
-            self.ops.gather_rows(self.residual, wanted.indices(), self.hidden, self.normed)?;
-            std::mem::swap(&mut self.residual, &mut self.normed);
+            self.ops.gather_rows(self.residual, wanted.indices(), self.hidden, self.spare)?;
+            std::mem::swap(&mut self.residual, &mut self.spare);
         }
         Ok(Some(wanted.indices()))
     }
 
     /// This rank's share of a row-parallel product into [`Scratch::delta`]. A rank that holds no column (`None`) adds nothing.
-    pub fn share(&mut self, x: Buf, weight: Option<Linear>) -> Result<(), KernelError> {
+    pub fn share(&mut self, x: Input, weight: Option<Linear>) -> Result<(), KernelError> {
         let Some(weight) = weight else {
             // Rows of "another rank" are zeros.
             let ids = self.scratch.elsewhere.get(..self.n_rows).ok_or_else(|| KernelError::Shape {

@@ -1,8 +1,6 @@
 //! Root mean square norm.
 
-use phalanx_kernels::{error::KernelError, ops::Buf};
-
-use super::Pass;
+use phalanx_kernels::ops::{Buf, Input};
 
 /// A norm over the width of the residual stream.
 #[derive(Debug, Clone, Copy)]
@@ -14,8 +12,8 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// `out = norm(x)` for the step's rows.
-    pub fn run(&self, pass: &mut Pass<'_>, x: Buf, out: Buf) -> Result<(), KernelError> {
-        pass.ops.rms_norm(x, self.weight, self.eps, out, pass.n_rows)
+    /// The norm of the rows of `x`, for a product to take.
+    pub fn of(&self, x: Buf) -> Input {
+        Input::Normed { x, weight: self.weight, eps: self.eps }
     }
 }

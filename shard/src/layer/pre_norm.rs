@@ -24,21 +24,19 @@ impl PreNormLayer {
             attention_norm: norm("attn_norm")?,
             attention: AttentionBlock::new(tensors, shape)?,
             ffn_norm: norm("ffn_norm")?,
-            ffn: GatedMlp::new(tensors, shape)?,
+            ffn: GatedMlp::new(tensors)?,
         })
     }
 }
 
 impl DecoderLayer for PreNormLayer {
     fn run(&self, pass: &mut Pass<'_>) -> Result<(), KernelError> {
-        self.attention_norm.run(pass, pass.residual, pass.normed)?;
-        self.attention.run(pass, pass.normed)?;
+        self.attention.run(pass, self.attention_norm.of(pass.residual))?;
         if pass.n_rows == 0 {
             return Ok(());
         }
         pass.add_shares()?;
-        self.ffn_norm.run(pass, pass.residual, pass.normed)?;
-        self.ffn.run(pass, pass.normed)?;
+        self.ffn.run(pass, self.ffn_norm.of(pass.residual))?;
         pass.add_shares()
     }
 }

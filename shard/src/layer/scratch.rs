@@ -16,8 +16,8 @@ pub struct Scratch {
     pub max_rows: usize,
     /// Residual stream, `[max_rows, hidden]`.
     pub residual: Buf,
-    /// Norm of it, `[max_rows, hidden]`.
-    pub normed: Buf,
+    /// Room for some rows of it, `[max_rows, hidden]`.
+    pub spare: Buf,
     /// `[max_rows, q_width]`.
     pub q: Buf,
     /// `[max_rows, kv_width]`.
@@ -34,8 +34,6 @@ pub struct Scratch {
     pub delta: FixedBuf,
     /// Rows whose logits are wanted, `[LOGIT_ROWS, hidden]`.
     pub gathered: Buf,
-    /// Norm of them, `[LOGIT_ROWS, hidden]`.
-    pub gathered_normed: Buf,
     /// This rank's part of their logits, `[LOGIT_ROWS, vocab]`.
     pub logits: Buf,
     /// A table `[1, hidden]` that stands for tables this rank has no row of.
@@ -64,7 +62,7 @@ impl Scratch {
         Ok(Self {
             max_rows,
             residual: ops.alloc(max_rows * hidden)?,
-            normed: ops.alloc(max_rows * hidden)?,
+            spare: ops.alloc(max_rows * hidden)?,
             q: ops.alloc(max_rows * shape.q_width())?,
             k: ops.alloc(max_rows * shape.kv_width())?,
             v: ops.alloc(max_rows * shape.kv_width())?,
@@ -73,7 +71,6 @@ impl Scratch {
             up: ops.alloc(max_rows * shape.ffn())?,
             delta: ops.alloc_fixed(max_rows * hidden)?,
             gathered: ops.alloc(logit_rows * hidden)?,
-            gathered_normed: ops.alloc(logit_rows * hidden)?,
             logits: ops.alloc(logit_rows * shape.vocab())?,
             nothing: ops.load_linear(nothing)?,
             elsewhere: vec![u32::MAX; max_rows],

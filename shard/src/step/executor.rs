@@ -262,8 +262,8 @@ impl Executor {
         ops.embed(table, &host.local_ids, self.scratch.delta)?;
         self.wanted_rows.set(&self.rows, host.wanted.iter().map(|w| w.row), self.limits.block_size);
         let scratch = &self.scratch;
-        let (residual, normed, wanted) = (scratch.residual, scratch.normed, None);
-        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, normed, wanted };
+        let (residual, spare, wanted) = (scratch.residual, scratch.spare, None);
+        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, spare, wanted };
         if pass.collective.world_size() > 1 {
             pass.ops.all_reduce(self.scratch.delta, n_rows * hidden, pass.collective)?;
         }
@@ -339,10 +339,9 @@ impl Executor {
         host.row_indices.extend(block.iter().map(|w| w.row));
         let (scratch, model, ops) = (&self.scratch, &self.model, self.ops.as_mut());
         ops.gather_rows(self.residual, &host.row_indices, model.shape.config.hidden, scratch.gathered)?;
-        let norm = model.output_norm;
-        ops.rms_norm(scratch.gathered, norm.weight, norm.eps, scratch.gathered_normed, block.len())?;
+        let normed = model.output_norm.of(scratch.gathered);
         match model.output {
-            Some(output) => ops.linear(scratch.gathered_normed, block.len(), &[(output, scratch.logits)]),
+            Some(output) => ops.linear(normed, block.len(), &[(output, scratch.logits)]),
             None => Ok(()),
         }
     }

@@ -44,13 +44,17 @@ fn rms_norm_equals_the_reference_and_is_near_doubles() {
     for (n_rows, width) in [(1, 1), (3, 15), (2, 16), (5, 100), (40, 576), (2, 1537)] {
         let (x, weight) = (random.floats(n_rows * width), random.floats(width));
         let want: Vec<f32> = x.chunks_exact(width).flat_map(|x| reference::rms_norm(x, &weight, 1e-5)).collect();
-        for threads in 1..=3 {
-            for ops in &mut devices(Precision::Auto, threads) {
-                let (x, w) = (buffer(ops, &x), buffer(ops, &weight));
-                let out = ops.alloc(n_rows * width).expect("memory");
-                ops.rms_norm(x, w, 1e-5, out, n_rows).expect("valid");
-                assert_same(&floats(ops, out, n_rows * width), &want, &ops.name());
+        for isa in Isa::available() {
+            let rms_norm = super::super::table::table(isa).rms_norm;
+            let mut got = vec![0.0; n_rows * width];
+            for (x, got) in x.chunks_exact(width).zip(got.chunks_exact_mut(width)) {
+                // SAFETY: the instruction set is available; all have `width` elements.
+                #[allow(unsafe_code)]
+                unsafe {
+                    rms_norm(x.as_ptr(), weight.as_ptr(), 1e-5, got.as_mut_ptr(), width);
+                }
             }
+            assert_same(&got, &want, isa.name());
         }
         for (row, want) in x.chunks_exact(width).zip(want.chunks_exact(width)) {
             let mean = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64;
@@ -63,18 +67,21 @@ fn rms_norm_equals_the_reference_and_is_near_doubles() {
 }
 
 #[test]
-fn silu_mul_equals_the_reference_in_place_too() {
+fn silu_mul_equals_the_reference() {
     let mut random = Random(3);
     for len in [1, 16, 31, 1000, 40_000] {
         let (mut gate, up) = (random.wild(len), random.floats(len));
         gate[0] = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -100.0, 1e30][len % 5];
         let want: Vec<f32> = gate.iter().zip(&up).map(|(&g, &u)| reference::silu_mul(g, u)).collect();
-        for ops in &mut devices(Precision::Auto, 2) {
-            let (g, u, out) = (buffer(ops, &gate), buffer(ops, &up), ops.alloc(len).expect("memory"));
-            ops.silu_mul(g, u, out, len).expect("valid");
-            assert_same(&floats(ops, out, len), &want, &ops.name());
-            ops.silu_mul(g, u, g, len).expect("valid");
-            assert_same(&floats(ops, g, len), &want, &ops.name());
+        for isa in Isa::available() {
+            let silu_mul = super::super::table::table(isa).silu_mul;
+            let mut got = vec![0.0; len];
+            // SAFETY: the instruction set is available; all have `len` elements.
+            #[allow(unsafe_code)]
+            unsafe {
+                silu_mul(gate.as_ptr(), up.as_ptr(), got.as_mut_ptr(), len);
+            }
+            assert_same(&got, &want, isa.name());
         }
     }
 }
@@ -97,22 +104,28 @@ fn rope_equals_the_reference() {
             let width = n_heads * head_dim;
             let x = random.floats(positions.len() * width);
             let mut want = x.clone();
-            for (row, &position) in want.chunks_exact_mut(width).zip(&positions) {
+            let few = random.floats(positions.len() * head_dim);
+            let mut want_few = few.clone();
+            let rows = want.chunks_exact_mut(width).zip(want_few.chunks_exact_mut(head_dim));
+            for ((row, few), &position) in rows.zip(&positions) {
                 reference::rope(row, head_dim, position, &spec);
+                reference::rope(few, head_dim, position, &spec);
             }
             for ops in &mut devices(Precision::Auto, 2) {
                 let rope = ops.load_rope(&spec).expect("valid");
                 ops.begin_step(&step).expect("valid");
                 for _ in 0..2 {
                     let x = buffer(ops, &x);
-                    ops.rope(x, n_heads, head_dim, rope).expect("valid");
+                    let fewer = buffer(ops, &few);
+                    ops.rope(&[(x, n_heads), (fewer, 1)], head_dim, rope).expect("valid");
                     assert_same(&floats(ops, x, want.len()), &want, &ops.name());
+                    assert_same(&floats(ops, fewer, want_few.len()), &want_few, &ops.name());
                 }
                 // Another step has other angles.
                 ops.begin_step(&StepRows { chunks: vec![RowChunk { start: 1, n_rows: 1, ..chunks[0].clone() }] })
                     .expect("valid");
                 let row = buffer(ops, &x[..width]);
-                ops.rope(row, n_heads, head_dim, rope).expect("valid");
+                ops.rope(&[(row, n_heads)], head_dim, rope).expect("valid");
                 let mut want = x[..width].to_vec();
                 reference::rope(&mut want, head_dim, 1, &spec);
                 assert_same(&floats(ops, row, width), &want, &ops.name());

@@ -6,14 +6,14 @@ use crate::{cpu::simd::NARROW_LIMIT, layout::Packed, reference};
 pub(super) fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
     let weight = ops.load_linear(matrix.source()).expect("valid");
     let (x, out) = (buffer(ops, x), ops.alloc(n_rows * matrix.n_out).expect("memory"));
-    ops.linear(x, n_rows, &[(weight, out)]).expect("valid");
+    ops.linear(x.into(), n_rows, &[(weight, out)]).expect("valid");
     floats(ops, out, n_rows * matrix.n_out)
 }
 
 pub(super) fn linear_exact(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<i64> {
     let weight = ops.load_linear(matrix.source()).expect("valid");
     let (x, out) = (buffer(ops, x), ops.alloc_fixed(n_rows * matrix.n_out).expect("memory"));
-    ops.linear_exact(x, n_rows, weight, out).expect("valid");
+    ops.linear_exact(x.into(), n_rows, weight, out).expect("valid");
     fixed(ops, out, n_rows * matrix.n_out)
 }
 
@@ -224,10 +224,47 @@ fn several_outputs_equal_single_ones() {
                 let outputs = matrices.each_ref().map(|m| {
                     (ops.load_linear(m.source()).expect("valid"), ops.alloc(n_rows * m.n_out).expect("memory"))
                 });
-                ops.linear(x_buf, n_rows, &outputs).expect("valid");
+                ops.linear(x_buf.into(), n_rows, &outputs).expect("valid");
                 for (matrix, (_, out)) in matrices.iter().zip(outputs) {
                     let got = floats(ops, out, n_rows * matrix.n_out);
                     assert_same(&got, &linear(ops, &x, n_rows, matrix), &ops.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_normed_or_gated_on_their_way() {
+    let mut random = Random(8);
+    for precision in [Precision::Auto, Precision::Float32] {
+        for kind in 0..N_KINDS {
+            for (n_rows, n_out, n_in) in SHAPES {
+                let matrix = Matrix::random(&mut random, kind, n_out, n_in);
+                let (x, y, weight) = (random.floats(n_rows * n_in), random.floats(n_rows * n_in), random.floats(n_in));
+                let normed: Vec<f32> =
+                    x.chunks_exact(n_in).flat_map(|x| reference::rms_norm(x, &weight, 1e-5)).collect();
+                let gated: Vec<f32> = x.iter().zip(&y).map(|(&x, &y)| reference::silu_mul(x, y)).collect();
+                let want = [&normed, &gated].map(|x| reference::linear(x, n_rows, &matrix.source(), precision));
+                let slices = Matrix { slice_width: Some(n_in), ..matrix.clone() };
+                let want_exact =
+                    [&normed, &gated].map(|x| reference::linear_exact(x, n_rows, &slices.source(), precision));
+                for threads in 1..=3 {
+                    for ops in &mut devices(precision, threads) {
+                        let what = format!("{} {precision:?} kind {kind} {n_rows}x{n_out}x{n_in}", ops.name());
+                        let load = |ops: &mut CpuOps, matrix: &Matrix| ops.load_linear(matrix.source()).expect("valid");
+                        let (plain, sliced) = (load(ops, &matrix), load(ops, &slices));
+                        let (x, y, weight) = (buffer(ops, &x), buffer(ops, &y), buffer(ops, &weight));
+                        let len = n_rows * n_out;
+                        let (out, exact) = (ops.alloc(len).expect("memory"), ops.alloc_fixed(len).expect("memory"));
+                        let inputs = [Input::Normed { x, weight, eps: 1e-5 }, Input::Gated { gate: x, up: y }];
+                        for (input, (want, want_exact)) in inputs.into_iter().zip(want.iter().zip(&want_exact)) {
+                            ops.linear(input, n_rows, &[(plain, out)]).expect("valid");
+                            assert_same(&floats(ops, out, len), want, &format!("{what} {input:?}"));
+                            ops.linear_exact(input, n_rows, sliced, exact).expect("valid");
+                            assert_eq!(&fixed(ops, exact, len), want_exact, "{what} {input:?}, exact");
+                        }
+                    }
                 }
             }
         }

@@ -16,7 +16,7 @@ use half::{bf16, f16};
 use super::{CpuConfig, CpuOps, Isa, RowMath, table};
 use crate::{
     collective::{Collective, CollectiveConfig, PeerAddress, connect},
-    ops::{ActivationLevels, Buf, FixedBuf, LinearSource, Ops, Precision, WeightData},
+    ops::{ActivationLevels, Buf, FixedBuf, Input, LinearSource, Ops, Precision, WeightData},
 };
 
 /// Seeded numbers (Steele, Lea and Flood, 2014: SplitMix64).
