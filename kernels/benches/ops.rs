@@ -160,21 +160,23 @@ fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim
     let store = time(|| Ok(ops.store_kv(0, k, v)?))?;
     println!("       store_kv {n_kv_heads} heads of {head_dim}, {max} rows: {:.1} us", store * 1e6);
     let attention = Attention { layer: 0, n_heads, kv_head_of: &kv_head_of, scale: 0.125 };
-    // A row of each of many sequences, which caches do not hold.
-    let chunk = |i: usize| RowChunk {
-        first_row: i,
-        n_rows: 1,
-        start: max - 1,
-        blocks: (0..max / block_size).map(|b| (i * max / block_size + b) as u32).collect(),
-    };
-    ops.begin_step(&StepRows { chunks: (0..n_sequences).map(chunk).collect() })?;
-    let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;
-    println!(
-        "      attention {n_heads:>2} of {n_kv_heads} heads of {head_dim:<3} {n_sequences:>4} sequences of {max}: {:6.1} GMAC/s {:9.1} us, {:.1} GB/s",
-        (2 * n_sequences * max * n_heads * head_dim) as f64 / seconds / 1e9,
-        seconds * 1e6,
-        (4 * n_sequences * max * n_kv_heads * head_dim) as f64 / seconds / 1e9,
-    );
+    // A row of each of many sequences, which the near caches do not hold.
+    for len in [144, max] {
+        let chunk = |i: usize| RowChunk {
+            first_row: i,
+            n_rows: 1,
+            start: len - 1,
+            blocks: (0..max / block_size).map(|b| (i * max / block_size + b) as u32).collect(),
+        };
+        ops.begin_step(&StepRows { chunks: (0..n_sequences).map(chunk).collect() })?;
+        let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;
+        println!(
+            "      attention {n_heads:>2} of {n_kv_heads} heads of {head_dim:<3} {n_sequences:>4} sequences of {len}: {:6.1} GMAC/s {:9.1} us, {:.1} GB/s",
+            (2 * n_sequences * len * n_heads * head_dim) as f64 / seconds / 1e9,
+            seconds * 1e6,
+            (4 * n_sequences * len * n_kv_heads * head_dim) as f64 / seconds / 1e9,
+        );
+    }
     for (start, n_rows) in [(511, 1), (2047, 1), (0, 128), (0, 512), (1536, 512)] {
         ops.begin_step(&step(start, n_rows))?;
         let seconds = time(|| Ok(ops.attention(attention, q, out)?))?;

@@ -163,7 +163,8 @@ impl CpuOps {
         self.computed.reserve("activations", n_threads * n_in)?;
         let (table, out) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()));
         let room = Shared(self.computed.as_mut_slice().as_mut_ptr());
-        let rows_per_task = rows_per_task(n_rows, n_in, n_threads);
+        // Whole blocks, whose rows share cache lines.
+        let rows_per_task = rows_per_task(n_rows, n_in, n_threads).next_multiple_of(self.table.products.rows);
         self.pool.run(n_rows.div_ceil(rows_per_task), &|index, thread| {
             for row in index * rows_per_task..n_rows.min((index + 1) * rows_per_task) {
                 let block = Block::of_row(n_rows, table.products.rows, row);

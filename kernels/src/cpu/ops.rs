@@ -4,7 +4,10 @@
 use super::{
     CpuOps, RowMath, Shared,
     buffers::{check_distinct, product},
-    generic::{attention::AttentionTask, linear::Out},
+    generic::{
+        attention::{Ahead, AttentionTask},
+        linear::Out,
+    },
     input::Rows,
     kv::{self, KvCache},
     linear::rows_per_task,
@@ -374,6 +377,11 @@ impl Ops for CpuOps {
             for group in heads.chunk_by(|a, b| a == b) {
                 let (keys, values) = cache.head_offsets(group[0] as usize);
                 let n_queries = chunk.n_rows * group.len();
+                let then = Ahead {
+                    base: pages[keys..].as_ptr(),
+                    blocks: chunk.blocks.as_ptr(),
+                    n_pages: (chunk.start + chunk.n_rows).div_ceil(shape.block_size),
+                };
                 for first in (0..n_queries).step_by(per_task) {
                     tasks.push(AttentionTask {
                         keys: pages[keys..].as_ptr(),
@@ -391,10 +399,15 @@ impl Ops for CpuOps {
                         start: chunk.start,
                         scale: attention.scale,
                         queries: first..n_queries.min(first + per_task),
+                        then,
                     });
                 }
                 first_head += group.len();
             }
+        }
+        // The task that the same thread will take next, if all take as long.
+        for next in n_threads..tasks.len() {
+            tasks[next - n_threads].then = tasks[next].then;
         }
         let stretch = (self.table.attention_scratch_len)(max_len).next_multiple_of(16);
         self.scores.reserve("attention scores", stretch * n_threads)?;

@@ -18,7 +18,8 @@ use super::{
 };
 
 /// Positions whose values are added to all elements before the next ones, up to whole pages: they stay in the first-level cache
-/// meanwhile. So far ahead keys and values are fetched, for pieces of pages are too short for the hardware to do it.
+/// meanwhile. So far ahead keys and values are fetched, for pieces of pages are too short for the hardware to do it: behind the last
+/// keys the first values, and behind the last values the first keys of another task.
 const STRETCH: usize = 64;
 const CACHE_LINE: usize = 64;
 
@@ -59,6 +60,19 @@ pub(crate) struct AttentionTask {
     pub scale: f32,
     /// Queries of this task.
     pub queries: Range<usize>,
+    /// Keys that will be read when this task is done.
+    pub then: Ahead,
+}
+
+/// Keys or values of a sequence that are fetched before they are read.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Those of the KV head in page 0.
+    pub base: *const u8,
+    /// Pages of the sequence.
+    pub blocks: *const u32,
+    /// How many.
+    pub n_pages: usize,
 }
 
 impl AttentionTask {
@@ -141,7 +155,7 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
         let totals = q;
         let (stretch, width) = (task.stretch_pages() * task.block_size, task.head_dim.next_multiple_of(LANES));
         let mut from = 0;
-        let mut pages = Pages::new(task, max_len);
+        let mut pages = Pages::new(task, task.values, max_len, task.then);
         while from < max_len {
             let to = max_len.min(from + stretch);
             let mut d = 0;
@@ -174,56 +188,52 @@ unsafe fn queries<S: Simd, E: Element, const R: usize>(task: &AttentionTask, fir
     }
 }
 
-/// The pages of a sequence, one after another.
+/// Keys or values in the pages of a sequence, one page after another.
 #[derive(Clone, Copy)]
 struct Pages {
+    /// Those of the KV head in page 0.
+    base: *const u8,
     blocks: *const u32,
     page_bytes: usize,
     next: usize,
-    last: usize,
+    n_pages: usize,
     /// How far ahead pages are fetched.
     ahead: usize,
+    /// What is fetched behind the last page.
+    then: Ahead,
 }
 
 impl Pages {
     /// Of a sequence of `n_positions`, at least one.
     #[inline(always)]
-    fn new(task: &AttentionTask, n_positions: usize) -> Self {
-        Self {
-            blocks: task.blocks,
-            page_bytes: task.page_bytes,
-            next: 0,
-            last: (n_positions - 1) / task.block_size,
-            ahead: task.stretch_pages(),
-        }
-    }
-
-    /// Where a page lies, or the last one.
-    ///
-    /// # Safety
-    /// As [`attention`].
-    #[inline(always)]
-    unsafe fn at(self, page: usize) -> usize {
-        // SAFETY: the contract above.
-        unsafe { *self.blocks.add(page.min(self.last)) as usize * self.page_bytes }
+    fn new(task: &AttentionTask, base: *const u8, n_positions: usize, then: Ahead) -> Self {
+        let n_pages = n_positions.div_ceil(task.block_size);
+        let ahead = task.stretch_pages().min(n_pages);
+        Self { base, blocks: task.blocks, page_bytes: task.page_bytes, next: 0, n_pages, ahead, then }
     }
 
     /// Where the next page lies, and one to be fetched; goes on by one.
     ///
     /// # Safety
-    /// As [`attention`].
+    /// As [`attention`]; there is a next page.
     #[inline(always)]
-    unsafe fn take(&mut self) -> (usize, usize) {
-        let page = self.next;
+    unsafe fn take(&mut self) -> (*const u8, *const u8) {
+        let (page, ahead) = (self.next, self.next + self.ahead);
         self.next += 1;
-        // SAFETY: the contract above.
-        unsafe { (self.at(page), self.at(page + self.ahead)) }
+        // SAFETY: the contract above; blocks below the number of pages are there, those ahead are only named.
+        unsafe {
+            let at = self.base.add(*self.blocks.add(page) as usize * self.page_bytes);
+            let (base, block) = match ahead.checked_sub(self.n_pages) {
+                None => (self.base, *self.blocks.add(ahead)),
+                Some(behind) => (self.then.base, *self.then.blocks.add(behind.min(self.then.n_pages - 1))),
+            };
+            (at, base.wrapping_add(block as usize * self.page_bytes))
+        }
     }
 }
 
 /// The keys of a sequence, 16 positions after another.
 struct Keys {
-    keys: *const u8,
     pages: Pages,
     /// Bytes of 16 positions.
     vector_bytes: usize,
@@ -243,10 +253,7 @@ impl Keys {
     unsafe fn take(&mut self) -> (*const u8, *const u8) {
         if self.left == 0 {
             // SAFETY: the contract above.
-            let (at, ahead) = unsafe { self.pages.take() };
-            // SAFETY: pages lie in the cache.
-            self.at = unsafe { self.keys.add(at) };
-            self.ahead = self.keys.wrapping_add(ahead);
+            (self.at, self.ahead) = unsafe { self.pages.take() };
             self.left = self.page_vectors;
         }
         let taken = (self.at, self.ahead);
@@ -268,9 +275,9 @@ unsafe fn score<S: Simd, E: Element, const R: usize>(
     scores: *mut f32,
     stride: usize,
 ) {
+    let values = Ahead { base: task.values, blocks: task.blocks, n_pages: stride.div_ceil(task.block_size) };
     let mut keys = Keys {
-        keys: task.keys,
-        pages: Pages::new(task, stride),
+        pages: Pages::new(task, task.keys, stride, values),
         vector_bytes: task.head_dim * E::BYTES * LANES,
         page_vectors: task.block_size / LANES,
         left: 0,
@@ -403,8 +410,8 @@ unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
         }
         let mut position = positions.start;
         while position < positions.end {
-            let (at, ahead) = pages.take();
-            let (values, ahead) = (task.values.add(at + d * E::BYTES), task.values.wrapping_add(ahead + d * E::BYTES));
+            let (values, ahead) = pages.take();
+            let (values, ahead) = (values.add(d * E::BYTES), ahead.wrapping_add(d * E::BYTES));
             let n = task.block_size.min(positions.end - position);
             let n_shared = n.min(min_len.saturating_sub(position));
             for i in 0..n_shared {
