@@ -14,16 +14,13 @@ use crate::{
 
 /// [`Input`], with pointers to rows of `n_in` elements.
 #[derive(Clone, Copy)]
-pub(super) enum Rows {
+pub(super) enum InputRows {
     Plain(*const f32),
     Normed { x: *const f32, weight: *const f32, eps: f32 },
     Gated { gate: *const f32, up: *const f32 },
 }
 
-// SAFETY: whoever reads says why nobody writes there.
-unsafe impl Sync for Rows {}
-
-impl Rows {
+impl InputRows {
     /// Pointers to buffers that hold `n_rows` rows of `n_in` elements and are none of `outputs`.
     pub fn new(
         op: &'static str,

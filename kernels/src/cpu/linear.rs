@@ -8,7 +8,7 @@ use super::{
         linear::{LinearTask, Out},
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
     },
-    input::Rows,
+    input::InputRows,
     table::LinearFn,
 };
 use crate::{
@@ -42,7 +42,7 @@ impl CpuOps {
     /// `x` has `n_rows` rows of `n_in` elements, each output has room for `n_rows * n_out`; outputs are disjoint from all else.
     pub(super) unsafe fn products(
         &mut self,
-        x: Rows,
+        x: InputRows,
         n_rows: usize,
         outputs: impl Iterator<Item = (usize, Out)> + Clone,
     ) -> Result<(), KernelError> {
@@ -57,7 +57,7 @@ impl CpuOps {
         let (quantized, dense) = (kinds().any(|k| k.is_quantized()), kinds().any(|k| !k.is_quantized()));
         // One row that is there needs no packing for dense weights.
         let in_place = match x {
-            Rows::Plain(x) if n_rows == 1 => Some(x),
+            InputRows::Plain(x) if n_rows == 1 => Some(x),
             _ => None,
         };
         // SAFETY: the contract above.
@@ -157,11 +157,17 @@ impl CpuOps {
     ///
     /// # Safety
     /// `x` has `n_rows` rows of `n_in` elements; `n_in` is a multiple of 32.
-    unsafe fn quantize(&mut self, x: Rows, n_rows: usize, n_in: usize, n_levels: usize) -> Result<(), KernelError> {
+    unsafe fn quantize(
+        &mut self,
+        x: InputRows,
+        n_rows: usize,
+        n_in: usize,
+        n_levels: usize,
+    ) -> Result<(), KernelError> {
         let (n_groups, n_threads) = (n_in / GROUP, self.pool.n_threads());
         self.quantized.reserve("quantized activations", n_rows * n_groups * n_levels * QUANT_ROW_BYTES)?;
         self.computed.reserve("activations", n_threads * n_in)?;
-        let (table, out) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()));
+        let (table, out, x) = (self.table, Shared(self.quantized.as_mut_slice().as_mut_ptr()), Shared(x));
         let room = Shared(self.computed.as_mut_slice().as_mut_ptr());
         // Whole blocks, whose rows share cache lines.
         let rows_per_task = rows_per_task(n_rows, n_in, n_threads).next_multiple_of(self.table.products.rows);
@@ -172,7 +178,7 @@ impl CpuOps {
                 // room for a row.
                 unsafe {
                     let out = out.get().add(block.first_row * n_groups * n_levels * QUANT_ROW_BYTES);
-                    let x = x.row(&table, row, n_in, room.get().add(thread * n_in));
+                    let x = x.get().row(&table, row, n_in, room.get().add(thread * n_in));
                     let place = QuantPlace { row: row - block.first_row, block_rows: block.n_rows, n_levels };
                     (table.quantize_row)(x, n_groups, place, out);
                 }
@@ -185,11 +191,11 @@ impl CpuOps {
     ///
     /// # Safety
     /// `x` has `n_rows` rows of `n_in` elements.
-    unsafe fn interleave(&mut self, x: Rows, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
+    unsafe fn interleave(&mut self, x: InputRows, n_rows: usize, n_in: usize) -> Result<(), KernelError> {
         self.interleaved.reserve("activations", n_rows * n_in)?;
         let block_rows = self.table.products.rows;
         self.computed.reserve("activations", self.pool.n_threads() * block_rows * n_in)?;
-        let (table, out) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()));
+        let (table, out, x) = (self.table, Shared(self.interleaved.as_mut_slice().as_mut_ptr()), Shared(x));
         let room = Shared(self.computed.as_mut_slice().as_mut_ptr());
         self.pool.run(Block::count(n_rows, block_rows), &|index, thread| {
             let block = Block::new(n_rows, block_rows, index);
@@ -197,10 +203,10 @@ impl CpuOps {
             // room for a block.
             unsafe {
                 let room = room.get().add(thread * block_rows * n_in);
-                let first = x.row(&table, block.first_row, n_in, room);
+                let first = x.get().row(&table, block.first_row, n_in, room);
                 // Rows that are there follow each other as those in the room do.
                 for i in 1..block.n_rows {
-                    x.row(&table, block.first_row + i, n_in, room.add(i * n_in));
+                    x.get().row(&table, block.first_row + i, n_in, room.add(i * n_in));
                 }
                 (table.pack_rows)(first, n_in, block.n_rows, out.get().add(block.first_row * n_in));
             }

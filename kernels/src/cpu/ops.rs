@@ -8,7 +8,7 @@ use super::{
         attention::{Ahead, AttentionTask},
         linear::Out,
     },
-    input::Rows,
+    input::InputRows,
     kv::{self, KvCache},
     linear::rows_per_task,
     pool::Pool,
@@ -195,7 +195,7 @@ impl Ops for CpuOps {
     fn linear(&mut self, x: Input, n_rows: usize, outputs: &[(Linear, Buf)]) -> Result<(), KernelError> {
         let op = "linear";
         let Some((first, _)) = outputs.first() else { return Ok(()) };
-        let x = Rows::new(op, &mut self.buffers, x, [n_rows, first.n_in], outputs.iter().map(|(_, out)| *out))?;
+        let x = InputRows::new(op, &mut self.buffers, x, [n_rows, first.n_in], outputs.iter().map(|(_, out)| *out))?;
         let mut n_levels = None;
         for (weight, out) in outputs {
             if weight.n_in != first.n_in {
@@ -228,7 +228,7 @@ impl Ops for CpuOps {
         if self.weight(op, weight)?.slice_width.is_none() {
             return Err(shape_error(op, "weights with a slice width", format!("{weight:?}, made for linear")));
         }
-        let x = Rows::new(op, &mut self.buffers, x, [n_rows, weight.n_in], std::iter::empty())?;
+        let x = InputRows::new(op, &mut self.buffers, x, [n_rows, weight.n_in], std::iter::empty())?;
         let out = self.buffers.fixed_pointer(op, out, product(op, &[n_rows, weight.n_out])?)?;
         // SAFETY: lengths are checked.
         unsafe { self.products(x, n_rows, std::iter::once((weight.id as usize, Out::Fixed(out)))) }

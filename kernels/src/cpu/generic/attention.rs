@@ -60,7 +60,7 @@ pub(crate) struct AttentionTask {
     pub scale: f32,
     /// Queries of this task.
     pub queries: Range<usize>,
-    /// Keys that will be read when this task is done.
+    /// Keys that will be read when this task is done, as far as anybody knows.
     pub then: Ahead,
 }
 
@@ -71,7 +71,7 @@ pub(crate) struct Ahead {
     pub base: *const u8,
     /// Pages of the sequence.
     pub blocks: *const u32,
-    /// How many.
+    /// How many, at least one.
     pub n_pages: usize,
 }
 
@@ -107,7 +107,7 @@ pub(crate) fn scratch_len<S: Simd>(max_len: usize) -> usize {
 ///
 /// # Safety
 /// The CPU has `S`; pointers are valid for what the task's shapes say, `scratch` for [`scratch_len`]; the blocks lie in the
-/// cache and hold the positions; nobody else touches the task's outputs.
+/// cache and hold the positions; `then` lists as many blocks as it says; nobody else touches the task's outputs.
 #[inline(always)]
 pub(crate) unsafe fn attention<S: Simd, E: Element>(task: &AttentionTask, scratch: *mut f32) {
     let mut v = task.queries.start;
@@ -220,7 +220,7 @@ impl Pages {
     unsafe fn take(&mut self) -> (*const u8, *const u8) {
         let (page, ahead) = (self.next, self.next + self.ahead);
         self.next += 1;
-        // SAFETY: the contract above; blocks below the number of pages are there, those ahead are only named.
+        // SAFETY: the contract above; blocks below either number of pages are listed, and what lies ahead is only named.
         unsafe {
             let at = self.base.add(*self.blocks.add(page) as usize * self.page_bytes);
             let (base, block) = match ahead.checked_sub(self.n_pages) {
