@@ -8,7 +8,6 @@ pub mod epochs;
 pub mod loading;
 pub mod machine;
 pub mod meters;
-mod mirror_lag;
 pub mod plans;
 pub mod progress;
 pub mod report;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use phalanx_cluster::id::Epoch;
 use phalanx_coordinator::{
-    group::machine::{Action as GroupAction, Cause, Event as GroupEvent, Kept as InPages, Slice},
+    group::machine::{Action as GroupAction, Beat, Cause, Event as GroupEvent, Kept as InPages, Slice},
     request::RequestEvent,
     scheduler::event::{Action, Event, Kept},
     sequence::RequestKey,
@@ -50,6 +50,10 @@ impl World {
             FromShard::Result(result) => {
                 let (epoch, step) = (Epoch::from_raw(result.epoch), result.step);
                 self.group_event(at, GroupEvent::Stepped { from, epoch, step }, Some(result));
+            }
+            FromShard::Beat { mirrored: (epoch, step) } => {
+                let beat = Beat { mirrored: Some((Epoch::from_raw(epoch), step)), ..Beat::default() };
+                self.group_event(at, GroupEvent::Beat { from, beat }, None);
             }
             FromShard::Leaving => self.group_event(at, GroupEvent::Leaving(from), None),
         }

@@ -116,6 +116,21 @@ impl World {
         self.totals.n_fetched += usize::from(shard != holder);
     }
 
+    /// Whoever gets copies of a rank's rows may give a sign of life.
+    fn maybe_beat(&mut self, epoch: u64, rank: usize) {
+        let Some(me) = self.holders.get(&(epoch, rank)).copied() else { return };
+        let (holder, incarnation) = me;
+        let state = &self.shards[holder];
+        if state.health != Health::Alive || state.incarnation != incarnation || !self.luck.one_in(3) {
+            return;
+        }
+        let mine = self.holders.range((epoch, 0)..(epoch + 1, 0)).filter(|(_, holder)| **holder == me);
+        let steps = mine.map(|(key, _)| Some(self.mirror.get(key)?.front()?.step)).collect::<Option<Vec<u64>>>();
+        if let Some(step) = steps.and_then(|steps| steps.into_iter().min()) {
+            self.reply(holder, FromShard::Beat { mirrored: (epoch, step) });
+        }
+    }
+
     /// The last epoch of which a shard may have copies.
     fn copied_epoch(&self, shard: usize) -> Option<u64> {
         let me = (shard, self.shards[shard].incarnation);
@@ -206,6 +221,7 @@ impl World {
             steps.pop_front();
         }
         self.reply(shard, FromShard::Result(result));
+        self.maybe_beat(epoch, rank);
         self.try_to_begin(epoch);
     }
 

@@ -41,11 +41,28 @@ pub(super) const SILENCE_MS: u64 = 30;
 /// What a shard tells a coordinator.
 #[derive(Debug, Clone)]
 pub(super) enum FromShard {
-    Hello { holds: Option<SliceOf>, copies: BTreeSet<SliceOf> },
-    Loaded { epoch: u64, kept: Option<u64>, sealed: Option<BTreeMap<u32, Seal>>, n_blocks: usize },
-    Prepared { world_size: usize, rank: usize },
+    Hello {
+        holds: Option<SliceOf>,
+        copies: BTreeSet<SliceOf>,
+    },
+    Loaded {
+        epoch: u64,
+        kept: Option<u64>,
+        sealed: Option<BTreeMap<u32, Seal>>,
+        n_blocks: usize,
+    },
+    Prepared {
+        world_size: usize,
+        rank: usize,
+    },
     Leaving,
-    Ready { epoch: u64 },
+    /// A sign of life: the last step that it has whole copies of, and of which epoch.
+    Beat {
+        mirrored: (u64, u64),
+    },
+    Ready {
+        epoch: u64,
+    },
     Result(StepResult),
 }
 

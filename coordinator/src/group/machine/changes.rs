@@ -45,12 +45,18 @@ impl GroupMachine {
             // Nobody stands still twice in a row.
             return;
         }
-        if let Some(cause) = self.wants_switch(next.as_deref(), now) {
-            if self.reserved.is_none() {
-                // The store's answer brings us back here.
-                self.reserve();
-                return;
-            }
+        let Some(cause) = self.wants_switch(next.as_deref(), now) else {
+            self.awaits_copies = None;
+            return;
+        };
+        if self.reserved.is_none() {
+            // The store's answer brings us back here.
+            self.reserve();
+            return;
+        }
+        let next_size = next.map_or(self.ranks.len(), |next| next.len());
+        if !self.waits_for_copies(next_size, now) {
+            self.awaits_copies = None;
             self.phase = Phase::Holding(cause, now);
             self.stopped = Some(now);
             self.push(Action::Hold(self.epoch));

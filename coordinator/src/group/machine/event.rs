@@ -155,8 +155,9 @@ pub struct Beat {
     pub busy: Option<(Epoch, u64)>,
     /// The rank that it waits for in a collective.
     pub waits_for: Option<usize>,
-    /// The epoch of which it has a whole copy of the rows of all ranks that copy theirs to it.
-    pub mirrored: Option<Epoch>,
+    /// The last step of which it has a whole copy of the rows of all ranks that copy theirs to it, and of all before it; and of
+    /// which epoch.
+    pub mirrored: Option<(Epoch, u64)>,
 }
 
 /// What a rank says when it has loaded its slice.

@@ -43,6 +43,7 @@ impl GroupMachine {
             prepares_in_vain: false,
             leaves,
             is_dismissed: false,
+            is_near: false,
             beat: Default::default(),
             heard: now,
         };
@@ -128,6 +129,7 @@ impl GroupMachine {
             self.reconsider(now);
         }
         self.stop_waiting_for_recovery(now);
+        self.stop_waiting_for_copies(now);
         let has_waited = self.has_waited_for_others(now);
         match self.phase.clone() {
             Phase::Waiting if has_waited || self.regroups_at().is_some_and(|at| now >= at) => self.try_to_form(now),
@@ -291,6 +293,8 @@ impl GroupMachine {
         self.last_failure = None;
         self.healthy_steps = 0;
         self.watch.begin();
+        self.results.begin();
+        self.awaits_copies = None;
         self.look_at = now;
         self.stall = self.stopped.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         self.recovering = Some(now);
@@ -308,6 +312,7 @@ impl GroupMachine {
         if rank != 0 {
             return;
         }
+        self.results.stepped(step, now);
         self.healthy_steps = self.healthy_steps.saturating_add(1);
         if self.healthy_steps == HEALTHY_STEPS {
             self.failures = 0;

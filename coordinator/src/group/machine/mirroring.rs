@@ -1,10 +1,14 @@
 //! Copies of KV rows: who gets them, and who has those of the formation before.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use phalanx_cluster::id::{Epoch, ShardId};
 
-use super::{Attached, GroupMachine, MirrorTo, Mirrors, Origin};
+use super::{Attached, Beat, GroupMachine, MirrorTo, Mirrors, Origin, Phase};
+
+/// Longest wait of a planned change for copies that are far behind: a mirror may have no memory for them, or too little of
+/// the processors.
+const CATCH_UP_LIMIT: Duration = Duration::from_secs(5);
 
 impl GroupMachine {
     /// Who is to get copies of the ranks' KV rows.
@@ -47,8 +51,62 @@ impl GroupMachine {
 
     /// Whether copies are being made, or will be, that are not whole yet: a rank that is lost now would be computed again.
     pub(super) fn lacks_copies(&self, now: Instant) -> bool {
-        let is_whole = |s: &&ShardId| self.attached.get(*s).is_some_and(|a| a.beat.mirrored == Some(self.epoch));
-        self.wants_mirror(now) || !self.mirrors().iter().all(is_whole)
+        self.wants_mirror(now) || !self.mirrors().iter().all(|s| self.mirrored_step(s).is_some())
+    }
+
+    /// The last step of the present formation of which a shard has whole copies, as far as is known.
+    fn mirrored_step(&self, shard: &ShardId) -> Option<u64> {
+        let (epoch, step) = self.attached.get(shard)?.beat.mirrored?;
+        (epoch == self.epoch).then_some(step)
+    }
+
+    /// Steps of the present formation whose rows one of its mirrors lacks, as far as is known; `None` without mirrors, or
+    /// while one has not everything from before the formation.
+    pub fn mirror_lag(&self) -> Option<u64> {
+        let lags = self.mirrors().into_iter().map(|s| self.mirrored_step(s).map(|step| self.results.lag(step)));
+        lags.collect::<Option<Vec<u64>>>()?.into_iter().max()
+    }
+
+    /// A sign of life.
+    pub(super) fn on_beat(&mut self, from: &Origin, beat: Beat, now: Instant) {
+        let epoch = self.epoch;
+        // How far copies are behind is known at this moment only: steps go on until the next sign.
+        let is_near = beat.mirrored.is_some_and(|(of, step)| of == epoch && self.results.is_near(step, now));
+        if let Some(attached) = self.life(from) {
+            (attached.beat, attached.is_near, attached.heard) = (beat, is_near, now);
+        }
+        if self.is_rolling() {
+            self.advance_rollout(now);
+        }
+        if self.awaits_copies.is_some() {
+            self.reconsider(now);
+        }
+    }
+
+    /// Whether a planned change to so many ranks had better wait: copies are far behind, so that whoever takes a rank
+    /// would compute much again.
+    pub(super) fn waits_for_copies(&mut self, world_size: usize, now: Instant) -> bool {
+        let is_near = |s: &&ShardId| {
+            self.mirrored_step(s).is_some() && self.attached.get(*s).is_some_and(|attached| attached.is_near)
+        };
+        // Other slices have other rows.
+        if world_size != self.ranks.len() || self.mirrors().iter().all(is_near) {
+            return false;
+        }
+        let since = *self.awaits_copies.get_or_insert(now);
+        now < since + CATCH_UP_LIMIT
+    }
+
+    /// When the patience with copies that are far behind ends.
+    pub(super) fn catch_up_limit(&self) -> Option<Instant> {
+        self.awaits_copies.filter(|_| self.phase == Phase::Serving).map(|since| since + CATCH_UP_LIMIT)
+    }
+
+    /// Ends the wait for copies that are far behind.
+    pub(super) fn stop_waiting_for_copies(&mut self, now: Instant) {
+        if self.catch_up_limit().is_some_and(|limit| now >= limit) {
+            self.reconsider(now);
+        }
     }
 
     /// Which lives of shards have copies of the present formation's rows, by rank.

@@ -22,6 +22,7 @@ mod expected;
 mod formation;
 mod inherited;
 mod mirroring;
+mod results;
 mod rollout;
 mod seating;
 mod standing;
@@ -39,6 +40,7 @@ pub use event::{
 };
 use expected::Expected;
 pub use expected::{COPIED_OWNERS_LIMIT, OWNERS_LIMIT};
+use results::Results;
 use rollout::Rollout;
 pub use seating::SliceOf;
 use seating::{Owners, Sitter};
@@ -100,6 +102,8 @@ struct Attached {
     /// It was told to end.
     is_dismissed: bool,
     beat: Beat,
+    /// Its copies of KV rows lacked only the last ones when it gave that sign of life.
+    is_near: bool,
     heard: Instant,
 }
 
@@ -154,6 +158,10 @@ pub struct GroupMachine {
     waiters: Vec<Waiter>,
     rollout: Option<Rollout>,
     watch: StepWatch,
+    /// Of the present formation's steps.
+    results: Results,
+    /// Since when a switch waits for copies of KV rows.
+    awaits_copies: Option<Instant>,
     look_at: Instant,
     warned_slow: Option<ShardId>,
     /// Since when too few shards are there.
@@ -202,6 +210,8 @@ impl GroupMachine {
             waiters: Vec::new(),
             rollout: None,
             watch: StepWatch::default(),
+            results: Results::default(),
+            awaits_copies: None,
             look_at: now,
             warned_slow: None,
             short_since: None,
@@ -309,7 +319,8 @@ impl GroupMachine {
                 let recovery = self.recovering.map(|since| since + changes::RECOVERY_LIMIT);
                 // Who is trusted again may be given copies.
                 let trust = self.doubts.values().map(|(_, until)| *until).min();
-                [self.watch.due(), look, self.prepare_limit(), recovery, trust].into_iter().flatten().min()
+                let copies = self.catch_up_limit();
+                [self.watch.due(), look, self.prepare_limit(), recovery, trust, copies].into_iter().flatten().min()
             }
             Phase::Holding(_, since) => {
                 [self.watch.due(), Some(*since + changes::HOLD_LIMIT)].into_iter().flatten().min()
@@ -368,12 +379,7 @@ impl GroupMachine {
                 self.on_prepared(&from, (world_size, rank), now);
             }
             Event::Beat { from, beat } => {
-                if let Some(attached) = self.life(&from) {
-                    (attached.beat, attached.heard) = (beat, now);
-                }
-                if self.is_rolling() {
-                    self.advance_rollout(now);
-                }
+                self.on_beat(&from, beat, now);
             }
             Event::Idle(epoch) => self.on_idle(epoch, now),
             Event::Recovered { epoch, stall } => self.on_recovered(epoch, stall, now),

@@ -28,7 +28,6 @@ impl State {
         let from = || from.clone();
         let event = match message {
             FromShard::StepResult(result) => {
-                self.mirror_lag.stepped(result.epoch, result.step);
                 if result.epoch == self.machine.epoch().raw()
                     && let Some(rank) = self.machine.rank_of(shard)
                 {
@@ -39,11 +38,10 @@ impl State {
             }
             FromShard::Heartbeat(beat) => {
                 self.note(&from(), |memory| memory.resident = beat.resident_bytes);
-                self.mirror_lag.beat(shard, &beat);
-                let lag = self.mirror_lag.steps(self.machine.epoch(), self.machine.mirrors());
-                self.meters.mirror_lag(lag);
                 self.show_device(shard);
-                Event::Beat { from: from(), beat: what_it_does(&beat) }
+                self.step(myself, Event::Beat { from: from(), beat: what_it_does(&beat) }, None)?;
+                self.meters.mirror_lag(self.machine.mirror_lag());
+                return Ok(());
             }
             FromShard::LoadProgress(progress) => {
                 let rank = self.machine.rank_of(&from().shard);
@@ -146,6 +144,6 @@ fn sealed_blocks(shard: &ShardId, sealed: &SealedBlocks) -> Option<BTreeMap<u32,
 
 fn what_it_does(beat: &Heartbeat) -> Beat {
     let busy = (beat.busy_epoch != 0).then(|| (Epoch::from_raw(beat.busy_epoch), beat.busy_step));
-    let mirrored = (beat.mirrored_epoch != 0).then(|| Epoch::from_raw(beat.mirrored_epoch));
+    let mirrored = (beat.mirrored_epoch != 0).then(|| (Epoch::from_raw(beat.mirrored_epoch), beat.mirrored_step));
     Beat { busy, waits_for: beat.waits_for_rank.map(|r| r as usize), mirrored }
 }

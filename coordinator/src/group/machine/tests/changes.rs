@@ -311,6 +311,78 @@ fn mirror_restarted() -> Group {
     group
 }
 
+/// Ranks a and b in epoch 2, with copies at spare c, which is to take b's rank.
+fn mirrored() -> Group {
+    let mut group = pair_of(Settings { mirror_to: MirrorTo::Spare, ..settings(2) });
+    group.on(Event::Arrived(Candidate { takes_mirror: true, ..candidate("c", 1) }));
+    group.prepared("c", 2, 0);
+    group.idle();
+    group.serve(70, Some(4));
+    group.answer();
+    group.prepared("c", 2, 1);
+    group
+}
+
+impl Group {
+    fn step_each(&mut self, time: Duration, steps: std::ops::RangeInclusive<u64>) {
+        for step in steps {
+            self.wait(time);
+            self.stepped("a", step);
+        }
+    }
+
+    fn mirrored(&mut self, in_epoch: u64, step: u64) -> Vec<Action> {
+        let beat = Beat { mirrored: Some((epoch(in_epoch), step)), ..Beat::default() };
+        self.on(Event::Beat { from: self.life_of("c"), beat })
+    }
+}
+
+#[test]
+fn a_change_waits_for_copies_that_are_far_behind() {
+    let mut group = mirrored();
+    group.step_each(Duration::from_millis(20), 1..=40);
+    assert_eq!(group.mirrored(2, 4), []);
+    assert_eq!(group.machine.mirror_lag(), Some(36));
+    assert_eq!(drain(&mut group, "b"), [], "36 steps would be computed again");
+    group.step_each(Duration::from_millis(20), 41..=45);
+    assert_eq!(group.mirrored(1, 45), [], "of another epoch");
+    assert_eq!(group.mirrored(2, 38), [], "140 ms behind");
+    assert_eq!(group.mirrored(2, 40), [Action::Hold(epoch(2))]);
+    assert!(matches!(group.idle().last(), Some(Action::Form { .. })));
+}
+
+#[test]
+fn a_change_waits_for_copies_no_longer_than_it_makes_sense() {
+    let mut group = mirrored();
+    group.step_each(Duration::from_millis(20), 1..=40);
+    assert_eq!(drain(&mut group, "b"), [], "nothing is known of the copies");
+    let limit = group.machine.wakes_at().unwrap();
+    assert_eq!(limit, group.now + Duration::from_secs(5));
+    group.now = limit;
+    assert_eq!(group.tick(), [Action::Hold(epoch(2))]);
+}
+
+#[test]
+fn a_change_that_is_not_wanted_any_more_waits_for_nothing() {
+    let mut group = mirrored();
+    group.step_each(Duration::from_millis(20), 1..=40);
+    drain(&mut group, "b");
+    group.on(Event::Undrain { ticket: 10, shard: shard("b") });
+    assert_eq!(group.mirrored(2, 40), []);
+    let doubts_end = group.machine.wakes_at();
+    assert!(doubts_end.is_none_or(|at| at > group.now + Duration::from_secs(5)), "{doubts_end:?}");
+}
+
+#[test]
+fn a_loss_while_copies_are_awaited_is_answered_at_once() {
+    let mut group = mirrored();
+    group.step_each(Duration::from_millis(20), 1..=40);
+    drain(&mut group, "b");
+    let actions = group.lose("b", 1);
+    assert!(matches!(actions.last(), Some(Action::Form { keep_kv_of: Some(_), .. })), "{actions:?}");
+    assert_eq!(group.machine.ranks(), shards("ac"));
+}
+
 fn ends_a_turn(actions: &[Action]) -> bool {
     actions.iter().any(|a| matches!(a, Action::Turned(Ok(turned)) if turned.phase == "returned"))
 }
@@ -323,8 +395,8 @@ fn a_rolling_restart_waits_for_whole_copies() {
         group.on(Event::Beat { from: group.life_of("c"), beat })
     };
     assert!(!ends_a_turn(&beat(None)));
-    assert!(!ends_a_turn(&beat(Some(epoch(2)))), "copies of the epoch before");
-    assert!(ends_a_turn(&beat(Some(epoch(3)))));
+    assert!(!ends_a_turn(&beat(Some((epoch(2), 4)))), "copies of the epoch before");
+    assert!(ends_a_turn(&beat(Some((epoch(3), 0)))));
 }
 
 #[test]
