@@ -15,7 +15,7 @@ use super::{
     eventually,
     load::{self, Job, Sizes},
     netns::Hosts,
-    resources::{self, Held},
+    resources::{self, Held, Processors},
     round::{Load, Round},
     rows::{Epochs, Row},
     setup::{Network, Setup},
@@ -25,6 +25,10 @@ use crate::workload::Numbers;
 
 /// Rounds of the full matrix of which one lasts as long as in production.
 const LONG_ROUND_EACH: usize = 10;
+/// Stalls of a round that are told with its log,
+const STALLS: usize = 5;
+/// and how far apart they must end to be of different moments.
+const SAME_STALL: Duration = Duration::from_millis(50);
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -54,6 +58,8 @@ pub struct Outcome {
     pub resumed: Duration,
     /// Largest gap between two tokens of a stream, after the fault.
     pub stall: Duration,
+    /// The longest ones, each of another moment, and when they ended.
+    pub longest_stalls: Vec<(Duration, Instant)>,
     /// Latest first token of a stream.
     pub first_token: Duration,
     /// Tokens computed again, as the coordinator counts them.
@@ -64,6 +70,8 @@ pub struct Outcome {
     pub held: Vec<Held>,
     /// From the first request to the end of all checks.
     pub took: Duration,
+    /// Share of this machine's processors that its host gave to others meanwhile, if it says so.
+    pub stolen: Option<f64>,
 }
 
 impl Outcome {
@@ -183,6 +191,9 @@ fn run_rounds(
             for (at, line) in deployment.log_since(began) {
                 eprintln!("{:8.3} {line}", (at - began).as_secs_f64());
             }
+            for (stall, ended) in outcome.iter().flat_map(|o| &o.longest_stalls) {
+                eprintln!("{:8.3} a stall of {} ms has ended", (*ended - began).as_secs_f64(), stall.as_millis());
+            }
         }
         let outcome = outcome.with_context(|| format!("round {index}"))?;
         eprintln!("{}", super::report::line(row.name, index, &outcome));
@@ -239,7 +250,7 @@ fn round(
         runtime,
         full: is_long,
     };
-    let started = Instant::now();
+    let (started, processors) = (Instant::now(), Processors::now());
     let fault = (row.inject)(&mut faulty);
     let injected = faulty.injected.unwrap_or(started);
     let (clients, records): (Vec<usize>, Vec<Record>) = load.finish(runtime).into_iter().unzip();
@@ -252,11 +263,13 @@ fn round(
         detection,
         resumed: resumed(&records, injected),
         stall: records.iter().map(|r| r.longest_gap(injected)).max().unwrap_or_default(),
+        longest_stalls: longest_stalls(&records, injected),
         first_token: records.iter().filter_map(Record::first_token).max().unwrap_or_default(),
         replayed: 0.0,
         problems: Vec::new(),
         held: Vec::new(),
         took: Duration::ZERO,
+        stolen: None,
     };
     judge(&mut outcome, &clients, &records, reference, jobs);
     if let Err(error) = deployment.wait_whole() {
@@ -291,6 +304,7 @@ fn round(
     thread::sleep(Duration::from_millis(200));
     outcome.held = deployment.held();
     outcome.took = started.elapsed();
+    outcome.stolen = processors.zip(Processors::now()).and_then(|(before, now)| now.stolen_since(before));
     Ok(outcome)
 }
 
@@ -302,6 +316,20 @@ fn resumed(records: &[Record], injected: Instant) -> Duration {
     arrivals.sort_unstable();
     let longest = arrivals.windows(2).max_by_key(|pair| pair[1] - pair[0]);
     longest.map_or(Duration::ZERO, |pair| pair[1] - injected)
+}
+
+/// The longest gaps between two tokens of any stream, the longest first. Of those that end with the same step there is one.
+fn longest_stalls(records: &[Record], injected: Instant) -> Vec<(Duration, Instant)> {
+    let mut gaps: Vec<_> = records.iter().flat_map(|record| record.gaps(injected)).collect();
+    gaps.sort_unstable_by_key(|(gap, _)| std::cmp::Reverse(*gap));
+    let mut longest: Vec<(Duration, Instant)> = Vec::new();
+    for (gap, ended) in gaps {
+        let is_apart = |other: Instant| ended.max(other) - ended.min(other) > SAME_STALL;
+        if longest.len() < STALLS && longest.iter().all(|(_, other)| is_apart(*other)) {
+            longest.push((gap, ended));
+        }
+    }
+    longest
 }
 
 fn judge(outcome: &mut Outcome, clients: &[usize], records: &[Record], reference: &Reference, jobs: &[Job]) {

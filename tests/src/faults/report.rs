@@ -12,10 +12,12 @@ use super::{
 /// One line about a round.
 pub fn line(row: &str, index: usize, outcome: &Outcome) -> String {
     let detection = outcome.detection.map_or("-".to_owned(), |d| format!("{} ms", d.as_millis()));
+    let stolen =
+        outcome.stolen.map_or(String::new(), |share| format!(", {:.1} % of it stolen by the host", 100.0 * share));
     let (coordinators, shards) = (total(&outcome.held, Role::Coordinator), total(&outcome.held, Role::Shard));
     let mut text = format!(
         "{row} round {index}: {} requests, {} lost, {:?}, detected after {detection}, first token again after {} ms, longest stall {} ms, \
-         last first token {} ms, {} replayed tokens; coordinators hold {} descriptors, {} KiB; shards {}, {} KiB; {:.1} s",
+         last first token {} ms, {} replayed tokens; coordinators hold {} descriptors, {} KiB; shards {}, {} KiB; {:.1} s{stolen}",
         outcome.requests,
         outcome.lost,
         outcome.difference,
@@ -101,6 +103,7 @@ pub fn json(report: &Report) -> Value {
             "replayed_tokens": o.replayed,
             "held": held.collect::<Vec<_>>(),
             "took_ms": ms(o.took),
+            "stolen": o.stolen,
             "problems": o.problems,
         })
     };

@@ -15,6 +15,33 @@ const WARM_UP: usize = 2;
 /// Rounds that say whether something grows.
 const ENOUGH: usize = 4;
 
+/// What the processors of this machine have done since it was started, in ticks.
+#[derive(Debug, Clone, Copy)]
+pub struct Processors {
+    all: u64,
+    stolen: u64,
+}
+
+impl Processors {
+    /// Until now; `None` if the system does not say.
+    pub fn now() -> Option<Self> {
+        Self::of(&fs::read_to_string("/proc/stat").ok()?)
+    }
+
+    /// From the first line of proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal; what follows is in them.
+    fn of(stat: &str) -> Option<Self> {
+        let numbers = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+        let ticks: Vec<u64> = numbers.take(8).map_while(|ticks| ticks.parse().ok()).collect();
+        Some(Self { all: ticks.iter().sum(), stolen: *ticks.get(7)? })
+    }
+
+    /// The share of their time since `before` in which the machine's host ran something else there.
+    pub fn stolen_since(self, before: Self) -> Option<f64> {
+        let all = self.all.checked_sub(before.all).filter(|all| *all > 0)?;
+        Some(self.stolen.saturating_sub(before.stolen) as f64 / all as f64)
+    }
+}
+
 /// What kind of process it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
@@ -122,6 +149,16 @@ mod tests {
 
     fn found(rounds: &[Vec<Held>]) -> usize {
         leaks(&rounds.iter().map(Vec::as_slice).collect::<Vec<_>>()).len()
+    }
+
+    #[test]
+    fn stolen_time_is_the_eighth_number() {
+        let of = |stat: &str| Processors::of(stat);
+        let before = of("cpu  100 20 30 800 5 0 5 40 7 7\ncpu0 1 2 3\n").unwrap();
+        let now = of("cpu  150 20 30 830 5 0 5 60 9 9\n").unwrap();
+        assert_eq!(now.stolen_since(before), Some(0.2));
+        assert_eq!(before.stolen_since(now), None);
+        assert!(of("cpu  1 2 3\n").is_none() && of("").is_none());
     }
 
     #[test]

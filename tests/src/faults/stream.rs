@@ -92,10 +92,14 @@ impl Record {
         }
     }
 
-    /// The largest gap between two tokens that ended after `moment`.
+    /// Gaps between two tokens that ended after `moment`, and when.
+    pub fn gaps(&self, moment: Instant) -> impl Iterator<Item = (Duration, Instant)> {
+        self.arrivals.windows(2).filter(move |w| w[1] >= moment).map(|w| (w[1] - w[0], w[1]))
+    }
+
+    /// The largest of them.
     pub fn longest_gap(&self, moment: Instant) -> Duration {
-        let gaps = self.arrivals.windows(2).filter(|w| w[1] >= moment).map(|w| w[1] - w[0]);
-        gaps.max().unwrap_or_default()
+        self.gaps(moment).map(|(gap, _)| gap).max().unwrap_or_default()
     }
 
     /// Tokens that it had at that moment, prompt and answer, if it ran then.
