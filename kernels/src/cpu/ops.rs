@@ -5,7 +5,7 @@ use super::{
     CpuOps, RowMath, Shared,
     buffers::{check_distinct, product},
     generic::{
-        attention::{Ahead, AttentionTask},
+        attention::{AttentionTask, NextPages},
         linear::Out,
     },
     input::InputRows,
@@ -377,7 +377,7 @@ impl Ops for CpuOps {
             for group in heads.chunk_by(|a, b| a == b) {
                 let (keys, values) = cache.head_offsets(group[0] as usize);
                 let n_queries = chunk.n_rows * group.len();
-                let then = Ahead {
+                let then = NextPages {
                     base: pages[keys..].as_ptr(),
                     blocks: chunk.blocks.as_ptr(),
                     n_pages: (chunk.start + chunk.n_rows).div_ceil(shape.block_size),

@@ -61,12 +61,12 @@ pub(crate) struct AttentionTask {
     /// Queries of this task.
     pub queries: Range<usize>,
     /// Keys that will be read when this task is done, as far as anybody knows.
-    pub then: Ahead,
+    pub then: NextPages,
 }
 
 /// Keys or values of a sequence that are fetched before they are read.
 #[derive(Clone, Copy)]
-pub(crate) struct Ahead {
+pub(crate) struct NextPages {
     /// Those of the KV head in page 0.
     pub base: *const u8,
     /// Pages of the sequence.
@@ -200,13 +200,13 @@ struct Pages {
     /// How far ahead pages are fetched.
     ahead: usize,
     /// What is fetched behind the last page.
-    then: Ahead,
+    then: NextPages,
 }
 
 impl Pages {
     /// Of a sequence of `n_positions`, at least one.
     #[inline(always)]
-    fn new(task: &AttentionTask, base: *const u8, n_positions: usize, then: Ahead) -> Self {
+    fn new(task: &AttentionTask, base: *const u8, n_positions: usize, then: NextPages) -> Self {
         let n_pages = n_positions.div_ceil(task.block_size);
         let ahead = task.stretch_pages().min(n_pages);
         Self { base, blocks: task.blocks, page_bytes: task.page_bytes, next: 0, n_pages, ahead, then }
@@ -275,7 +275,7 @@ unsafe fn score<S: Simd, E: Element, const R: usize>(
     scores: *mut f32,
     stride: usize,
 ) {
-    let values = Ahead { base: task.values, blocks: task.blocks, n_pages: stride.div_ceil(task.block_size) };
+    let values = NextPages { base: task.values, blocks: task.blocks, n_pages: stride.div_ceil(task.block_size) };
     let mut keys = Keys {
         pages: Pages::new(task, task.keys, stride, values),
         vector_bytes: task.head_dim * E::BYTES * LANES,

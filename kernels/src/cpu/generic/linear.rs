@@ -198,14 +198,14 @@ const fn only_unpacked<S: Dots, K: Tile>() -> bool {
 }
 
 /// A tile on its way from memory while another one is computed with: else each would be waited for.
-struct Ahead {
+struct NextTile {
     at: *const u8,
     end: *const u8,
     /// Bytes to ask for at a time.
     share: usize,
 }
 
-impl Ahead {
+impl NextTile {
     /// The tile with this number, if there is one, in `n_shares` parts.
     fn new(task: &LinearTask, tile: usize, n_shares: usize) -> Self {
         let len = if tile < task.n_out.div_ceil(LANES) { task.tile_bytes } else { 0 };
@@ -235,7 +235,7 @@ impl Ahead {
 #[inline(always)]
 unsafe fn tile_by_tile<S: Apart, K: Tile, const UNPACKS: bool>(task: &LinearTask, blocks: Range<usize>) {
     for tile in task.tiles.clone() {
-        let mut ahead = Ahead::new(task, tile + 1, blocks.len());
+        let mut ahead = NextTile::new(task, tile + 1, blocks.len());
         // SAFETY: the contract above.
         unsafe {
             let packed = task.weights(tile);
