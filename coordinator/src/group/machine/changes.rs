@@ -55,12 +55,13 @@ impl GroupMachine {
             return;
         }
         let next_size = next.map_or(self.ranks.len(), |next| next.len());
-        if !self.waits_for_copies(next_size, now) {
-            self.awaits_copies = None;
-            self.phase = Phase::Holding(cause, now);
-            self.stopped = Some(now);
-            self.push(Action::Hold(self.epoch));
+        if self.waits_for_copies(next_size, now) {
+            return;
         }
+        self.awaits_copies = None;
+        self.phase = Phase::Holding(cause, now);
+        self.stopped = Some(now);
+        self.push(Action::Hold(self.epoch));
     }
 
     /// Why the group should be switched to `next` now.

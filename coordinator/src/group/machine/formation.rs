@@ -43,7 +43,7 @@ impl GroupMachine {
             prepares_in_vain: false,
             leaves,
             is_dismissed: false,
-            is_near: false,
+            copies_are_near: false,
             beat: Default::default(),
             heard: now,
         };

@@ -71,9 +71,9 @@ impl GroupMachine {
     pub(super) fn on_beat(&mut self, from: &Origin, beat: Beat, now: Instant) {
         let epoch = self.epoch;
         // How far copies are behind is known at this moment only: steps go on until the next sign.
-        let is_near = beat.mirrored.is_some_and(|(of, step)| of == epoch && self.results.is_near(step, now));
+        let are_near = beat.mirrored.is_some_and(|(of, step)| of == epoch && self.results.is_near(step, now));
         if let Some(attached) = self.life(from) {
-            (attached.beat, attached.is_near, attached.heard) = (beat, is_near, now);
+            (attached.beat, attached.copies_are_near, attached.heard) = (beat, are_near, now);
         }
         if self.is_rolling() {
             self.advance_rollout(now);
@@ -86,11 +86,10 @@ impl GroupMachine {
     /// Whether a planned change to so many ranks had better wait: copies are far behind, so that whoever takes a rank
     /// would compute much again.
     pub(super) fn waits_for_copies(&mut self, world_size: usize, now: Instant) -> bool {
-        let is_near = |s: &&ShardId| {
-            self.mirrored_step(s).is_some() && self.attached.get(*s).is_some_and(|attached| attached.is_near)
-        };
+        let are_near =
+            |s: &&ShardId| self.mirrored_step(s).is_some() && self.attached.get(*s).is_some_and(|a| a.copies_are_near);
         // Other slices have other rows.
-        if world_size != self.ranks.len() || self.mirrors().iter().all(is_near) {
+        if world_size != self.ranks.len() || self.mirrors().iter().all(are_near) {
             return false;
         }
         let since = *self.awaits_copies.get_or_insert(now);

@@ -102,8 +102,8 @@ struct Attached {
     /// It was told to end.
     is_dismissed: bool,
     beat: Beat,
-    /// Its copies of KV rows lacked only the last ones when it gave that sign of life.
-    is_near: bool,
+    /// As of that sign of life.
+    copies_are_near: bool,
     heard: Instant,
 }
 
