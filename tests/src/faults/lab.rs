@@ -256,14 +256,15 @@ fn round(
     let (clients, records): (Vec<usize>, Vec<Record>) = load.finish(runtime).into_iter().unzip();
     fault.context("the fault could not be made")?;
     let detection = detection(deployment, injected, failovers, row);
+    let longest_stalls = longest_stalls(&records, injected);
     let mut outcome = Outcome {
         requests: records.len(),
         lost: 0,
         difference: Difference::default(),
         detection,
         resumed: resumed(&records, injected),
-        stall: records.iter().map(|r| r.longest_gap(injected)).max().unwrap_or_default(),
-        longest_stalls: longest_stalls(&records, injected),
+        stall: longest_stalls.first().map_or(Duration::ZERO, |(stall, _)| *stall),
+        longest_stalls,
         first_token: records.iter().filter_map(Record::first_token).max().unwrap_or_default(),
         replayed: 0.0,
         problems: Vec::new(),
