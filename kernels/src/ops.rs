@@ -268,11 +268,19 @@ pub trait Ops: Send {
     /// Bytes of one block in all layers of a KV cache of this shape.
     fn kv_bytes_per_block(&self, shape: KvShape) -> u64;
 
-    /// Allocates the KV cache, in place of an earlier one.
+    /// Allocates the KV cache, in place of an earlier one. Pages of the same kind that were never written and are enough
+    /// stay, touched or not.
     fn alloc_kv(&mut self, shape: KvShape) -> Result<(), KernelError>;
 
     /// Takes these pages over as the KV cache, in place of an earlier one.
     fn adopt_kv(&mut self, pages: KvPages) -> Result<(), KernelError>;
+
+    /// Touches some of the memory that steps will write, so that no step waits for the system to find it: that of the
+    /// buffers and the next KV pages where nothing else is to be done (`is_idle`), else only KV pages that are needed soon. About
+    /// 2 MiB; `false` if there is no more to do.
+    fn prefault(&mut self, _is_idle: bool) -> bool {
+        false
+    }
 
     // ---- copies of KV rows, between steps --------------------------------------------------------------------------
 

@@ -47,6 +47,11 @@ impl KvPages {
         self.0.write_rows(ranges, rows)
     }
 
+    /// Touches pages that are likely to be written soon, about 2 MiB; `false` if there is no more to do.
+    pub fn prefault(&mut self) -> bool {
+        self.0.prefault(false)
+    }
+
     /// Appends the rows of `ranges` to `rows`.
     ///
     /// # Errors

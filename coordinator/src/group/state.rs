@@ -22,7 +22,7 @@ use super::{
     change::{ChangeError, RollingRestart},
     drained::DrainedRecord,
     epochs,
-    machine::{self, Action, Cause, Changed, Event, Given, GroupMachine, Mirrors, Standing, Ticket, Turned},
+    machine::{self, Action, Cause, Changed, Event, Given, GroupMachine, MirrorTo, Mirrors, Standing, Ticket, Turned},
     meters::Meters,
     plans::GroupPlans,
     progress::LoadProgress,
@@ -283,11 +283,16 @@ impl State {
 
     fn prepare(&self, shard: &ShardId, world_size: usize, ranks: &[usize]) {
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let form =
-            Form { epoch: self.machine.epoch().raw(), world_size: count(world_size), ..self.config.form.clone() };
+        let form = Form {
+            epoch: self.machine.epoch().raw(),
+            world_size: count(world_size),
+            kv_blocks: self.machine.last_kv_blocks(),
+            ..self.config.form.clone()
+        };
+        let reserve_kv = self.config.settings.mirror_to != MirrorTo::Spare;
         tracing::info!(%shard, world_size, ?ranks, "a spare is to load slices ahead");
         let ranks = ranks.iter().map(|r| count(*r)).collect();
-        self.seats.tell(shard, Message::Prepare(Prepare { form: Some(form), ranks }));
+        self.seats.tell(shard, Message::Prepare(Prepare { form: Some(form), ranks, reserve_kv }));
     }
 
     fn serving(&mut self, myself: &ActorRef<GroupMsg>, epoch: Epoch, kv_blocks: u32, kept: Option<machine::Kept>) {

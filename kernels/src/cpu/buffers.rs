@@ -2,7 +2,11 @@
 
 use bytemuck::Pod;
 
-use super::shape_error;
+use super::{
+    pages::prefer_large,
+    prefault::{STRETCH, touch},
+    shape_error,
+};
 use crate::{
     error::KernelError,
     ops::{Buf, FixedBuf},
@@ -14,6 +18,16 @@ use crate::{
 pub(super) struct Buffers {
     floats: Vec<Aligned<f32>>,
     fixed: Vec<Aligned<i64>>,
+    touched: Touched,
+}
+
+/// How far buffers are touched.
+#[derive(Debug, Default)]
+struct Touched {
+    /// Whole ones, those of floats first.
+    n_buffers: usize,
+    /// And of the next one so much.
+    bytes: usize,
 }
 
 impl Buffers {
@@ -21,14 +35,40 @@ impl Buffers {
         self.floats.iter().map(Aligned::bytes).sum::<u64>() + self.fixed.iter().map(Aligned::bytes).sum::<u64>()
     }
 
-    pub fn add(&mut self, buffer: Aligned<f32>) -> Buf {
+    pub fn add(&mut self, mut buffer: Aligned<f32>) -> Buf {
+        prefer_large(bytemuck::cast_slice_mut(buffer.as_mut_slice()));
         self.floats.push(buffer);
         Buf((self.floats.len() - 1) as u32)
     }
 
-    pub fn add_fixed(&mut self, buffer: Aligned<i64>) -> FixedBuf {
+    pub fn add_fixed(&mut self, mut buffer: Aligned<i64>) -> FixedBuf {
+        prefer_large(bytemuck::cast_slice_mut(buffer.as_mut_slice()));
         self.fixed.push(buffer);
         FixedBuf((self.fixed.len() - 1) as u32)
+    }
+
+    /// Touches about a stretch of what was not touched yet; `false` if all was.
+    pub fn prefault(&mut self) -> bool {
+        let mut left = STRETCH;
+        while left > 0 {
+            let n_floats = self.floats.len();
+            let next = match self.touched.n_buffers.checked_sub(n_floats) {
+                None => bytemuck::cast_slice_mut(self.floats[self.touched.n_buffers].as_mut_slice()),
+                Some(idx) => match self.fixed.get_mut(idx) {
+                    Some(buffer) => bytemuck::cast_slice_mut(buffer.as_mut_slice()),
+                    None => return left < STRETCH,
+                },
+            };
+            let rest: &mut [u8] = &mut next[self.touched.bytes..];
+            let n_bytes = rest.len().min(left);
+            touch(&mut rest[..n_bytes]);
+            left -= n_bytes;
+            self.touched = match rest.len() == n_bytes {
+                true => Touched { n_buffers: self.touched.n_buffers + 1, bytes: 0 },
+                false => Touched { bytes: self.touched.bytes + n_bytes, ..self.touched },
+            };
+        }
+        true
     }
 
     /// Number of elements of a buffer.

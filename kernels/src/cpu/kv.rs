@@ -1,6 +1,10 @@
 //! The pages of the KV cache. Their layout: `generic/attention.rs`.
 
-use super::{generic::attention::MAX_HEAD_DIM, pages::prefer_large};
+use super::{
+    generic::attention::MAX_HEAD_DIM,
+    pages::prefer_large,
+    prefault::{STRETCH, touch},
+};
 use crate::{
     error::KernelError,
     layout::TILE,
@@ -16,8 +20,20 @@ pub(crate) struct KvCache {
     pub precision: Precision,
     /// Slots that steps or copies have written since the pages were made.
     pub written: SlotSet,
+    /// Blocks from this one on have never been written.
+    end: usize,
     /// A layer each.
     layers: Vec<Aligned<u8>>,
+    touched: Touched,
+}
+
+/// How far pages are touched that nobody has written.
+#[derive(Debug, Clone, Copy, Default)]
+struct Touched {
+    /// Of each layer, and a stretch more of those before `layer`.
+    bytes: usize,
+    /// Whose turn it is.
+    layer: usize,
 }
 
 /// Bytes of a number in the cache.
@@ -72,7 +88,36 @@ impl KvCache {
         };
         let layers = (0..shape.n_layers).map(layer).collect::<Result<_, KernelError>>()?;
         let written = SlotSet::new(shape.n_blocks, shape.block_size);
-        Ok(Self { shape, precision, written, layers })
+        Ok(Self { shape, precision, written, end: 0, layers, touched: Touched::default() })
+    }
+
+    /// These pages as new ones of that shape, if they are as good: never written, and enough.
+    pub fn into_new(self, shape: KvShape, precision: Precision) -> Option<Self> {
+        let is_alike = self.precision == precision && KvShape { n_blocks: shape.n_blocks, ..self.shape } == shape;
+        let is_enough = self.end == 0 && (1..=self.shape.n_blocks).contains(&shape.n_blocks);
+        let written = SlotSet::new(shape.n_blocks, shape.block_size);
+        (is_alike && is_enough).then_some(Self { shape, written, ..self })
+    }
+
+    /// Touches a stretch of one layer's pages beyond those that are written; `false` if enough of them are touched: half a
+    /// stretch ahead in every layer, or a whole one where nothing else is to be done.
+    pub fn prefault(&mut self, is_idle: bool) -> bool {
+        let lead = if is_idle { STRETCH } else { STRETCH / 2 };
+        let (written, all) = (self.end * self.page_bytes(), self.shape.n_blocks * self.page_bytes());
+        let Touched { mut bytes, layer } = self.touched;
+        if layer == 0 {
+            // Whoever wrote these touched them.
+            bytes = bytes.max(written / STRETCH * STRETCH);
+        }
+        let end = all.min(bytes + STRETCH);
+        if bytes >= (written + lead).next_multiple_of(STRETCH).min(all) {
+            return false;
+        }
+        let Some(pages) = self.layers.get_mut(layer) else { return false };
+        touch(&mut pages.as_mut_slice()[bytes..end]);
+        let is_last = layer + 1 == self.layers.len();
+        self.touched = if is_last { Touched { bytes: end, layer: 0 } } else { Touched { bytes, layer: layer + 1 } };
+        true
     }
 
     /// Bytes taken.
@@ -124,8 +169,13 @@ impl KvCache {
     /// Notes that the chunk's rows are written.
     pub fn note_written(&mut self, chunk: &RowChunk) {
         let positions = chunk.start..chunk.start + chunk.n_rows;
-        KvRange::of_positions(&chunk.blocks, positions, self.shape.block_size)
-            .for_each(|range| self.written.insert(range));
+        KvRange::of_positions(&chunk.blocks, positions, self.shape.block_size).for_each(|range| self.note(range));
+    }
+
+    /// Notes that slots are written.
+    pub fn note(&mut self, range: KvRange) {
+        self.end = self.end.max(range.block as usize + 1);
+        self.written.insert(range);
     }
 
     /// Checks that no slot is written by two rows. `spans` is room to work in.

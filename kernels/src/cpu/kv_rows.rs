@@ -37,7 +37,7 @@ impl KvCache {
             Precision::Auto => self.write::<2>(ranges, rows),
             Precision::Float32 => self.write::<4>(ranges, rows),
         }
-        ranges.iter().for_each(|range| self.written.insert(*range));
+        ranges.iter().for_each(|range| self.note(*range));
         Ok(())
     }
 

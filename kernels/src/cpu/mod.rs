@@ -35,6 +35,7 @@ mod matrix;
 mod ops;
 pub(crate) mod pages;
 mod pool;
+mod prefault;
 mod rows;
 mod scalar;
 mod simd;

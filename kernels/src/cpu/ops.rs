@@ -116,8 +116,11 @@ impl Ops for CpuOps {
 
     fn alloc_kv(&mut self, shape: KvShape) -> Result<(), KernelError> {
         self.step.clear();
-        self.kv = None;
-        self.kv = Some(KvCache::new(shape, self.precision)?);
+        let earlier = self.kv.take().and_then(|kv| kv.into_new(shape, self.precision));
+        self.kv = Some(match earlier {
+            Some(pages) => pages,
+            None => KvCache::new(shape, self.precision)?,
+        });
         Ok(())
     }
 
@@ -132,6 +135,10 @@ impl Ops for CpuOps {
         self.step.clear();
         self.kv = Some(pages.0);
         Ok(())
+    }
+
+    fn prefault(&mut self, is_idle: bool) -> bool {
+        (is_idle && self.buffers.prefault()) || self.kv.as_mut().is_some_and(|kv| kv.prefault(is_idle))
     }
 
     fn kv_shape(&self) -> Option<KvShape> {

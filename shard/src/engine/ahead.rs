@@ -37,6 +37,8 @@ pub(super) struct Ahead {
     results: mpsc::Sender<Envelope>,
     /// Of the last [`Prepare`].
     form: Form,
+    /// Whether it wants KV pages too.
+    reserve_kv: bool,
     /// Ranks that were not looked at yet.
     waiting: VecDeque<u32>,
     job: Option<Job>,
@@ -85,7 +87,8 @@ impl Ahead {
     /// Nothing is to be loaded. Results come back through `results`.
     pub fn new(results: mpsc::Sender<Envelope>) -> Self {
         let share = Share::Leftovers;
-        Self { results, form: Form::default(), waiting: VecDeque::new(), job: None, n_jobs: 0, share }
+        let (form, waiting) = (Form::default(), VecDeque::new());
+        Self { results, form, reserve_kv: false, waiting, job: None, n_jobs: 0, share }
     }
 
     /// Loads what `prepare` wants instead of what was wanted before. Returns what is loaded already.
@@ -103,6 +106,7 @@ impl Ahead {
         let loading = self.job.as_ref().and_then(|job| job.rank);
         self.waiting = prepare.ranks.into_iter().filter(|rank| Some(*rank) != loading).collect();
         self.form = form;
+        self.reserve_kv = prepare.reserve_kv;
         self.go_on(stock)
     }
 
@@ -181,6 +185,10 @@ impl Ahead {
             }
         }
         self.waiting = missing.into_iter().map(|(rank, ..)| rank).collect();
+        if self.job.is_none() {
+            // For the day when it takes rank 0: slices come first.
+            stock.checkpoints.grammars(&checkpoint).read_vocabulary();
+        }
         prepared
     }
 
@@ -211,16 +219,23 @@ impl Ahead {
         let ops = slice::open_device(&key, &config.device)?;
         let checkpoint = checkpoint.clone();
         let share = self.share;
+        let reserve = self.reserve_kv.then(|| self.form.clone());
         self.spawn(Some(rank), share, move |abort| {
             let mut patience = (share == Share::Leftovers).then(Patience::new);
             let mut is_starved = || patience.as_mut().is_some_and(Patience::is_over);
             let mut progress =
                 |_| if abort.is_aborted() || is_starved() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
             let loaded = Weights::load(key, ops, checkpoint.as_ref(), &plan, rank as usize, &mut progress);
-            match loaded {
-                Err(_) if is_starved() => Ok(Cargo::Starved),
-                loaded => Ok(Cargo::Weights(Box::new(loaded?))),
+            let mut weights = match loaded {
+                Err(_) if is_starved() => return Ok(Cargo::Starved),
+                loaded => loaded?,
+            };
+            if let Some(form) = reserve {
+                let kv = rank::kv_shape(&form, checkpoint.config(), &plan, rank as usize);
+                weights.reserve_pages(kv, |bytes| rank::kv_blocks(&form, bytes, form.world_size as usize));
             }
+            while !abort.is_aborted() && !is_starved() && weights.ops.prefault(true) {}
+            Ok(Cargo::Weights(Box::new(weights)))
         });
         Ok(())
     }

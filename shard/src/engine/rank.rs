@@ -4,6 +4,7 @@ use std::{net::TcpListener, ops::ControlFlow, path::PathBuf, sync::Arc, time::Du
 
 use phalanx_cluster::{
     checkpoint::{Checkpoint, CheckpointError},
+    model_config::ModelConfig,
     partition::PartitionPlan,
 };
 use phalanx_kernels::{
@@ -142,16 +143,12 @@ impl Rank {
         let plan = partition(form, checkpoint.as_ref())?;
         let rank = form.rank as usize;
         let key = Key::new(form, checkpoint.as_ref(), &plan, rank)?;
-        // From here on: the vocabulary is looked at while weights are loaded.
         let grammars = (rank == 0).then(|| checkpoints.grammars(&checkpoint));
+        if let Some(grammars) = &grammars {
+            grammars.read_vocabulary();
+        }
         let model = checkpoint.config();
-        let kv = KvShape {
-            n_layers: model.n_layers,
-            n_blocks: 0,
-            block_size: form.block_size as usize,
-            n_kv_heads: plan.ranks[rank].kv_heads.len(),
-            head_dim: model.head_dim,
-        };
+        let kv = kv_shape(form, model, &plan, rank);
         let mut mirrored = mirrored::wanted(config.mirror.as_ref(), form, kv, &key);
         if let Some(weights) = slices.get_mut(&key) {
             // At once: if this form is interrupted, the next one finds them there.
@@ -199,16 +196,8 @@ impl Rank {
             Some(kept) => kept.n_blocks,
             None => {
                 make_room(slices, &weights.key, form.kv_cache_bytes);
-                let blocks_per_sequence = u64::from(form.max_model_len.div_ceil(form.block_size));
-                let demand = KvDemand {
-                    asked_bytes: form.kv_cache_bytes,
-                    wanted_blocks: form.kv_blocks,
-                    bytes_per_block: kv_bytes_per_block,
-                    free_bytes: memory::free_bytes(),
-                    sharers: form.peers.iter().filter(|peer| peer.host_id == config.host_id).count() as u64,
-                    useful_blocks: u64::from(form.max_sequences).saturating_mul(blocks_per_sequence),
-                };
-                demand.n_blocks()
+                let sharers = form.peers.iter().filter(|peer| peer.host_id == config.host_id).count();
+                kv_blocks(form, kv_bytes_per_block, sharers)
             }
         };
         let loaded = Loaded {
@@ -294,13 +283,22 @@ impl Rank {
         Ok(result)
     }
 
-    /// What is left to do after a step, when its result is on its way: notes what its blocks hold, and copies its rows to
-    /// mirrors. Never waits, and fails nothing: a mirror that lacks rows says so.
+    /// What is left to do after a step, when its result is on its way: notes what its blocks hold, copies its rows to
+    /// mirrors, and touches pages that are needed soon. Never waits, and fails nothing: a mirror that lacks rows says so.
     pub(super) fn after_step(&mut self) {
         if let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights {
             executor.seal_step();
             let pages = Pages { ops: executor.ops(), seals: executor.seals() };
             self.mirrors.step_done(self.last_step, executor.last_chunks(), pages);
+            executor.prefault(false);
+        }
+    }
+
+    /// Touches some memory that steps will write; when there is no step to run. `false` if there is no more to do.
+    pub(super) fn prefault(&mut self) -> bool {
+        match &mut self.weights {
+            WeightsOrExecutor::Executor(executor, ..) => executor.prefault(true),
+            WeightsOrExecutor::Weights(_) => false,
         }
     }
 
@@ -354,6 +352,31 @@ impl Rank {
     pub(super) fn collective_name(&self) -> &'static str {
         self.collective.name()
     }
+}
+
+/// The KV pages of a rank, but for their number.
+pub(super) fn kv_shape(form: &Form, model: &ModelConfig, plan: &PartitionPlan, rank: usize) -> KvShape {
+    KvShape {
+        n_layers: model.n_layers,
+        n_blocks: 0,
+        block_size: form.block_size as usize,
+        n_kv_heads: plan.ranks[rank].kv_heads.len(),
+        head_dim: model.head_dim,
+    }
+}
+
+/// Blocks that a rank has memory for if so many ranks share it.
+pub(super) fn kv_blocks(form: &Form, bytes_per_block: u64, sharers: usize) -> u32 {
+    let blocks_per_sequence = u64::from(form.max_model_len.div_ceil(form.block_size.max(1)));
+    let demand = KvDemand {
+        asked_bytes: form.kv_cache_bytes,
+        wanted_blocks: form.kv_blocks,
+        bytes_per_block,
+        free_bytes: memory::free_bytes(),
+        sharers: sharers as u64,
+        useful_blocks: u64::from(form.max_sequences).saturating_mul(blocks_per_sequence),
+    };
+    demand.n_blocks()
 }
 
 /// Drops slices until so many bytes are free: first those of other models, of which nothing is wanted any more.

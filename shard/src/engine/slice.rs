@@ -113,6 +113,19 @@ impl Weights {
         Ok(Self { key, weight_bytes, ops, model, scratch, kept: None })
     }
 
+    /// Allocates pages that the next group can serve from if it wants as many, or fewer. `n_blocks` says how many from the bytes of
+    /// a block.
+    pub fn reserve_pages(&mut self, shape: KvShape, n_blocks: impl FnOnce(u64) -> u32) {
+        if shape.n_kv_heads == 0 {
+            return;
+        }
+        let n_blocks = n_blocks(self.ops.kv_bytes_per_block(shape)) as usize;
+        if let Err(error) = self.ops.alloc_kv(KvShape { n_blocks, ..shape }) {
+            // The group that wants some says what is wrong.
+            tracing::debug!(%error, "no KV pages ahead");
+        }
+    }
+
     /// Gives the memory of kept pages back: the next group measures what is free before it allocates its own.
     pub fn drop_pages(&mut self) {
         let Some(shape) = self.kept.take().map(|kept| kept.shape) else { return };

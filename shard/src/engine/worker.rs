@@ -31,6 +31,9 @@ use crate::{failpoint, model::LoadError};
 /// Least time between two reports of loading.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long there is no step to run until there is time for what a step might have to wait for.
+const IDLE_AFTER: Duration = Duration::from_millis(5);
+
 /// The engine's stack: more than it needs for layers, because masks of deeply nested grammars are computed there too.
 const STACK_BYTES: usize = 16 << 20;
 
@@ -154,18 +157,26 @@ impl Worker {
         of_rank.or_else(|| self.slices.values().find_map(|weights| weights.kept.as_ref().map(KeptPages::held)))
     }
 
-    /// The next command. While there is none, mirrors catch up.
+    /// The next command. While there is none, mirrors catch up, and memory is touched that steps will write.
     fn next(&mut self, commands: &mpsc::Receiver<Envelope>) -> Option<Envelope> {
+        let (mut mirrored, mut may_prefault) = (Instant::now(), true);
         loop {
-            let Some(look) = self.rank.as_ref().and_then(Rank::mirror_next_look) else { return commands.recv().ok() };
-            match commands.recv_timeout(look) {
+            let look = self.rank.as_ref().and_then(Rank::mirror_next_look);
+            let look = look.map(|look| look.saturating_sub(mirrored.elapsed()));
+            let pause = may_prefault.then_some(IDLE_AFTER);
+            let Some(wait) = look.into_iter().chain(pause).min() else { return commands.recv().ok() };
+            match commands.recv_timeout(wait) {
                 Ok(envelope) => return Some(envelope),
                 Err(mpsc::RecvTimeoutError::Disconnected) => return None,
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    if let Some(rank) = &mut self.rank {
-                        rank.mirror_catch_up();
-                    }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            match &mut self.rank {
+                Some(rank) if look.is_some_and(|look| look <= wait) => {
+                    rank.mirror_catch_up();
+                    mirrored = Instant::now();
                 }
+                Some(rank) => may_prefault = rank.prefault(),
+                None => may_prefault = false,
             }
         }
     }

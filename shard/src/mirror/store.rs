@@ -47,7 +47,7 @@ struct Shared {
 /// How much memory copies may take.
 #[derive(Debug, Clone, Copy)]
 struct Bounds {
-    /// Most bytes of pages.
+    /// Most bytes of pages that are written.
     limit: u64,
     /// What the host has left; `None` if it does not say.
     free: fn() -> Option<u64>,
@@ -382,6 +382,8 @@ impl Writer {
                 return Err(error);
             }
             pages.write(ranges, rows)?;
+            // Whoever takes them over goes on to write there.
+            pages.prefault();
         }
         copy.seals.extend(seals.iter().copied());
         rank.through.store(through.unwrap_or(MISSING), Ordering::Release);

@@ -139,6 +139,11 @@ impl Executor {
         self.ops.as_ref()
     }
 
+    /// [`Ops::prefault`].
+    pub fn prefault(&mut self, is_idle: bool) -> bool {
+        self.ops.prefault(is_idle)
+    }
+
     /// What blocks of the pages hold.
     pub fn seals(&self) -> &Seals {
         &self.seals

@@ -8,7 +8,11 @@ use std::{
     ops::RangeInclusive,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -20,6 +24,8 @@ use phalanx_cluster::{
     tokenizer::Tokenizer,
 };
 use phalanx_proto::v1::{self, grammar::Text, thought_limit::Place};
+
+use crate::background::Share;
 
 /// Threads that compile grammars and compute masks ahead: as many as processors, within these bounds.
 const N_THREADS: RangeInclusive<usize> = 2..=4;
@@ -43,7 +49,10 @@ type MakeCompiler = Box<dyn Fn() -> Result<Compiler, GrammarError> + Send + Sync
 /// Everything that sequences under grammars share: the model's vocabulary, compiled grammars, threads. Dropping it ends
 /// the threads.
 pub struct Grammars {
-    queue: Option<mpsc::Sender<Job>>,
+    shared: Arc<Shared>,
+    queue: Option<mpsc::Sender<Arc<Followed>>>,
+    /// Whether the vocabulary is looked at, or was.
+    is_read: AtomicBool,
 }
 
 struct Shared {
@@ -51,13 +60,6 @@ struct Shared {
     compiler: OnceLock<Result<Compiler, GrammarError>>,
     /// The latest ones last.
     compiled: Mutex<VecDeque<(Arc<v1::Grammar>, Automaton)>>,
-}
-
-enum Job {
-    /// Look at the vocabulary before anybody needs it.
-    Vocabulary,
-    /// Compute the mask of a sequence.
-    Mask(Arc<Followed>),
 }
 
 /// A sequence's place in its grammar.
@@ -116,7 +118,7 @@ impl Bounds {
 }
 
 impl Grammars {
-    /// For a model. Its vocabulary is looked at by a thread, from now on.
+    /// For a model.
     pub fn of_model(checkpoint: Arc<dyn Checkpoint>) -> Self {
         Self::new(Box::new(move || Compiler::new(&tokenizer_of(checkpoint.as_ref())?, Limits::default())))
     }
@@ -136,9 +138,26 @@ impl Grammars {
             }
         }
         let queue = has_thread.then_some(queue);
-        let grammars = Self { queue };
-        grammars.send(Job::Vocabulary);
-        grammars
+        Self { shared, queue, is_read: AtomicBool::new(false) }
+    }
+
+    /// Has a thread look at the vocabulary, once. It takes some tenths of a second, of idle processors only: sequences that need no
+    /// grammar don't wait for those that might come. A sequence that needs it meanwhile has it looked at too.
+    pub fn read_vocabulary(&self) {
+        if self.is_read.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        let read = move || {
+            Share::Leftovers.bind();
+            // Why not, if not, is told to each sequence that needs it.
+            if let Ok(made) = catch_unwind(AssertUnwindSafe(|| (shared.make)())) {
+                let _made_meanwhile = shared.compiler.set(made);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("vocabulary".to_owned()).stack_size(STACK_BYTES).spawn(read) {
+            tracing::warn!(%error, "no thread looks at the vocabulary before it is needed");
+        }
     }
 
     /// A sequence that is to follow a grammar; `output` is what there is of it.
@@ -148,7 +167,7 @@ impl Grammars {
             None => State::Failed(Refusal::OfShard("it has no threads for them".to_owned())),
         };
         let followed = Arc::new(Followed { state: Mutex::new(state), begun: Condvar::new() });
-        self.send(Job::Mask(Arc::clone(&followed)));
+        self.send(&followed);
         followed
     }
 
@@ -162,13 +181,14 @@ impl Grammars {
             }
             State::Failed(_) => return,
         }
-        self.send(Job::Mask(Arc::clone(followed)));
+        self.send(followed);
     }
 
-    fn send(&self, job: Job) {
+    /// Has the mask of a sequence computed.
+    fn send(&self, followed: &Arc<Followed>) {
         if let Some(queue) = &self.queue {
             // The threads end when the queue does, not before.
-            let _ = queue.send(job);
+            let _ = queue.send(Arc::clone(followed));
         }
     }
 }
@@ -298,15 +318,11 @@ fn limit_of_wire(limit: &v1::ThoughtLimit) -> Result<ThoughtLimit, Refusal> {
     Ok(ThoughtLimit { tokens, opens, closes, place, end, end_again })
 }
 
-fn serve(shared: &Shared, jobs: &Mutex<mpsc::Receiver<Job>>) {
+fn serve(shared: &Shared, queue: &Mutex<mpsc::Receiver<Arc<Followed>>>) {
     loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        match job {
-            Ok(Job::Vocabulary) => {
-                // Why not, if not, is told to each sequence that needs it.
-                let _ = catch_unwind(AssertUnwindSafe(|| shared.compiler().is_ok()));
-            }
-            Ok(Job::Mask(followed)) => followed.work(shared),
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        match next {
+            Ok(followed) => followed.work(shared),
             Err(mpsc::RecvError) => return,
         }
     }

@@ -41,7 +41,7 @@ async fn a_prepared_rank_loads_nothing() {
     // A form as the coordinator has it for a spare: of the epoch that serves, without a secret, and without a rank.
     let prepare = |ranks: &[u32]| {
         let form = Form { collective_secret: Vec::new(), ..of_two(1, 0, &file) };
-        ToShard::Prepare(Prepare { form: Some(form), ranks: ranks.to_vec() })
+        ToShard::Prepare(Prepare { form: Some(form), ranks: ranks.to_vec(), reserve_kv: true })
     };
     second.send(prepare(&[1, 0]));
     for rank in [1, 0] {
@@ -66,9 +66,9 @@ async fn what_cant_be_prepared_is_no_failure() {
     let _shard = Shard::start(&[coordinator.uri()]).await;
     let mut attached = coordinator.shard(1).await;
     let nowhere = Form { model: "/does/not/exist.gguf".into(), ..form(1, &file.path) };
-    attached.send(ToShard::Prepare(Prepare { form: Some(nowhere), ranks: vec![0] }));
-    attached.send(ToShard::Prepare(Prepare { form: None, ranks: vec![0] }));
-    attached.send(ToShard::Prepare(Prepare { form: Some(form(1, &file.path)), ranks: vec![7, 0] }));
+    attached.send(ToShard::Prepare(Prepare { form: Some(nowhere), ranks: vec![0], reserve_kv: false }));
+    attached.send(ToShard::Prepare(Prepare { form: None, ranks: vec![0], reserve_kv: false }));
+    attached.send(ToShard::Prepare(Prepare { form: Some(form(1, &file.path)), ranks: vec![7, 0], reserve_kv: false }));
     // There is no rank 7 of one.
     assert_eq!(attached.prepared().await.rank, 0);
     attached.form(form(2, &file.path)).await;
@@ -224,7 +224,7 @@ async fn a_spare_takes_over_with_mirrored_pages() {
     let mut second = coordinator.shard(1).await;
     let _spare = Shard::start(&[coordinator.uri()]).await;
     let mut spare = coordinator.shard(1).await;
-    spare.send(ToShard::Prepare(Prepare { form: Some(of_two(1, 0, &file)), ranks: vec![1, 0] }));
+    spare.send(ToShard::Prepare(Prepare { form: Some(of_two(1, 0, &file)), ranks: vec![1, 0], reserve_kv: true }));
     spare.prepared().await;
     spare.prepared().await;
     spare.has_loaded = false;

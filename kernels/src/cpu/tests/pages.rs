@@ -77,6 +77,79 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     assert!(ops.read_kv(&[range(0, 0, 1)], &mut Vec::new()).is_err());
 }
 
+/// Turns until there is nothing to touch.
+fn turns(mut prefault: impl FnMut() -> bool) -> usize {
+    (0..100).take_while(|_| prefault()).count()
+}
+
+#[test]
+fn pages_are_touched_ahead_of_what_is_written() {
+    let shape = KvShape { n_layers: 3, n_blocks: 40, block_size: 64, n_kv_heads: 2, head_dim: 256 };
+    let mut pages = KvPages::new(shape, Precision::Auto).expect("memory");
+    assert_eq!(pages.0.page_bytes(), 128 << 10, "16 of them are a stretch");
+    let rows = vec![7; row_bytes(shape, Precision::Auto)];
+    assert_eq!(turns(|| pages.0.prefault(false)), 3, "a stretch of each layer");
+    assert_eq!(turns(|| pages.0.prefault(true)), 0, "and no more before anything is written");
+
+    pages.write(&[range(0, 5, 1)], &rows).expect("in the pages");
+    assert_eq!(turns(|| pages.0.prefault(false)), 0, "half a stretch is left");
+    assert_eq!(turns(|| pages.0.prefault(true)), 3);
+    pages.write(&[range(23, 0, 1)], &rows).expect("in the pages");
+    assert_eq!(turns(|| pages.0.prefault(false)), 0, "half a stretch is left of the second");
+    pages.write(&[range(24, 0, 1)], &rows).expect("in the pages");
+    assert_eq!(turns(|| pages.0.prefault(false)), 3);
+    assert_eq!(turns(|| pages.0.prefault(true)), 0, "these are all");
+
+    let written = [range(0, 5, 1), range(23, 0, 1), range(24, 0, 1)];
+    assert!(read(&pages, &written).iter().all(|&byte| byte == 7));
+    assert_eq!(pages.written().len(), 3);
+
+    // Pages that were written from elsewhere are as good as touched.
+    let mut pages = KvPages::new(shape, Precision::Auto).expect("memory");
+    pages.write(&[range(25, 0, 1)], &rows).expect("in the pages");
+    assert_eq!(turns(|| pages.0.prefault(true)), 6, "from the second stretch on");
+}
+
+#[test]
+fn buffers_are_touched_once() {
+    let mut ops = CpuOps::new(CpuConfig::new(Precision::Auto)).expect("cpu");
+    let (small, large) = (ops.alloc(1 << 18).expect("memory"), ops.alloc(3 << 18).expect("memory"));
+    let fixed = ops.alloc_fixed(5 << 16).expect("memory");
+    ops.write(large, 0, &[1.5; 3000]).expect("in the buffer");
+    assert_eq!(turns(|| ops.prefault(false)), 0, "steps come first");
+    assert_eq!(turns(|| ops.prefault(true)), 4, "6.5 MiB in stretches of 2");
+    let mut values = [0.0; 3000];
+    ops.read(large, 0, &mut values).expect("in the buffer");
+    assert_eq!(values, [1.5; 3000]);
+    ops.read(small, 0, &mut values).expect("in the buffer");
+    assert_eq!(values, [0.0; 3000]);
+    assert!(ops.buffers.fixed("test", fixed, 5 << 16).expect("in the buffer").iter().all(|&sum| sum == 0));
+}
+
+#[test]
+fn pages_that_nobody_wrote_are_as_good_as_new() {
+    let mut ops = CpuOps::new(CpuConfig::new(Precision::Auto)).expect("cpu");
+    let shape = KvShape { n_layers: 2, n_blocks: 8, block_size: 16, n_kv_heads: 1, head_dim: 16 };
+    ops.alloc_kv(shape).expect("memory");
+    assert_eq!(turns(|| ops.prefault(true)), 2);
+    let fewer = KvShape { n_blocks: 5, ..shape };
+    ops.alloc_kv(fewer).expect("memory");
+    assert_eq!(ops.kv_shape(), Some(fewer));
+    assert_eq!(turns(|| ops.prefault(true)), 0, "they were touched");
+
+    let is_new = |ops: &mut CpuOps, shape| {
+        ops.alloc_kv(shape).expect("memory");
+        turns(|| ops.prefault(true)) == 2
+    };
+    assert!(is_new(&mut ops, KvShape { n_blocks: 9, ..shape }), "more blocks");
+    assert!(is_new(&mut ops, KvShape { block_size: 32, n_blocks: 4, ..shape }), "other blocks");
+    let mut pages = KvPages::new(shape, Precision::Auto).expect("memory");
+    pages.write(&[range(0, 0, 1)], &vec![1; row_bytes(shape, Precision::Auto)]).expect("in the pages");
+    ops.adopt_kv(pages).expect("the device's");
+    assert!(is_new(&mut ops, shape), "written ones are not new");
+    assert!(ops.written_kv().is_some_and(crate::slots::SlotSet::is_empty));
+}
+
 proptest! {
     #[test]
     fn rows_read_are_the_rows_written(
