@@ -185,10 +185,6 @@ impl Ahead {
             }
         }
         self.waiting = missing.into_iter().map(|(rank, ..)| rank).collect();
-        if self.job.is_none() {
-            // For the day when it takes rank 0: slices come first.
-            stock.checkpoints.grammars(&checkpoint).read_vocabulary();
-        }
         prepared
     }
 
@@ -234,6 +230,7 @@ impl Ahead {
                 let kv = rank::kv_shape(&form, checkpoint.config(), &plan, rank as usize);
                 weights.reserve_pages(kv, |bytes| rank::kv_blocks(&form, bytes, form.world_size as usize));
             }
+            // Everybody will wait for the first step of whoever takes over.
             while !abort.is_aborted() && !is_starved() && weights.ops.prefault(true) {}
             Ok(Cargo::Weights(Box::new(weights)))
         });

@@ -259,7 +259,7 @@ impl Deployment {
         self.members()?.into_iter().find(|m| m.rank.is_none()).context("there is no spare")
     }
 
-    /// Waits until everybody is there, the group serves, spares are prepared and nothing holds KV memory.
+    /// Waits until everybody is there, the group serves, spares are prepared for each rank and nothing holds KV memory.
     pub fn wait_whole(&mut self) -> Result<()> {
         let mut last = String::new();
         let outcome = eventually("all is well", || match self.whole() {
@@ -286,8 +286,9 @@ impl Deployment {
         ensure!(ranks == (self.setup.replicas * self.setup.world_size) as usize, "{ranks} ranks in all groups");
         let other = status.groups.iter().find(|group| group.phase != "serving");
         ensure!(other.is_none(), "{other:?} does not serve");
-        let unprepared = status.members.iter().find(|m| m.role == "spare" && m.prepared_ranks.is_empty());
-        ensure!(unprepared.is_none(), "{unprepared:?} has loaded nothing ahead");
+        let is_unprepared = |m: &&Member| m.role == "spare" && m.prepared_ranks.len() < self.setup.world_size as usize;
+        let unprepared = status.members.iter().find(is_unprepared);
+        ensure!(unprepared.is_none(), "{unprepared:?} has not loaded all slices ahead");
         ensure!(!self.setup.mirrors() || self.mirror_lag().is_some(), "the spare has no copies of KV rows");
         ensure!(metric(http, "sequences_running") == 0.0, "sequences run");
         Ok(())
