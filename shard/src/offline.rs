@@ -27,7 +27,7 @@ use crate::{
     device::DeviceConfig,
     engine::EngineError,
     host,
-    layer::scratch::Scratch,
+    layer::scratch::{PASS_ROWS, Scratch},
     mirror::{Mirrors, Pages, RowsIdentity, Source, Target},
     model::{self, LoadError},
     step::{Executor, Limits, seals::Seals},
@@ -56,6 +56,8 @@ pub struct LocalConfig {
     pub kv_blocks: usize,
     /// Most rows of a step.
     pub max_step_rows: usize,
+    /// Most rows that go through the layers together.
+    pub max_pass_rows: usize,
     /// Most sampled rows of a step.
     pub max_sequences: usize,
     /// Where ranks copy their KV rows to.
@@ -74,6 +76,7 @@ impl LocalConfig {
             block_size: 16,
             kv_blocks: 4096,
             max_step_rows: 512,
+            max_pass_rows: PASS_ROWS,
             max_sequences: 256,
             mirrors: Vec::new(),
         }
@@ -341,7 +344,7 @@ fn start(
     let mut ops = device.open(config.precision)?;
     let mut progress = |_| if abort.is_aborted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
     let model = model::load(checkpoint, plan, collective.rank, ops.as_mut(), &mut progress)?;
-    let scratch = Scratch::new(ops.as_mut(), &model.shape, config.max_step_rows)?;
+    let scratch = Scratch::new(ops.as_mut(), &model.shape, config.max_step_rows.min(config.max_pass_rows))?;
     let shape = KvShape {
         n_layers: model.layers.len(),
         n_blocks: config.kv_blocks,

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use super::{kept::KeptPages, rank::EngineError, shelf::Shelf};
 use crate::{
     device::{self, DeviceConfig},
-    layer::scratch::Scratch,
+    layer::scratch::{PASS_ROWS, Scratch},
     mirror::RowsIdentity,
     model::{self, LoadError, LoadedModel, loader::Progress},
 };
@@ -109,7 +109,7 @@ impl Weights {
     ) -> Result<Self, EngineError> {
         let model = model::load(checkpoint, plan, rank, ops.as_mut(), progress)?;
         let weight_bytes = ops.resident_bytes();
-        let scratch = Scratch::new(ops.as_mut(), &model.shape, key.max_step_rows)?;
+        let scratch = Scratch::new(ops.as_mut(), &model.shape, key.max_step_rows.min(PASS_ROWS))?;
         Ok(Self { key, weight_bytes, ops, model, scratch, kept: None })
     }
 

@@ -5,9 +5,9 @@ pub mod mlp;
 pub mod norm;
 pub mod pre_norm;
 pub mod rope;
+pub mod rows;
 pub mod scratch;
 pub mod tensors;
-pub mod wanted;
 
 use phalanx_kernels::{
     collective::Collective,
@@ -15,7 +15,7 @@ use phalanx_kernels::{
     ops::{Buf, Input, Linear, Ops},
 };
 
-use self::{scratch::Scratch, wanted::WantedRows};
+use self::{rows::RowSelection, scratch::Scratch};
 
 /// One pass of a step's rows through the layers.
 pub struct Pass<'a> {
@@ -34,7 +34,7 @@ pub struct Pass<'a> {
     /// Room for some rows of it, `[n_rows, hidden]`.
     pub spare: Buf,
     /// In the last layer, if some rows' logits are not wanted: those whose are.
-    pub wanted: Option<&'a WantedRows>,
+    pub wanted: Option<&'a RowSelection>,
 }
 
 impl<'a> Pass<'a> {

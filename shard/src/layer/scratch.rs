@@ -10,9 +10,13 @@ use crate::model::RankShape;
 /// Rows whose logits are computed together: bounds the memory of logits (32 rows of 150,000 f32 are 19 MB).
 pub const LOGIT_ROWS: usize = 32;
 
+/// Rows that go through the layers together, at most: with more, their activations leave the second-level cache, and each takes
+/// a tenth longer.
+pub const PASS_ROWS: usize = 512;
+
 /// Buffers for up to `max_rows` rows.
 pub struct Scratch {
-    /// Most rows of a step.
+    /// Most rows of a pass.
     pub max_rows: usize,
     /// Residual stream, `[max_rows, hidden]`.
     pub residual: Buf,

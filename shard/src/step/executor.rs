@@ -1,10 +1,14 @@
-//! Runs a plan: embedding, layers, logits, choice of tokens.
+//! Runs a plan: embedding and layers (`executor/forward.rs`), logits, choice of tokens.
 //!
 //! **Invariant.** What a sequence's tokens and scores are depends on its own tokens and parameters only: not on the
 //! other rows of the step, the chunking, the world size or which rank computes. Ops promise it of every operation; the
 //! choice of a token looks at one whole row of logits, or compares its slices' largest elements.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+mod forward;
+
+use std::{collections::BTreeMap, ops::Range, sync::Arc, time::Instant};
+
+use forward::passes;
 
 use phalanx_kernels::{
     collective::Collective,
@@ -23,11 +27,9 @@ use super::{
     timed::Timed,
 };
 use crate::{
-    failpoint,
     layer::{
-        Pass,
+        rows::RowSelection,
         scratch::{LOGIT_ROWS, Scratch},
-        wanted::WantedRows,
     },
     model::LoadedModel,
 };
@@ -39,8 +41,11 @@ pub struct Executor {
     scratch: Scratch,
     host: HostScratch,
     rows: StepRows,
-    wanted_rows: WantedRows,
-    /// Where the last step left the residual stream.
+    /// Of a step that takes several passes: those of one.
+    pass_rows: RowSelection,
+    /// Of a pass: those whose logits are wanted.
+    wanted_rows: RowSelection,
+    /// Where the last pass left the residual stream.
     residual: Buf,
     limits: Limits,
     sequences: BTreeMap<u32, Sequence>,
@@ -90,8 +95,16 @@ enum Purpose {
     Sample,
 }
 
+/// What rank 0 has found in logits of the step.
+#[derive(Default)]
+struct Choices {
+    /// Of rows that it chooses for, in order.
+    chosen: Vec<Chosen>,
+    prompt_scores: Vec<PromptScores>,
+}
+
 impl Executor {
-    /// Of a loaded model and scratch memory for `limits.max_step_rows` rows. The device has its KV pages already, with what
+    /// Of a loaded model and scratch memory: steps of more rows than it has room for take several passes. The device has its KV pages already, with what
     /// `seals` say.
     pub fn new(ops: Box<dyn Ops>, model: LoadedModel, scratch: Scratch, seals: Seals, limits: Limits) -> Self {
         let sampling = sampling::Scratches::new(ops.row_math());
@@ -102,7 +115,8 @@ impl Executor {
             scratch,
             host: HostScratch { sampling, ..HostScratch::default() },
             rows: StepRows::default(),
-            wanted_rows: WantedRows::default(),
+            pass_rows: RowSelection::default(),
+            wanted_rows: RowSelection::default(),
             limits,
             sequences: BTreeMap::new(),
             seals,
@@ -170,8 +184,14 @@ impl Executor {
             self.rows.chunks.clear();
             (Vec::new(), Vec::new())
         } else {
-            self.forward(&plan, &mut collective)?;
-            self.choose(&plan, &mut collective)?
+            self.note_rows(&plan);
+            let (mut choices, mut n_wanted) = (Choices::default(), 0);
+            for pass in passes(plan.n_rows, self.scratch.max_rows) {
+                let wanted = self.forward(pass, n_wanted, &mut collective)?;
+                n_wanted = wanted.end;
+                self.look_at_logits(wanted, &mut collective, &mut choices)?;
+            }
+            self.choose(&plan, choices, &mut collective)?
         };
         self.to_seal.extend(plan.chunks.iter().map(|chunk| chunk.sequence));
         let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
@@ -218,91 +238,31 @@ impl Executor {
         }
     }
 
-    /// Runs the rows through all layers, and notes which rows' logits are wanted and where they are.
-    fn forward(&mut self, plan: &CheckedPlan, collective: &mut dyn Collective) -> Result<(), KernelError> {
-        let host = &mut self.host;
-        host.ids.clear();
-        host.wanted.clear();
-        self.rows.chunks.resize_with(plan.chunks.len(), || RowChunk {
-            first_row: 0,
-            n_rows: 0,
-            start: 0,
-            blocks: Vec::new(),
-        });
-        for (chunk, rows) in plan.chunks.iter().zip(&mut self.rows.chunks) {
-            let Some(sequence) = self.sequences.get_mut(&chunk.sequence) else { continue };
-            let first_row = host.ids.len();
-            let end = chunk.start + chunk.len;
-            host.ids.extend_from_slice(&sequence.tokens[chunk.start..end]);
-            rows.first_row = first_row;
-            rows.n_rows = chunk.len;
-            rows.start = chunk.start;
-            rows.blocks.clear();
-            rows.blocks.extend_from_slice(&sequence.blocks[..end.div_ceil(self.limits.block_size)]);
-            sequence.computed = Some(end);
-            let wanted = |position: usize, purpose| Wanted {
-                row: (first_row + position - chunk.start) as u32,
-                sequence: chunk.sequence,
-                purpose,
-            };
-            if sequence.prompt_logprobs.is_some() {
-                let scored = chunk.start..end.min(sequence.prompt_len - 1);
-                host.wanted.extend(scored.map(|p| wanted(p, Purpose::Score { position: p + 1 })));
-            }
-            if chunk.sample {
-                let purpose = if sequence.is_plain_greedy() { Purpose::Greedy } else { Purpose::Sample };
-                host.wanted.push(wanted(end - 1, purpose));
-            }
+    /// Computes the logits of wanted rows of the last pass, block by block, and looks at them.
+    fn look_at_logits(
+        &mut self,
+        of_pass: Range<usize>,
+        collective: &mut dyn Collective,
+        choices: &mut Choices,
+    ) -> Result<(), StepError> {
+        let wanted = std::mem::take(&mut self.host.wanted);
+        for block in wanted[of_pass].chunks(LOGIT_ROWS.min(self.scratch.max_rows)) {
+            self.logits(block)?;
+            self.greedy_candidates(block)?;
+            self.rank_zero_choices(block, collective, choices)?;
         }
-        failpoint::rows(&host.ids, plan.chunks.iter().map(|chunk| chunk.start + chunk.len));
-        let vocab = self.model.shape.slice.vocab.clone();
-        let local = |id: &u32| if vocab.contains(&(*id as usize)) { *id - vocab.start as u32 } else { u32::MAX };
-        host.local_ids.clear();
-        host.local_ids.extend(host.ids.iter().map(local));
-
-        let (hidden, n_rows) = (self.model.shape.config.hidden, plan.n_rows);
-        let ops = self.ops.as_mut();
-        ops.begin_step(&self.rows)?;
-        let table = self.model.embedding.unwrap_or(self.scratch.nothing);
-        ops.embed(table, &host.local_ids, self.scratch.delta)?;
-        self.wanted_rows.set(&self.rows, host.wanted.iter().map(|w| w.row), self.limits.block_size);
-        let scratch = &self.scratch;
-        let (residual, spare, wanted) = (scratch.residual, scratch.spare, None);
-        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, spare, wanted };
-        if pass.collective.world_size() > 1 {
-            pass.ops.all_reduce(self.scratch.delta, n_rows * hidden, pass.collective)?;
-        }
-        pass.ops.bits_to_f32(self.scratch.delta, self.scratch.residual, n_rows * hidden)?;
-        let n_layers = self.model.layers.len();
-        for (idx, layer) in self.model.layers.iter().enumerate() {
-            failpoint::layer(idx, n_layers);
-            pass.wanted = (idx + 1 == n_layers && host.wanted.len() < n_rows).then_some(&self.wanted_rows);
-            layer.run(&mut pass)?;
-        }
-        self.residual = pass.residual;
-        if pass.n_rows < n_rows {
-            for (row, wanted) in (0..).zip(&mut host.wanted) {
-                wanted.row = row;
-            }
-        }
+        self.host.wanted = wanted;
         Ok(())
     }
 
-    /// Computes the wanted logits block by block and chooses tokens. Every rank appends them to its sequences.
+    /// Chooses tokens. Every rank appends them to its sequences.
     fn choose(
         &mut self,
         plan: &CheckedPlan,
+        Choices { chosen, prompt_scores }: Choices,
         collective: &mut dyn Collective,
     ) -> Result<(Vec<Sample>, Vec<PromptScores>), StepError> {
         let wanted = std::mem::take(&mut self.host.wanted);
-        self.host.candidates.clear();
-        let mut chosen = Vec::new();
-        let mut prompt_scores: Vec<PromptScores> = Vec::new();
-        for block in wanted.chunks(LOGIT_ROWS.min(self.scratch.max_rows)) {
-            self.logits(block)?;
-            self.greedy_candidates(block)?;
-            self.rank_zero_choices(block, collective, &mut chosen, &mut prompt_scores)?;
-        }
         let greedy = self.agree_on_greedy(collective)?;
         let sampled = self.broadcast_chosen(&wanted, &chosen, collective)?;
 
@@ -386,8 +346,7 @@ impl Executor {
         &mut self,
         block: &[Wanted],
         collective: &mut dyn Collective,
-        chosen: &mut Vec<Chosen>,
-        prompt_scores: &mut Vec<PromptScores>,
+        Choices { chosen, prompt_scores }: &mut Choices,
     ) -> Result<(), StepError> {
         let host = &mut self.host;
         let width = self.model.shape.vocab();

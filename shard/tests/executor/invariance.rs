@@ -78,6 +78,10 @@ fn any_chunking_gives_the_same_bits() {
         let config = LocalConfig { max_step_rows, ..small(2, Precision::Auto) };
         assert_same(&generate(&model, config), &want, &format!("steps of {max_step_rows} rows"));
     }
+    for max_pass_rows in [1, 3, 17, 40] {
+        let config = LocalConfig { max_pass_rows, ..small(2, Precision::Auto) };
+        assert_same(&generate(&model, config), &want, &format!("passes of {max_pass_rows} rows"));
+    }
 }
 
 #[test]

@@ -1,16 +1,16 @@
-//! The rows of a step that anybody wants logits of: the last layer computes nothing else for the others than what later
-//! steps read, their keys and values.
+//! Some rows of a step as a step of their own: those that go through the layers together, and those that anybody wants logits of (the last
+//! layer computes nothing else for the others than what later steps read, their keys and values).
 
 use phalanx_kernels::ops::{RowChunk, StepRows};
 
 /// Some rows of a step.
 #[derive(Debug, Default)]
-pub struct WantedRows {
+pub struct RowSelection {
     indices: Vec<u32>,
     rows: StepRows,
 }
 
-impl WantedRows {
+impl RowSelection {
     /// Which rows of the step they are, ascending.
     pub fn indices(&self) -> &[u32] {
         &self.indices
@@ -59,19 +59,19 @@ mod tests {
     }
 
     #[test]
-    fn wanted_rows_keep_their_positions_and_pages() {
+    fn selected_rows_keep_their_positions_and_pages() {
         let step =
             StepRows { chunks: vec![chunk(0, 5, 30, &[7, 8, 9]), chunk(5, 4, 0, &[3]), chunk(9, 1, 16, &[1, 2])] };
-        let mut wanted = WantedRows::default();
+        let mut selection = RowSelection::default();
         // Twice: what was there before is gone.
         for _ in 0..2 {
-            wanted.set(&step, [1, 2, 9], 16);
-            assert_eq!(wanted.indices(), [1, 2, 9]);
-            assert_eq!(wanted.rows().chunks, [chunk(0, 2, 31, &[7, 8, 9]), chunk(2, 1, 16, &[1, 2])]);
+            selection.set(&step, [1, 2, 9], 16);
+            assert_eq!(selection.indices(), [1, 2, 9]);
+            assert_eq!(selection.rows().chunks, [chunk(0, 2, 31, &[7, 8, 9]), chunk(2, 1, 16, &[1, 2])]);
         }
-        wanted.set(&step, [0, 5, 6, 7, 8], 16);
-        assert_eq!(wanted.rows().chunks, [chunk(0, 1, 30, &[7, 8]), chunk(1, 4, 0, &[3])]);
-        wanted.set(&step, [], 16);
-        assert!(wanted.indices().is_empty() && wanted.rows().chunks.is_empty());
+        selection.set(&step, [0, 5, 6, 7, 8], 16);
+        assert_eq!(selection.rows().chunks, [chunk(0, 1, 30, &[7, 8]), chunk(1, 4, 0, &[3])]);
+        selection.set(&step, [], 16);
+        assert!(selection.indices().is_empty() && selection.rows().chunks.is_empty());
     }
 }
