@@ -18,12 +18,12 @@ use crate::{
 pub(super) struct Buffers {
     floats: Vec<Aligned<f32>>,
     fixed: Vec<Aligned<i64>>,
-    touched: Touched,
+    touched: TouchedBuffers,
 }
 
 /// How far buffers are touched.
 #[derive(Debug, Default)]
-struct Touched {
+struct TouchedBuffers {
     /// Whole ones, those of floats first.
     n_buffers: usize,
     /// And of the next one so much.
@@ -64,8 +64,8 @@ impl Buffers {
             touch(&mut rest[..n_bytes]);
             left -= n_bytes;
             self.touched = match rest.len() == n_bytes {
-                true => Touched { n_buffers: self.touched.n_buffers + 1, bytes: 0 },
-                false => Touched { bytes: self.touched.bytes + n_bytes, ..self.touched },
+                true => TouchedBuffers { n_buffers: self.touched.n_buffers + 1, bytes: 0 },
+                false => TouchedBuffers { bytes: self.touched.bytes + n_bytes, ..self.touched },
             };
         }
         true

@@ -24,12 +24,12 @@ pub(crate) struct KvCache {
     end: usize,
     /// A layer each.
     layers: Vec<Aligned<u8>>,
-    touched: Touched,
+    touched: TouchedPages,
 }
 
 /// How far pages are touched that nobody has written.
 #[derive(Debug, Clone, Copy, Default)]
-struct Touched {
+struct TouchedPages {
     /// Of each layer, and a stretch more of those before `layer`.
     bytes: usize,
     /// Whose turn it is.
@@ -88,7 +88,7 @@ impl KvCache {
         };
         let layers = (0..shape.n_layers).map(layer).collect::<Result<_, KernelError>>()?;
         let written = SlotSet::new(shape.n_blocks, shape.block_size);
-        Ok(Self { shape, precision, written, end: 0, layers, touched: Touched::default() })
+        Ok(Self { shape, precision, written, end: 0, layers, touched: TouchedPages::default() })
     }
 
     /// These pages as new ones of that shape, if they are as good: never written, and enough.
@@ -104,7 +104,7 @@ impl KvCache {
     pub fn prefault(&mut self, is_idle: bool) -> bool {
         let lead = if is_idle { STRETCH } else { STRETCH / 2 };
         let (written, all) = (self.end * self.page_bytes(), self.shape.n_blocks * self.page_bytes());
-        let Touched { mut bytes, layer } = self.touched;
+        let TouchedPages { mut bytes, layer } = self.touched;
         if layer == 0 {
             // Whoever wrote these touched them.
             bytes = bytes.max(written / STRETCH * STRETCH);
@@ -116,7 +116,8 @@ impl KvCache {
         let Some(pages) = self.layers.get_mut(layer) else { return false };
         touch(&mut pages.as_mut_slice()[bytes..end]);
         let is_last = layer + 1 == self.layers.len();
-        self.touched = if is_last { Touched { bytes: end, layer: 0 } } else { Touched { bytes, layer: layer + 1 } };
+        self.touched =
+            if is_last { TouchedPages { bytes: end, layer: 0 } } else { TouchedPages { bytes, layer: layer + 1 } };
         true
     }
 

@@ -87,8 +87,8 @@ impl Executor {
         let table = self.model.embedding.unwrap_or(self.scratch.nothing);
         ops.embed(table, &host.local_ids[of_step], self.scratch.delta)?;
         let scratch = &self.scratch;
-        let (residual, spare, dropped) = (scratch.residual, scratch.spare, None);
-        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, spare, wanted: dropped };
+        let (residual, spare) = (scratch.residual, scratch.spare);
+        let mut pass = Pass { ops, collective, scratch, n_rows, hidden, residual, spare, wanted: None };
         if pass.collective.world_size() > 1 {
             pass.ops.all_reduce(scratch.delta, n_rows * hidden, pass.collective)?;
         }
