@@ -1,4 +1,4 @@
-//! Speed of the CPU's operations: `cargo bench -p phalanx-kernels --bench ops [-- FILTER [THREADS [ISA]]]`.
+//! Speed of the CPU's operations: `cargo bench -p phalanx-kernels --bench ops [-- FILTER [THREADS [ISA [ROWS]]]]`.
 //!
 //! Prints billions of products a second, and how many bytes of packed weights pass by in that time.
 
@@ -37,7 +37,7 @@ fn vector(ops: &mut CpuOps, n: usize) -> Result<Buf> {
     Ok(ops.load_vector(&numbers(n))?)
 }
 
-fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Result<()> {
+fn bench_linear(ops: &mut CpuOps, name: &str, rows: &[usize], [n_out, n_in]: [usize; 2]) -> Result<()> {
     let n = n_out * n_in;
     let values = numbers(n);
     let quants4: Vec<u8> = (0..n).map(|i| (i * 7 % 16) as u8).collect();
@@ -77,8 +77,9 @@ fn bench_linear(ops: &mut CpuOps, name: &str, n_out: usize, n_in: usize) -> Resu
         slice_width: Some(64),
         activations: ActivationLevels::One,
     })?;
-    let (x, out, fixed) = (vector(ops, 512 * n_in)?, ops.alloc(512 * n_out)?, ops.alloc_fixed(512 * n_out)?);
-    for n_rows in [1, 4, 8, 32, 128, 512] {
+    let most = rows.iter().copied().max().unwrap_or(0);
+    let (x, out, fixed) = (vector(ops, most * n_in)?, ops.alloc(most * n_out)?, ops.alloc_fixed(most * n_out)?);
+    for &n_rows in rows {
         let products = (n_rows * n) as f64;
         let plain = time(|| Ok(ops.linear(x.into(), n_rows, &[(weight, out)])?))?;
         let sliced = time(|| Ok(ops.linear_exact(x.into(), n_rows, exact, fixed)?))?;
@@ -232,12 +233,14 @@ fn main() -> Result<()> {
     let filter = args.first().map_or("", String::as_str);
     let threads = args.get(1).map_or(Ok(1), |arg| arg.parse())?;
     let isa = args.get(2).map(|arg| arg.parse::<Isa>()).transpose()?;
+    let rows =
+        args.get(3).map(|arg| arg.parse()).transpose()?.map_or(vec![1, 4, 8, 32, 128, 512], |rows: usize| vec![rows]);
     let device = || CpuOps::new(CpuConfig { threads, isa, ..CpuConfig::new(Precision::Auto) });
     println!("{}", device()?.name());
     for name in ["q4", "q4-f32-scales", "q8", "q4-factored", "q6", "q6-factored", "f16", "f32"] {
-        for (n_out, n_in) in [(1536, 8960), (8960, 1536), (576, 1536), (1536, 576)] {
+        for shape in [[1536, 8960], [8960, 1536], [576, 1536], [1536, 576]] {
             if name.starts_with(filter) {
-                bench_linear(&mut device()?, name, n_out, n_in)?;
+                bench_linear(&mut device()?, name, &rows, shape)?;
             }
         }
     }

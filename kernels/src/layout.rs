@@ -32,7 +32,7 @@ use half::{bf16, f16};
 
 use self::pack::{pack_sets, pack_step};
 use crate::{
-    cpu::pages::prefer_large,
+    arena::{Arena, Region},
     error::KernelError,
     ops::{LinearSource, Precision, WeightData},
     parallel,
@@ -136,7 +136,7 @@ pub(crate) struct Packed {
     pub n_out: usize,
     pub n_in: usize,
     /// Tiles of steps.
-    pub data: Aligned<u8>,
+    pub data: Region,
     /// Padded to whole tiles.
     pub bias: Option<Aligned<f32>>,
     pub slice_width: Option<usize>,
@@ -313,8 +313,14 @@ fn dequantize(scale: f32, quant: f32, min: Option<f32>) -> f32 {
 }
 
 impl Packed {
-    /// Packs a matrix, on so many threads. In [`Precision::Float32`] quantized weights become the f32 values that they stand for.
-    pub fn new(source: &LinearSource<'_>, precision: Precision, n_threads: usize) -> Result<Self, KernelError> {
+    /// Packs a matrix into memory of `arena`, on so many threads. In [`Precision::Float32`] quantized weights become the f32 values that
+    /// they stand for.
+    pub fn new(
+        source: &LinearSource<'_>,
+        precision: Precision,
+        n_threads: usize,
+        arena: &mut Arena,
+    ) -> Result<Self, KernelError> {
         check(source)?;
         let (n_out, n_in) = (source.n_out, source.n_in);
         let n_steps = n_in / GROUP;
@@ -350,14 +356,13 @@ impl Packed {
             kind,
             n_out,
             n_in,
-            data: Aligned::zeroed("weights", 0)?,
+            data: Region::default(),
             bias: None,
             slice_width: source.slice_width,
             n_levels: if kind.is_quantized() { source.activations.count() } else { 1 },
         };
         let tile_bytes = packed.tile_bytes();
-        packed.data = Aligned::zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;
-        prefer_large(packed.data.as_mut_slice());
+        packed.data = arena.zeroed("weights", n_out.div_ceil(TILE) * tile_bytes)?;
         let heads = packed.heads_bytes();
         let n_tiles = parallel::part_size(n_out.div_ceil(TILE), n_threads, 4);
         let pack = |(tile, bytes): (usize, &mut [u8])| {

@@ -36,22 +36,33 @@ static CONFIG: Line<TileConfig> = Line(TileConfig {
     rows: [16, 16, 16, 16, 8, 8, 16, 4, 0, 0, 0, 0, 0, 0, 0, 0],
 });
 
-/// `$x` (activations), `$w` (weights) and `$sum`: the tile registers of this product.
+/// `$x` (activations), `$w` (weights) and `$sum`: the tile registers of this product. Compilers use none by themselves, so that sums stay
+/// there until they are stored.
 macro_rules! product {
-    ($sum:literal, $x:literal, $w:literal, $at_x:expr, $at_w:expr, $out:expr) => {
+    ($sum:literal, $x:literal, $w:literal, $at_x:expr, $at_w:expr) => {
         asm!(
             concat!("tilezero ", $sum),
             concat!("tileloadd ", $x, ", [{x} + {row}*1]"),
             concat!("tileloadd ", $w, ", [{w} + {line}*1]"),
             concat!("tdpbsud ", $sum, ", ", $x, ", ", $w),
-            concat!("tilestored [{out} + {line}*1], ", $sum),
             x = in(reg) $at_x,
             w = in(reg) $at_w,
-            out = in(reg) $out,
             row = in(reg) 32usize,
             line = in(reg) 64usize,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(readonly, nostack, preserves_flags)
+        )
+    };
+}
+
+/// `$sum`: the tile registers of these sums.
+macro_rules! store {
+    ($sum:literal, $out:expr) => {
+        asm!(
+            concat!("tilestored [{out} + {line}*1], ", $sum),
+            out = in(reg) $out,
+            line = in(reg) 64usize,
             options(nostack, preserves_flags)
         )
     };
@@ -72,13 +83,22 @@ impl MatrixUnit for Amx {
         unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) }
     }
     #[inline(always)]
-    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8, out: *mut i32) {
+    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8) {
         unsafe {
             match (INPUTS, SET) {
-                (32, 0) => product!("tmm0", "tmm2", "tmm4", x, w, out),
-                (32, _) => product!("tmm1", "tmm3", "tmm5", x, w, out),
-                (_, 0) => product!("tmm0", "tmm6", "tmm7", x, w, out),
-                (..) => product!("tmm1", "tmm6", "tmm7", x, w, out),
+                (32, 0) => product!("tmm0", "tmm2", "tmm4", x, w),
+                (32, _) => product!("tmm1", "tmm3", "tmm5", x, w),
+                (_, 0) => product!("tmm0", "tmm6", "tmm7", x, w),
+                (..) => product!("tmm1", "tmm6", "tmm7", x, w),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store<const SET: usize>(out: *mut i32) {
+        unsafe {
+            match SET {
+                0 => store!("tmm0", out),
+                _ => store!("tmm1", out),
             }
         }
     }

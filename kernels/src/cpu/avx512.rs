@@ -1,7 +1,10 @@
 //! AVX-512 F, BW, DQ, VL and VNNI. Sixteen f32 are one register; a tile of weights is done at once.
 #![allow(unsafe_code)]
 
-use std::{arch::x86_64::*, marker::PhantomData};
+use std::{
+    arch::{asm, x86_64::*},
+    marker::PhantomData,
+};
 
 use super::{
     generic::quantize::{QuantGroup, TINY},
@@ -15,6 +18,17 @@ pub(crate) const ROWS: usize = 8;
 
 /// AVX-512 with VNNI, and a matrix unit.
 pub(crate) struct Avx512<U>(PhantomData<U>);
+
+/// [`Simd::add_product`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_product(sum: &mut __m512, a: __m512, b: __m512) {
+    // SAFETY: the instruction is there; it reads and writes registers.
+    unsafe {
+        asm!("vfmadd231ps {0}, {1}, {2}", inout(zmm_reg) *sum, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags))
+    }
+}
 
 // SAFETY (all methods): the trait's contract gives the instruction set and the pointers' validity; unaligned loads and
 // stores are used throughout.
@@ -50,7 +64,12 @@ impl<U> Simd for Avx512<U> {
     }
     #[inline(always)]
     unsafe fn load_i32(p: *const i32, plus: i32) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(p.cast()), _mm512_set1_epi32(plus))) }
+        // In the low bits of a large number, from which that is taken away: additions, for while AMX works one port alone converts.
+        unsafe {
+            const LARGE: f32 = 12_582_912.0;
+            let bits = _mm512_add_epi32(_mm512_loadu_si512(p.cast()), _mm512_set1_epi32(LARGE.to_bits() as i32 + plus));
+            _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(LARGE))
+        }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
@@ -79,6 +98,10 @@ impl<U> Simd for Avx512<U> {
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn add_product(sum: &mut __m512, a: __m512, b: __m512) {
+        unsafe { add_product(sum, a, b) }
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {

@@ -5,7 +5,7 @@ use super::{
     CpuOps, Shared,
     generic::{
         layouts::UNPACKED_STEP_BYTES,
-        linear::{LinearTask, Out},
+        linear::{LinearTask, Out, steps_per_part},
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
     },
     input::InputRows,
@@ -29,7 +29,7 @@ pub(super) struct Product {
     run: LinearFn,
     tiles_per_task: usize,
     row_blocks_per_task: usize,
-    /// Bytes of a tile when it is unpacked; 0 if it is not.
+    /// Bytes of what is unpacked at a time; 0 if nothing is.
     unpacked_bytes: usize,
     /// Tasks over tiles, and over rows.
     n_tasks: [usize; 2],
@@ -83,15 +83,15 @@ impl CpuOps {
             let fair = n_tiles.div_ceil(TASKS_PER_THREAD * n_threads);
             // One row alone takes two tiles at once.
             let fair = if n_rows == 1 { fair.next_multiple_of(2) } else { fair };
-            let cached = if n_blocks == 1 { n_tiles } else { (TASK_BYTES / weight.tile_bytes()).max(1) };
+            // Tiles that are unpacked are read once for many blocks.
+            let unpacks = weight.kind.is_unpacked_for_many_rows() && n_blocks >= self.table.products.unpack_blocks;
+            let cached = if n_blocks == 1 || unpacks { n_tiles } else { (TASK_BYTES / weight.tile_bytes()).max(1) };
             let tiles_per_task = fair.min(cached);
             let tile_tasks = n_tiles.div_ceil(tiles_per_task);
             let row_tasks = (TASKS_PER_THREAD * n_threads).div_ceil(tile_tasks).min(n_blocks);
             let row_blocks_per_task = if n_threads == 1 { n_blocks } else { n_blocks.div_ceil(row_tasks) };
-            let unpacked_bytes = weight.n_steps() * UNPACKED_STEP_BYTES;
-            let unpacks = weight.kind.is_unpacked_for_many_rows()
-                && row_blocks_per_task >= self.table.products.unpack_blocks
-                && unpacked_bytes <= self.table.products.unpacked_bytes;
+            let unpacks = unpacks && row_blocks_per_task >= self.table.products.unpack_blocks;
+            let unpacked_bytes = steps_per_part(weight.n_steps(), out.unit(steps_per_slice)) * UNPACKED_STEP_BYTES;
             let packed = match (weight.kind.is_quantized(), in_place) {
                 (true, _) => self.quantized.as_slice().as_ptr(),
                 (false, Some(x)) => x.cast(),

@@ -18,13 +18,18 @@ pub(crate) trait MatrixUnit {
     /// Gives it back.
     unsafe fn stop();
 
-    /// `out[r * 16 + lane]` = the products of the `INPUTS` (16 or 32) activations of row `r` at `x + 32 * r` and those weights
-    /// of output row `lane`, which lie as [`layout`](crate::layout) says, a byte for each, unsigned. Neighbouring calls with
-    /// different `SET`s (0 or 1) need not wait for each other.
+    /// Makes, in set `SET` (0 or 1) of the unit's sums, the products of the `INPUTS` (16 or 32) activations of row `r` at `x + 32 * r` and
+    /// those weights of output row `lane`, which lie as [`layout`](crate::layout) says, a byte for each, unsigned.
     ///
     /// # Safety
-    /// The unit is started; `x` is valid for `ROWS` groups, `w` for `16 * INPUTS` bytes, `out` for `ROWS * 16` numbers.
-    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8, out: *mut i32);
+    /// The unit is started; `x` is valid for `ROWS` groups, `w` for `16 * INPUTS` bytes.
+    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8);
+
+    /// `out[r * 16 + lane]` = sum `[r][lane]` of set `SET`. It waits for the products: other work may go on meanwhile.
+    ///
+    /// # Safety
+    /// The unit is started; `out` is valid for `ROWS * 16` numbers.
+    unsafe fn store<const SET: usize>(out: *mut i32);
 }
 
 /// No such unit; blocks of `ROWS` rows.
@@ -37,5 +42,6 @@ impl<const ROWS: usize> MatrixUnit for NoMatrix<ROWS> {
 
     unsafe fn start() {}
     unsafe fn stop() {}
-    unsafe fn multiply<const INPUTS: usize, const SET: usize>(_: *const i8, _: *const u8, _: *mut i32) {}
+    unsafe fn multiply<const INPUTS: usize, const SET: usize>(_: *const i8, _: *const u8) {}
+    unsafe fn store<const SET: usize>(_: *mut i32) {}
 }

@@ -47,7 +47,7 @@ mod tests;
 pub use isa::Isa;
 pub use rows::RowMath;
 
-use crate::{error::KernelError, layout::Packed, ops::Precision, tensor::Aligned};
+use crate::{arena::Arena, error::KernelError, layout::Packed, ops::Precision, tensor::Aligned};
 
 /// How to use the CPU.
 #[derive(Debug, Clone)]
@@ -78,12 +78,13 @@ pub struct CpuOps {
     pool: pool::Pool,
     buffers: buffers::Buffers,
     weights: Vec<Packed>,
+    arena: Arena,
     ropes: Vec<steps::RopeTable>,
     kv: Option<kv::KvCache>,
     step: steps::Step,
     /// Quantized activations.
     quantized: Aligned<u8>,
-    /// A tile of unpacked weights for each thread.
+    /// Unpacked weights, a part of a tile for each thread.
     unpacked: Aligned<u8>,
     /// Interleaved f32 activations.
     interleaved: Aligned<f32>,
@@ -119,6 +120,7 @@ impl CpuOps {
             pool: pool::Pool::new(config.threads, &config.pin)?,
             buffers: buffers::Buffers::default(),
             weights: Vec::new(),
+            arena: Arena::default(),
             ropes: Vec::new(),
             kv: None,
             step: steps::Step::default(),

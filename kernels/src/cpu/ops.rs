@@ -97,7 +97,7 @@ impl Ops for CpuOps {
     }
 
     fn load_linear(&mut self, source: LinearSource<'_>) -> Result<Linear, KernelError> {
-        let packed = Packed::new(&source, self.precision, self.host_threads())?;
+        let packed = Packed::new(&source, self.precision, self.host_threads(), &mut self.arena)?;
         self.weights.push(packed);
         Ok(Linear { id: (self.weights.len() - 1) as u32, n_out: source.n_out, n_in: source.n_in })
     }

@@ -14,6 +14,9 @@ use crate::layout::GROUP;
 /// Lanes of a vector, which is also the number of output rows in a tile of weights.
 pub(crate) const LANES: usize = 16;
 
+/// Bytes of a cache line.
+pub(crate) const CACHE_LINE: usize = 64;
+
 /// Fixed-point sums are clamped to this many units of 2^-24 either way before they are added: 2^51.
 pub(crate) const FIXED_LIMIT: f32 = 2_251_799_813_685_248.0;
 
@@ -47,7 +50,7 @@ pub(crate) trait Simd {
     unsafe fn load_f16(p: *const u16) -> Self::F;
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn load_i8(p: *const i8) -> Self::F;
-    /// `(p[i] + plus) as f32`; sums are below 2^24 either way.
+    /// `(p[i] + plus) as f32`; sums are below 2^22 either way.
     unsafe fn load_i32(p: *const i32, plus: i32) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
     /// Rounded half to even.
@@ -58,6 +61,12 @@ pub(crate) trait Simd {
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `*sum = fma(a, b, *sum)`, in the register where the sum is: of many sums in a loop compilers move some about otherwise.
+    #[inline(always)]
+    unsafe fn add_product(sum: &mut Self::F, a: Self::F, b: Self::F) {
+        // SAFETY: the trait's contract.
+        *sum = unsafe { Self::fma(a, b, *sum) };
+    }
     /// `if a > b { a } else { b }`: `b` where either is NaN.
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     /// `if a < b { a } else { b }`: `b` where either is NaN.
@@ -91,9 +100,6 @@ pub(crate) trait Dots: Simd {
     const ROWS: usize;
     /// Blocks of rows from which on a task unpacks each tile once for all of them.
     const UNPACK_BLOCKS: usize;
-    /// Bytes that an unpacked tile may have: most of it should stay in the first-level cache from block to block, else it is slower
-    /// than weights unpacked again for each block. A matrix unit wants unpacked ones whatever they cost.
-    const UNPACKED_BYTES: usize = if Self::Matrix::EXISTS { usize::MAX } else { 32 << 10 };
 
     /// Multiplies blocks of `ROWS` rows, where there is such a unit.
     type Matrix: MatrixUnit;

@@ -56,8 +56,6 @@ pub(crate) struct Products {
     pub rows: usize,
     /// Blocks of rows from which on a task unpacks tiles.
     pub unpack_blocks: usize,
-    /// Bytes that an unpacked tile may have.
-    pub unpacked_bytes: usize,
     pub linear: fn(Kind) -> LinearFn,
 }
 
@@ -97,8 +95,13 @@ macro_rules! products {
             }
             impl Apart for $simd {
                 #[inline(always)]
-                unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>) {
-                    unsafe { sums_of::<K, R, T>(w, x, out) }
+                unsafe fn sums<K: Tile, const R: usize, const T: usize>(
+                    w: Weights,
+                    x: Inputs,
+                    goes_on: bool,
+                    out: &mut Sums<R, T>,
+                ) {
+                    unsafe { sums_of::<K, R, T>(w, x, goes_on, out) }
                 }
                 #[inline(always)]
                 unsafe fn fixed<K: Tile, const R: usize, const T: usize>(
@@ -112,8 +115,13 @@ macro_rules! products {
             }
             $(#[$features])?
             #[inline(never)]
-            unsafe fn sums_of<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>) {
-                unsafe { linear::sums::<$simd, K, R, T>(w, x, out) }
+            unsafe fn sums_of<K: Tile, const R: usize, const T: usize>(
+                w: Weights,
+                x: Inputs,
+                goes_on: bool,
+                out: &mut Sums<R, T>,
+            ) {
+                unsafe { linear::sums::<$simd, K, R, T>(w, x, goes_on, out) }
             }
             $(#[$features])?
             #[inline(never)]
@@ -155,7 +163,6 @@ macro_rules! products {
             pub(super) const PRODUCTS: Products = Products {
                 rows: <$simd as Dots>::ROWS,
                 unpack_blocks: <$simd as Dots>::UNPACK_BLOCKS,
-                unpacked_bytes: <$simd as Dots>::UNPACKED_BYTES,
                 linear,
             };
         }

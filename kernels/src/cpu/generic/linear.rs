@@ -6,10 +6,10 @@ use std::ops::Range;
 use super::{
     super::{
         matrix::MatrixUnit,
-        simd::{Dots, LANES, Line, Simd},
+        simd::{CACHE_LINE, Dots, LANES, Line},
     },
     quantize::Block,
-    tile::{FixedSums, Inputs, Sums, Tile, Weights},
+    tile::{Ahead, FixedSums, Inputs, Sums, Tile, Weights},
 };
 
 /// Where sums go.
@@ -21,12 +21,22 @@ pub(crate) enum Out {
     Fixed(*mut i64),
 }
 
+impl Out {
+    /// Steps that are summed in one go: sums in f32 can go on from where they were.
+    pub fn unit(self, steps_per_slice: usize) -> usize {
+        match self {
+            Self::Floats(_) => 1,
+            Self::Fixed(_) => steps_per_slice,
+        }
+    }
+}
+
 /// [`sums`] and [`fixed`] as functions of their own: their loops need every register there is, and what is around them would
 /// take some.
 pub(crate) trait Apart: Dots {
     /// # Safety
     /// As [`sums`].
-    unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, out: &mut Sums<R, T>);
+    unsafe fn sums<K: Tile, const R: usize, const T: usize>(w: Weights, x: Inputs, goes_on: bool, out: &mut Sums<R, T>);
 
     /// # Safety
     /// As [`fixed`].
@@ -38,7 +48,7 @@ pub(crate) trait Apart: Dots {
     );
 }
 
-/// Sums of `T` tiles for a block of `R` rows.
+/// Sums of `T` tiles for a block of `R` rows: [`Tile::sums`].
 ///
 /// # Safety
 /// The CPU has `S`; `w` and `x` hold all steps.
@@ -46,10 +56,11 @@ pub(crate) trait Apart: Dots {
 pub(crate) unsafe fn sums<S: Dots, K: Tile, const R: usize, const T: usize>(
     w: Weights,
     x: Inputs,
+    goes_on: bool,
     out: &mut Sums<R, T>,
 ) {
     // SAFETY: the contract above.
-    unsafe { K::sums::<S, R, T>(w, x, 0..w.n_steps, out) }
+    unsafe { K::sums::<S, R, T>(w, x, 0..w.n_steps, goes_on, out) }
 }
 
 /// Adds to `out` the sums of each slice of `T` tiles for a block of `R` rows.
@@ -87,8 +98,17 @@ pub(crate) struct LinearTask {
     pub out: Out,
     pub tiles: Range<usize>,
     pub row_blocks: Range<usize>,
-    /// Room for one unpacked tile; null if tiles are to be used as they are.
+    /// Room for [`steps_per_part`] unpacked steps; null if tiles are to be used as they are.
     pub unpacked: *mut u8,
+}
+
+/// Most unpacked steps that stay in the first-level cache beside the activations that they meet, from block to block.
+const PART_STEPS: usize = 28;
+
+/// How many of `n_steps` steps are unpacked at a time: whole slices, `unit` steps, for those are summed in one go.
+pub(crate) fn steps_per_part(n_steps: usize, unit: usize) -> usize {
+    let even = n_steps.div_ceil(n_steps.div_ceil(PART_STEPS).max(1));
+    even.next_multiple_of(unit.max(1)).min(n_steps)
 }
 
 impl LinearTask {
@@ -97,10 +117,10 @@ impl LinearTask {
     /// # Safety
     /// There is such a tile.
     #[inline(always)]
-    unsafe fn weights(&self, tile: usize) -> Weights {
+    unsafe fn weights(&self, tile: usize, ahead: Ahead) -> Weights {
         // SAFETY: the contract above.
         let first = unsafe { self.weights.add(tile * self.tile_bytes) };
-        Weights { tile: first, tile_bytes: self.tile_bytes, n_steps: self.n_steps }
+        Weights { tile: first, tile_bytes: self.tile_bytes, n_steps: self.n_steps, ahead }
     }
 
     /// The first column of a tile's outputs, and how many there are.
@@ -110,22 +130,24 @@ impl LinearTask {
         (first, LANES.min(self.n_out - first))
     }
 
-    /// The activations of the block that begins with row `first_row`.
+    /// The activations from step `step` on of the block of `n_rows` rows that begins with row `first_row`.
     ///
     /// # Safety
     /// There is such a block; blocks lie one after another.
     #[inline(always)]
-    unsafe fn inputs<K: Tile>(&self, first_row: usize) -> Inputs {
+    unsafe fn inputs<K: Tile>(&self, first_row: usize, n_rows: usize, step: usize) -> Inputs {
+        let rows = first_row * self.n_steps + n_rows * step;
         // SAFETY: the contract above.
-        let at = unsafe { self.x.add(first_row * self.n_steps * self.n_levels * K::X_BYTES) };
+        let at = unsafe { self.x.add(rows * self.n_levels * K::X_BYTES) };
         Inputs { at, n_levels: self.n_levels }
     }
 }
 
-const CACHE_LINE: usize = 64;
-
-/// Activations that blocks of rows which meet an unpacked tile one after another may have: they stay in the second-level cache.
+/// Activations that blocks of rows which meet an unpacked part one after another may have: they stay in the second-level cache.
 const GROUP_BYTES: usize = 256 << 10;
+
+/// Tiles of which one part is done before the next one: what their outputs are so far stays in the second-level cache.
+const NEAR_TILES: usize = 16;
 
 /// Activations that blocks of rows may have which meet each tile one after another as it is: they stay in the first-level cache.
 const NEAR_BYTES: usize = 32 << 10;
@@ -159,33 +181,44 @@ pub(crate) unsafe fn linear<S: Apart, K: Tile>(task: &LinearTask) {
 #[inline(always)]
 unsafe fn row_blocks<S: Apart, K: Tile>(task: &LinearTask, n_full: usize) {
     let mut blocks = task.row_blocks.clone();
-    let block_bytes = (S::ROWS * task.n_steps * task.n_levels * K::X_BYTES).max(1);
+    let step_bytes = (S::ROWS * task.n_levels * K::X_BYTES).max(1);
     if K::UNPACKS && !task.unpacked.is_null() {
-        let most = (GROUP_BYTES / block_bytes).max(S::UNPACK_BLOCKS);
+        let part_steps = steps_per_part(task.n_steps, task.out.unit(task.steps_per_slice));
+        let most = (GROUP_BYTES / (part_steps * step_bytes).max(1)).max(S::UNPACK_BLOCKS);
         while blocks.start.saturating_add(S::UNPACK_BLOCKS) <= n_full {
             let group = blocks.start..n_full.min(blocks.start + most);
             blocks.start = group.end;
-            // SAFETY: the contract above; these blocks have `ROWS` rows.
-            unsafe { tile_by_tile::<S, K, true>(task, group) };
+            let all = task.tiles.clone();
+            for first in all.clone().step_by(NEAR_TILES) {
+                let tiles = first..all.end.min(first + NEAR_TILES);
+                for first in (0..task.n_steps).step_by(part_steps.max(1)) {
+                    let part = first..task.n_steps.min(first + part_steps);
+                    // SAFETY: the contract above; these blocks have `ROWS` rows.
+                    unsafe { tile_by_tile::<S, K, true>(task, tiles.clone(), group.clone(), part) };
+                }
+            }
         }
     }
+    let block_bytes = (task.n_steps * step_bytes).max(1);
     let most = NEAR_BYTES / block_bytes;
     while most >= MANY_BLOCKS && blocks.start.saturating_add(MANY_BLOCKS) <= n_full {
         let group = blocks.start..n_full.min(blocks.start + most);
         blocks.start = group.end;
         // SAFETY: the contract above; these blocks have `ROWS` rows.
-        unsafe { tile_by_tile::<S, K, false>(task, group) };
+        unsafe { tile_by_tile::<S, K, false>(task, task.tiles.clone(), group, 0..task.n_steps) };
     }
     for index in blocks {
+        // What the first one asks for is near when the next ones come.
+        let is_far = index == task.row_blocks.start;
         let block = Block::new(task.n_rows, S::ROWS, index);
         // SAFETY: the contract above. Arms above `ROWS` are never taken.
         unsafe {
             match block.n_rows {
-                1 => row_block::<S, K, 1>(task, block.first_row),
-                2 if S::ROWS >= 2 => row_block::<S, K, 2>(task, block.first_row),
-                4 if S::ROWS >= 4 => row_block::<S, K, 4>(task, block.first_row),
-                8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block.first_row),
-                16 if S::ROWS >= 16 && !only_unpacked::<S, K>() => row_block::<S, K, 16>(task, block.first_row),
+                1 => row_block::<S, K, 1>(task, block.first_row, is_far),
+                2 if S::ROWS >= 2 => row_block::<S, K, 2>(task, block.first_row, is_far),
+                4 if S::ROWS >= 4 => row_block::<S, K, 4>(task, block.first_row, is_far),
+                8 if S::ROWS >= 8 => row_block::<S, K, 8>(task, block.first_row, is_far),
+                16 if S::ROWS >= 16 && !only_unpacked::<S, K>() => row_block::<S, K, 16>(task, block.first_row, is_far),
                 n => unreachable!("a block of {n} rows"),
             }
         }
@@ -197,60 +230,59 @@ const fn only_unpacked<S: Dots, K: Tile>() -> bool {
     S::Matrix::EXISTS && K::UNPACKS
 }
 
-/// A tile on its way from memory while another one is computed with: else each would be waited for.
-struct NextTile {
-    at: *const u8,
-    end: *const u8,
-    /// Bytes to ask for at a time.
-    share: usize,
+/// What follows the steps `part` of tile number `tile`, one of `tiles`: the same steps of the next tile, or further ones of the first.
+/// Where it lies, and its bytes.
+fn next_part<K: Tile>(task: &LinearTask, tile: usize, tiles: &Range<usize>, part: &Range<usize>) -> (*const u8, usize) {
+    let (tile, steps) = match () {
+        () if tile + 1 < tiles.end => (tile + 1, part.clone()),
+        () if part.end < task.n_steps => (tiles.start, part.end..task.n_steps.min(part.end + part.len())),
+        // It may be the next task's.
+        () => (tile + 1, 0..part.len()),
+    };
+    let heads = task.tile_bytes - task.n_steps * K::STEP_BYTES;
+    let from = if steps.start == 0 { 0 } else { heads + steps.start * K::STEP_BYTES };
+    let to = if tile < task.n_out.div_ceil(LANES) { heads + steps.end * K::STEP_BYTES } else { from };
+    (task.weights.wrapping_add(tile * task.tile_bytes + from), to - from)
 }
 
-impl NextTile {
-    /// The tile with this number, if there is one, in `n_shares` parts.
-    fn new(task: &LinearTask, tile: usize, n_shares: usize) -> Self {
-        let len = if tile < task.n_out.div_ceil(LANES) { task.tile_bytes } else { 0 };
-        let at = task.weights.wrapping_add(tile * task.tile_bytes);
-        Self { at, end: at.wrapping_add(len), share: len.div_ceil(n_shares.max(1)).next_multiple_of(CACHE_LINE) }
-    }
-
-    /// Asks for the next part.
-    ///
-    /// # Safety
-    /// The CPU has `S`.
-    #[inline(always)]
-    unsafe fn fetch<S: Simd>(&mut self) {
-        let end = self.end.min(self.at.wrapping_add(self.share));
-        while self.at < end {
-            // SAFETY: the contract above; nothing is read.
-            unsafe { S::prefetch(self.at) };
-            self.at = self.at.wrapping_add(CACHE_LINE);
-        }
-    }
+/// The share of block number `block` of `n_blocks` in asking for `len` bytes at `at`, in `n_levels` levels.
+fn share(at: *const u8, len: usize, block: usize, n_blocks: usize, n_levels: usize) -> Ahead {
+    let n_lines = len.div_ceil(CACHE_LINE).div_ceil((n_blocks * n_levels).max(1));
+    let (stride, first) = (n_lines * CACHE_LINE, block * n_levels * n_lines * CACHE_LINE);
+    if first < len { Ahead { at: at.wrapping_add(first), stride, n_lines } } else { Ahead::NONE }
 }
 
-/// Blocks of `ROWS` rows, each tile's products for all of them before the next tile's.
+/// Blocks of `ROWS` rows and tiles, each tile's products of the steps `part` for all blocks before the next tile's.
 ///
 /// # Safety
-/// As [`linear`]. If tiles are unpacked: `task.unpacked` has room for one, and nobody else touches it.
+/// As [`linear`]; earlier parts are done. If steps are unpacked: `task.unpacked` has room for them, and nobody else touches it. Else
+/// they are all.
 #[inline(always)]
-unsafe fn tile_by_tile<S: Apart, K: Tile, const UNPACKS: bool>(task: &LinearTask, blocks: Range<usize>) {
-    for tile in task.tiles.clone() {
-        let mut ahead = NextTile::new(task, tile + 1, blocks.len());
+unsafe fn tile_by_tile<S: Apart, K: Tile, const UNPACKS: bool>(
+    task: &LinearTask,
+    tiles: Range<usize>,
+    blocks: Range<usize>,
+    part: Range<usize>,
+) {
+    for tile in tiles.clone() {
+        let (next, next_bytes) = next_part::<K>(task, tile, &tiles, &part);
+        let n_levels = part.len() * task.n_levels;
         // SAFETY: the contract above.
         unsafe {
-            let packed = task.weights(tile);
-            let unpacked = Weights { tile: task.unpacked, tile_bytes: 0, n_steps: task.n_steps };
+            let packed = task.weights(tile, Ahead::NONE);
+            let unpacked = Weights { tile: task.unpacked, tile_bytes: 0, n_steps: part.len(), ahead: Ahead::NONE };
             if UNPACKS {
-                K::unpack::<S>(packed, task.unpacked);
+                K::unpack::<S>(packed, part.clone(), task.unpacked);
             }
-            for index in blocks.clone() {
-                ahead.fetch::<S>();
+            for (i, index) in blocks.clone().enumerate() {
+                let ahead = share(next, next_bytes, i, blocks.len(), n_levels);
+                let (packed, unpacked) = (Weights { ahead, ..packed }, Weights { ahead, ..unpacked });
                 let first_row = index * S::ROWS;
-                let x = task.inputs::<K>(first_row);
+                let x = task.inputs::<K>(first_row, S::ROWS, part.start);
                 if UNPACKS {
-                    full_block::<S, K::Unpacked>(task, unpacked, x, first_row, tile);
+                    full_block::<S, K::Unpacked>(task, unpacked, x, &part, first_row, tile);
                 } else {
-                    full_block::<S, K>(task, packed, x, first_row, tile);
+                    full_block::<S, K>(task, packed, x, &part, first_row, tile);
                 }
             }
         }
@@ -262,15 +294,22 @@ unsafe fn tile_by_tile<S: Apart, K: Tile, const UNPACKS: bool>(task: &LinearTask
 /// # Safety
 /// As [`tiles`].
 #[inline(always)]
-unsafe fn full_block<S: Apart, K: Tile>(task: &LinearTask, w: Weights, x: Inputs, first_row: usize, tile: usize) {
+unsafe fn full_block<S: Apart, K: Tile>(
+    task: &LinearTask,
+    w: Weights,
+    x: Inputs,
+    part: &Range<usize>,
+    first_row: usize,
+    tile: usize,
+) {
     // SAFETY: the contract above. Arms but that of `ROWS` are never taken.
     unsafe {
         match S::ROWS {
-            1 => tiles::<S, K, 1, 1>(task, w, x, first_row, tile),
-            2 => tiles::<S, K, 2, 1>(task, w, x, first_row, tile),
-            4 => tiles::<S, K, 4, 1>(task, w, x, first_row, tile),
-            8 => tiles::<S, K, 8, 1>(task, w, x, first_row, tile),
-            16 if !only_unpacked::<S, K>() => tiles::<S, K, 16, 1>(task, w, x, first_row, tile),
+            1 => tiles::<S, K, 1, 1>(task, w, x, part, first_row, tile),
+            2 => tiles::<S, K, 2, 1>(task, w, x, part, first_row, tile),
+            4 => tiles::<S, K, 4, 1>(task, w, x, part, first_row, tile),
+            8 => tiles::<S, K, 8, 1>(task, w, x, part, first_row, tile),
+            16 if !only_unpacked::<S, K>() => tiles::<S, K, 16, 1>(task, w, x, part, first_row, tile),
             n => unreachable!("a block of {n} rows"),
         }
     }
@@ -279,47 +318,67 @@ unsafe fn full_block<S: Apart, K: Tile>(task: &LinearTask, w: Weights, x: Inputs
 /// # Safety
 /// As [`linear`]; a block of `R` rows begins with `first_row`.
 #[inline(always)]
-unsafe fn row_block<S: Apart, K: Tile, const R: usize>(task: &LinearTask, first_row: usize) {
+unsafe fn row_block<S: Apart, K: Tile, const R: usize>(task: &LinearTask, first_row: usize, is_far: bool) {
     // SAFETY: the contract above.
-    let x = unsafe { task.inputs::<K>(first_row) };
+    let x = unsafe { task.inputs::<K>(first_row, R, 0) };
+    let all = 0..task.n_steps;
+    let ahead = |tile: usize| match is_far {
+        true => Ahead::further(task.weights.wrapping_add(tile * task.tile_bytes), K::STEP_BYTES / task.n_levels),
+        false => Ahead::NONE,
+    };
     let mut tile = task.tiles.start;
     if R == 1 && S::ROWS > 1 {
         // One row alone keeps few sums in flight: two tiles at once hide the latency of the additions.
         while tile + 2 <= task.tiles.end {
             // SAFETY: the contract above.
-            unsafe { tiles::<S, K, R, 2>(task, task.weights(tile), x, first_row, tile) };
+            unsafe { tiles::<S, K, R, 2>(task, task.weights(tile, ahead(tile)), x, &all, first_row, tile) };
             tile += 2;
         }
     }
     while tile < task.tiles.end {
         // SAFETY: the contract above.
-        unsafe { tiles::<S, K, R, 1>(task, task.weights(tile), x, first_row, tile) };
+        unsafe { tiles::<S, K, R, 1>(task, task.weights(tile, ahead(tile)), x, &all, first_row, tile) };
         tile += 1;
     }
 }
 
+/// The products of the steps `part`.
+///
 /// # Safety
-/// As [`linear`]; `x` is the block that begins with `first_row` and has `R` rows; `w` are `T` tiles from `first_tile` on.
+/// As [`linear`]; `x` is this part of the block that begins with `first_row` and has `R` rows; `w` is this part of `T` tiles from
+/// `first_tile` on; earlier parts are done, and later ones will be.
 #[inline(always)]
 unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
     task: &LinearTask,
     w: Weights,
     x: Inputs,
+    part: &Range<usize>,
     first_row: usize,
     first_tile: usize,
 ) {
-    // SAFETY: the contract above: weights and activations have `n_steps` steps, outputs `n_rows` rows of `n_out`.
+    let (is_first, is_last) = (part.start == 0, part.end == task.n_steps);
+    let has_bias = is_last && !task.bias.is_null();
+    // SAFETY: the contract above: weights and activations have these steps, outputs `n_rows` rows of `n_out`.
     unsafe {
         match task.out {
             Out::Floats(out) => {
                 let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
-                S::sums::<K, R, T>(w, x, &mut sums);
+                if !is_first {
+                    for t in 0..T {
+                        let (column, n) = task.columns(first_tile + t);
+                        for r in 0..R {
+                            let at = out.add((first_row + r) * task.n_out + column);
+                            at.copy_to_nonoverlapping(sums.0[t][r].as_mut_ptr(), n);
+                        }
+                    }
+                }
+                S::sums::<K, R, T>(w, x, !is_first, &mut sums);
                 for t in 0..T {
                     let (column, n) = task.columns(first_tile + t);
                     for r in 0..R {
                         let at = out.add((first_row + r) * task.n_out + column);
                         let mut v = S::load(sums.0[t][r].as_ptr());
-                        if !task.bias.is_null() {
+                        if has_bias {
                             v = S::add(v, S::load(task.bias.add(column)));
                         }
                         if n == LANES {
@@ -335,12 +394,21 @@ unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
                 let n_numbers = task.n_steps.div_ceil(task.steps_per_slice.max(1)) + usize::from(!task.bias.is_null());
                 let start = S::FIXED_EXCESS.wrapping_mul(n_numbers as i64).wrapping_neg();
                 let mut fixed: FixedSums<R, T> = Line([[[start; LANES]; R]; T]);
+                if !is_first {
+                    for t in 0..T {
+                        let (column, n) = task.columns(first_tile + t);
+                        for r in 0..R {
+                            let at = out.add((first_row + r) * task.n_out + column);
+                            at.copy_to_nonoverlapping(fixed.0[t][r].as_mut_ptr(), n);
+                        }
+                    }
+                }
                 S::fixed::<K, R, T>(w, x, task.steps_per_slice, &mut fixed);
                 for t in 0..T {
                     let (column, n) = task.columns(first_tile + t);
                     for r in 0..R {
                         let at = out.add((first_row + r) * task.n_out + column);
-                        if !task.bias.is_null() {
+                        if has_bias {
                             S::add_fixed(fixed.0[t][r].as_mut_ptr(), S::load(task.bias.add(column)));
                         }
                         if n == LANES {

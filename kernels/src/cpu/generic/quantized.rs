@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use super::{
     super::{matrix::MatrixUnit, simd::Dots},
-    matrix::{self, Fixed, Floats},
+    matrix,
     packed::Scales,
     quantize::QUANT_ROW_BYTES,
-    tile::{FixedSums, Inputs, Sums, Tile, Weights, fixed_slices},
+    tile::{FixedSums, Inputs, Sums, Tile, Weights, fixed_slices, start},
 };
 use crate::layout::GROUP;
 
@@ -134,13 +134,13 @@ impl<Q: Quantized> Tile for Q {
     type Unpacked = Q::Unpacked;
 
     #[inline(always)]
-    unsafe fn unpack<S: Dots>(w: Weights, out: *mut u8) {
+    unsafe fn unpack<S: Dots>(w: Weights, steps: Range<usize>, out: *mut u8) {
         // SAFETY: the trait's contract.
         unsafe {
             let (head, first) = w.parts::<Q>(0);
-            for step in 0..w.n_steps {
+            for (i, step) in steps.enumerate() {
                 let quants = first.add(step * Self::STEP_BYTES);
-                Q::unpack::<S>(StepAt { head, quants, step }, out.add(step * Self::Unpacked::STEP_BYTES));
+                Q::unpack::<S>(StepAt { head, quants, step }, out.add(i * Self::Unpacked::STEP_BYTES));
             }
         }
     }
@@ -150,22 +150,23 @@ impl<Q: Quantized> Tile for Q {
         w: Weights,
         x: Inputs,
         steps: Range<usize>,
+        goes_on: bool,
         out: &mut Sums<R, T>,
     ) {
         if fits_matrix_unit::<S, Q>(R, T) {
-            let slice = steps.len().max(1);
             // SAFETY: the trait's contract.
-            return unsafe { matrix::slices::<S, Q, R>(w, x, steps, slice, &mut Floats(&mut out.0[0])) };
+            return unsafe { matrix::sums::<S, Q, R, T>(w, x, steps, goes_on, out) };
         }
         // SAFETY: the trait's contract.
         unsafe {
-            let mut acc = [[S::splat(0.0); R]; T];
+            let mut acc = start::<S, R, T>(goes_on, out);
             // One loop over levels, not two: of two the compiler keeps scales and sums from round to round in registers that
             // it does not have.
             for level in steps.start * x.n_levels..steps.end * x.n_levels {
                 let step = level >> (x.n_levels - 1);
                 let x = Step::new(x, level);
                 for t in 0..T {
+                    w.ahead.fetch::<S>(level, t * w.tile_bytes);
                     let (head, first) = w.parts::<Q>(t);
                     let quants = first.add(step * Self::STEP_BYTES);
                     Q::step::<S, R>(StepAt { head, quants, step }, x, &mut acc[t]);
@@ -189,7 +190,7 @@ impl<Q: Quantized> Tile for Q {
         // SAFETY: the trait's contract.
         unsafe {
             if fits_matrix_unit::<S, Q>(R, T) {
-                matrix::slices::<S, Q, R>(w, x, 0..w.n_steps, steps_per_slice, &mut Fixed(&mut out.0[0]));
+                matrix::fixed::<S, Q, R, T>(w, x, steps_per_slice, out);
             } else {
                 fixed_slices::<S, Self, R, T>(w, x, steps_per_slice, out);
             }

@@ -9,7 +9,7 @@
 
 use std::{hint::black_box, ops::Range};
 
-use super::super::simd::{Dots, LANES, Line, NARROW_TERMS, Simd};
+use super::super::simd::{CACHE_LINE, Dots, LANES, Line, NARROW_TERMS, Simd};
 
 /// Steps that share a head.
 pub(crate) use crate::layout::STEPS_PER_HEAD;
@@ -36,13 +36,13 @@ pub(crate) trait Tile: Sized {
     /// That layout, without heads; the same one where there is none.
     type Unpacked: Tile;
 
-    /// Brings a tile to that layout, if it is another one.
+    /// Brings some steps of a tile to that layout, if it is another one.
     ///
     /// # Safety
-    /// The CPU has `S`; the tile lies there, and `out` has room for one that is unpacked.
-    unsafe fn unpack<S: Dots>(w: Weights, out: *mut u8);
+    /// The CPU has `S`; the tile lies there, and `out` has room for these steps unpacked.
+    unsafe fn unpack<S: Dots>(w: Weights, steps: Range<usize>, out: *mut u8);
 
-    /// Sums over some of the steps of `T` tiles for a block of `R` rows.
+    /// Sums over some of the steps of `T` tiles for a block of `R` rows. They go on from those in `out`, or begin with zeros.
     ///
     /// # Safety
     /// The CPU has `S`; `w` and `x` hold the steps.
@@ -50,6 +50,7 @@ pub(crate) trait Tile: Sized {
         w: Weights,
         x: Inputs,
         steps: Range<usize>,
+        goes_on: bool,
         out: &mut Sums<R, T>,
     );
 
@@ -66,6 +67,26 @@ pub(crate) trait Tile: Sized {
     ) {
         // SAFETY: the contract above.
         unsafe { fixed_slices::<S, Self, R, T>(w, x, steps_per_slice, out) }
+    }
+}
+
+/// What sums begin with.
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+pub(crate) unsafe fn start<S: Simd, const R: usize, const T: usize>(goes_on: bool, out: &Sums<R, T>) -> [[S::F; R]; T] {
+    // SAFETY: the contract above.
+    unsafe {
+        let mut acc = [[S::splat(0.0); R]; T];
+        if goes_on {
+            for t in 0..T {
+                for r in 0..R {
+                    acc[t][r] = S::load(out.0[t][r].as_ptr());
+                }
+            }
+        }
+        acc
     }
 }
 
@@ -86,7 +107,8 @@ pub(crate) unsafe fn fixed_slices<S: Dots, K: Tile, const R: usize, const T: usi
         if R == 1 {
             wide_slices::<S, K, R, T>(w, x, steps_per_slice, out);
         } else {
-            narrow_slices::<S, K, R, T>(w, x, steps_per_slice, out);
+            let mut sum = |steps, _, slice: &mut Sums<R, T>| K::sums::<S, R, T>(w, x, steps, false, slice);
+            narrow_slices::<S, R, T>(w.n_steps, steps_per_slice, &mut sum, out);
         }
     }
 }
@@ -110,7 +132,7 @@ unsafe fn wide_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
         let out = black_box(&mut *out);
         // SAFETY: the contract above.
         unsafe {
-            K::sums::<S, R, T>(w, x, step..end, &mut slice);
+            K::sums::<S, R, T>(w, x, step..end, false, &mut slice);
             for t in 0..T {
                 for r in 0..R {
                     S::add_fixed(out.0[t][r].as_mut_ptr(), S::load(slice.0[t][r].as_ptr()));
@@ -124,20 +146,22 @@ unsafe fn wide_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
 /// Adds a few slices at a time in 32 bits, which takes half as many instructions. If a sum was too large for that, these
 /// slices are done again in 64: in the same loop, which then is compiled once.
 ///
+/// `sum` gives the sums of some steps. They follow those before, unless it is told to start.
+///
 /// # Safety
-/// As [`fixed_slices`].
+/// The CPU has `S`.
 #[inline(always)]
-unsafe fn narrow_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
-    w: Weights,
-    x: Inputs,
+pub(crate) unsafe fn narrow_slices<S: Dots, const R: usize, const T: usize>(
+    n_steps: usize,
     steps_per_slice: usize,
+    sum: &mut impl FnMut(Range<usize>, bool, &mut Sums<R, T>),
     out: &mut FixedSums<R, T>,
 ) {
     let mut slice: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
     let mut narrow: NarrowSums<R, T> = Line([[[0; LANES]; R]; T]);
-    let (mut part, mut is_narrow) = (0, true);
-    while part < w.n_steps {
-        let part_end = w.n_steps.min(part + steps_per_slice * NARROW_TERMS);
+    let (mut part, mut is_narrow, mut is_start) = (0, true, true);
+    while part < n_steps {
+        let part_end = n_steps.min(part + steps_per_slice * NARROW_TERMS);
         let (mut step, mut n_slices) = (part, 0);
         // SAFETY: the contract above.
         unsafe {
@@ -146,7 +170,8 @@ unsafe fn narrow_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
                 let end = part_end.min(step + steps_per_slice);
                 // As above.
                 let (out, narrow) = (black_box(&mut *out), black_box(&mut narrow));
-                K::sums::<S, R, T>(w, x, step..end, &mut slice);
+                sum(step..end, is_start, &mut slice);
+                is_start = false;
                 for t in 0..T {
                     for r in 0..R {
                         let sums = S::load(slice.0[t][r].as_ptr());
@@ -169,7 +194,7 @@ unsafe fn narrow_slices<S: Dots, K: Tile, const R: usize, const T: usize>(
                 }
             }
             narrow.0 = [[[0; LANES]; R]; T];
-            is_narrow = is_done;
+            (is_narrow, is_start) = (is_done, !is_done);
             if is_done {
                 part = part_end;
             }
@@ -195,6 +220,45 @@ pub(crate) struct Weights {
     pub tile_bytes: usize,
     /// Steps of a tile.
     pub n_steps: usize,
+    /// What to ask for meanwhile.
+    pub ahead: Ahead,
+}
+
+/// Weights that are to come from memory while others are computed with: cache lines to be asked for in each level.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Those of the first level.
+    pub at: *const u8,
+    /// From level to level, in bytes.
+    pub stride: usize,
+    pub n_lines: usize,
+}
+
+impl Ahead {
+    /// Nothing: what comes next is near.
+    pub const NONE: Self = Self { at: std::ptr::null(), stride: 0, n_lines: 0 };
+
+    /// How far ahead of a row of tiles: as much as a core gets in the time that a line takes.
+    const BYTES: usize = 8 << 10;
+
+    /// What lies further on, for a row of tiles from `tile` on that takes `level_bytes` in a level.
+    pub fn further(tile: *const u8, level_bytes: usize) -> Self {
+        let at = tile.wrapping_add(Self::BYTES);
+        Self { at, stride: level_bytes, n_lines: level_bytes.div_ceil(CACHE_LINE) }
+    }
+
+    /// Asks for what belongs to level number `level` of a tile that begins `tile_offset` bytes behind the first.
+    ///
+    /// # Safety
+    /// The CPU has `S`.
+    #[inline(always)]
+    pub unsafe fn fetch<S: Simd>(self, level: usize, tile_offset: usize) {
+        let at = self.at.wrapping_add(level * self.stride + tile_offset);
+        for line in 0..self.n_lines {
+            // SAFETY: the contract above; nothing is read.
+            unsafe { S::prefetch(at.wrapping_add(line * CACHE_LINE)) };
+        }
+    }
 }
 
 impl Weights {
@@ -287,18 +351,19 @@ impl<E: Element> Tile for Dense<E> {
     type Unpacked = Self;
 
     #[inline(always)]
-    unsafe fn unpack<S: Dots>(_: Weights, _: *mut u8) {}
+    unsafe fn unpack<S: Dots>(_: Weights, _: Range<usize>, _: *mut u8) {}
 
     #[inline(always)]
     unsafe fn sums<S: Dots, const R: usize, const T: usize>(
         w: Weights,
         x: Inputs,
         steps: Range<usize>,
+        goes_on: bool,
         out: &mut Sums<R, T>,
     ) {
         // SAFETY: the trait's contract; steps lie one after another in both.
         unsafe {
-            let mut acc = [[S::splat(0.0); R]; T];
+            let mut acc = start::<S, R, T>(goes_on, out);
             let x = x.at.cast::<f32>();
             for k in steps {
                 for t in 0..T {

@@ -1,7 +1,7 @@
 //! Products, exact sums, embedding.
 
 use super::*;
-use crate::{cpu::simd::NARROW_LIMIT, layout::Packed, reference};
+use crate::{arena::Arena, cpu::simd::NARROW_LIMIT, layout::Packed, reference};
 
 pub(super) fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
     let weight = ops.load_linear(matrix.source()).expect("valid");
@@ -18,8 +18,19 @@ pub(super) fn linear_exact(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &
 }
 
 /// Shapes with and without padding; row counts around every register block.
-const SHAPES: [(usize, usize, usize); 8] =
-    [(1, 16, 32), (2, 33, 64), (5, 7, 96), (9, 48, 160), (16, 1, 32), (19, 100, 288), (3, 40, 640), (37, 20, 128)];
+const SHAPES: [(usize, usize, usize); 10] = [
+    (1, 16, 32),
+    (2, 33, 64),
+    (5, 7, 96),
+    (9, 48, 160),
+    (16, 1, 32),
+    (19, 100, 288),
+    (3, 40, 640),
+    (37, 20, 128),
+    // Unpacked part by part.
+    (34, 24, 928),
+    (35, 18, 960),
+];
 
 #[test]
 fn every_kernel_computes_the_bits_of_the_reference() {
@@ -45,6 +56,23 @@ fn every_kernel_computes_the_bits_of_the_reference() {
                     }
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn more_tiles_than_are_done_together_meet_each_part() {
+    let mut random = Random(31);
+    for (kind, slice_width) in [(4, 32), (11, 320), (14, 64)] {
+        let slices = Matrix { slice_width: Some(slice_width), ..Matrix::random(&mut random, kind, 16 * 17 + 3, 960) };
+        let x = random.wild(34 * 960);
+        let want_exact = reference::linear_exact(&x, 34, &slices.source(), Precision::Auto);
+        let whole = Matrix { slice_width: None, ..slices.clone() };
+        let want = reference::linear(&x, 34, &whole.source(), Precision::Auto);
+        for ops in &mut devices(Precision::Auto, 1) {
+            let what = format!("{} kind {kind}", ops.name());
+            assert_same(&linear(ops, &x, 34, &whole), &want, &what);
+            assert_eq!(linear_exact(ops, &x, 34, &slices), want_exact, "{what}, exact");
         }
     }
 }
@@ -383,7 +411,8 @@ fn threads_pack_what_one_packs() {
     for kind in 0..N_KINDS {
         let matrix = Matrix::random(&mut random, kind, 333, 64);
         for precision in [Precision::Auto, Precision::Float32] {
-            let pack = |n_threads| Packed::new(&matrix.source(), precision, n_threads).expect("valid");
+            let pack =
+                |n_threads| Packed::new(&matrix.source(), precision, n_threads, &mut Arena::default()).expect("valid");
             let (one, four) = (pack(1), pack(4));
             assert_eq!((one.kind, one.data.as_slice()), (four.kind, four.data.as_slice()), "kind {kind}");
         }

@@ -1,8 +1,15 @@
 //! A matrix unit as plain loops: the kernels around such units are tested with it everywhere, and real units compared with it.
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
+
 use super::super::matrix::MatrixUnit;
 use crate::layout::{GROUP, TILE};
+
+thread_local! {
+    /// The sets of sums.
+    static SUMS: RefCell<[Vec<i32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
 
 /// Loops, for blocks of `ROWS` rows.
 pub(crate) struct Plain<const ROWS: usize>;
@@ -14,15 +21,20 @@ impl<const ROWS: usize> MatrixUnit for Plain<ROWS> {
 
     unsafe fn start() {}
     unsafe fn stop() {}
-    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8, out: *mut i32) {
-        for (r, lane) in (0..ROWS).flat_map(|r| (0..TILE).map(move |lane| (r, lane))) {
+    unsafe fn multiply<const INPUTS: usize, const SET: usize>(x: *const i8, w: *const u8) {
+        let sum = |i: usize| {
+            let (r, lane) = (i / TILE, i % TILE);
             // SAFETY: as above.
             let product = |k: usize| unsafe {
                 i32::from(*x.add(GROUP * r + k)) * i32::from(*w.add(4 * TILE * (k / 4) + 4 * lane + k % 4))
             };
-            // SAFETY: as above.
-            unsafe { *out.add(TILE * r + lane) = (0..INPUTS).map(product).sum() };
-        }
+            (0..INPUTS).map(product).sum()
+        };
+        SUMS.with_borrow_mut(|sums| sums[SET] = (0..ROWS * TILE).map(sum).collect());
+    }
+    unsafe fn store<const SET: usize>(out: *mut i32) {
+        // SAFETY: as above.
+        SUMS.with_borrow(|sums| unsafe { out.copy_from_nonoverlapping(sums[SET].as_ptr(), ROWS * TILE) });
     }
 }
 
@@ -35,7 +47,10 @@ unsafe fn products<U: MatrixUnit, const INPUTS: usize, const SET: usize>(x: &[i8
     assert!(x.len() == 16 * GROUP && w.len() == GROUP * TILE);
     let mut out = vec![i32::MAX; 16 * TILE];
     // SAFETY: this function's contract; lengths are as wanted.
-    unsafe { U::multiply::<INPUTS, SET>(x.as_ptr(), w.as_ptr(), out.as_mut_ptr()) };
+    unsafe {
+        U::multiply::<INPUTS, SET>(x.as_ptr(), w.as_ptr());
+        U::store::<SET>(out.as_mut_ptr());
+    }
     out
 }
 
