@@ -147,6 +147,59 @@ fn bench_batches(ops: &mut CpuOps, name: &str) -> Result<()> {
     Ok(())
 }
 
+/// The products of a small model's layers one after another, which streams all weights: how fast each kind is among the others.
+fn bench_layers(ops: &mut CpuOps) -> Result<()> {
+    let shapes = [
+        ("qkv", 960, 576, None),
+        ("o", 576, 576, Some(64)),
+        ("gate, up", 3072, 576, None),
+        ("down", 576, 1536, Some(128)),
+    ];
+    let n_layers = 30;
+    let quants: Vec<u8> = (0..3072 * 576).map(|i| (i * 7 % 16) as u8).collect();
+    let scales = vec![1.0 / 128.0; 3072 * 576 / 32];
+    let mut layers = Vec::new();
+    for _ in 0..n_layers {
+        for (_, n_out, n_in, slice_width) in shapes {
+            let n = n_out * n_in;
+            let data = WeightData::Q4 { quants: &quants[..n], scales: &scales[..n / 32], mins: &scales[..n / 32] };
+            layers.push(ops.load_linear(LinearSource {
+                n_out,
+                n_in,
+                data,
+                bias: None,
+                slice_width,
+                activations: ActivationLevels::One,
+            })?);
+        }
+    }
+    let x = vector(ops, 128 * 1536)?;
+    let (out, fixed) = (ops.alloc(128 * 3072)?, ops.alloc_fixed(128 * 576)?);
+    for n_rows in [1, 8, 16, 32, 128] {
+        let mut seconds = [f64::INFINITY; 4];
+        for _ in 0..20 {
+            let mut sums = [0.0; 4];
+            for (i, &weight) in layers.iter().enumerate() {
+                let begin = Instant::now();
+                match shapes[i % 4].3 {
+                    None => ops.linear(x.into(), n_rows, &[(weight, out)])?,
+                    Some(_) => ops.linear_exact(x.into(), n_rows, weight, fixed)?,
+                }
+                sums[i % 4] += begin.elapsed().as_secs_f64();
+            }
+            for (best, sum) in seconds.iter_mut().zip(sums) {
+                *best = best.min(sum);
+            }
+        }
+        print!("  layers {n_rows:>4} rows:");
+        for ((name, n_out, n_in, _), seconds) in shapes.iter().zip(seconds) {
+            print!("  {name} {:.1} GMAC/s", (n_layers * n_rows * n_out * n_in) as f64 / seconds / 1e9);
+        }
+        println!();
+    }
+    Ok(())
+}
+
 fn bench_attention(ops: &mut CpuOps, n_heads: usize, n_kv_heads: usize, head_dim: usize) -> Result<()> {
     let (block_size, max, n_sequences) = (16, 2048, 64);
     let n_blocks = n_sequences * max / block_size;
@@ -250,6 +303,9 @@ fn main() -> Result<()> {
     if "batches".starts_with(filter) {
         bench_batches(&mut device()?, "q4")?;
         bench_batches(&mut device()?, "q8")?;
+    }
+    if "layers".starts_with(filter) {
+        bench_layers(&mut device()?)?;
     }
     if "attention".starts_with(filter) {
         bench_attention(&mut device()?, 9, 3, 64)?;

@@ -32,7 +32,7 @@ use half::{bf16, f16};
 
 use self::pack::{pack_sets, pack_step};
 use crate::{
-    arena::{Arena, Region},
+    cpu::arena::{Arena, Region},
     error::KernelError,
     ops::{LinearSource, Precision, WeightData},
     parallel,

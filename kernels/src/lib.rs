@@ -2,7 +2,6 @@
 //!
 //! This crate knows tensors, layouts and devices; it knows nothing of models, requests or gRPC. Start with [`ops`].
 
-mod arena;
 pub mod collective;
 pub mod cpu;
 pub mod error;

@@ -18,6 +18,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+pub(crate) mod arena;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -47,7 +48,7 @@ mod tests;
 pub use isa::Isa;
 pub use rows::RowMath;
 
-use crate::{arena::Arena, error::KernelError, layout::Packed, ops::Precision, tensor::Aligned};
+use crate::{error::KernelError, layout::Packed, ops::Precision, tensor::Aligned};
 
 /// How to use the CPU.
 #[derive(Debug, Clone)]
@@ -78,7 +79,7 @@ pub struct CpuOps {
     pool: pool::Pool,
     buffers: buffers::Buffers,
     weights: Vec<Packed>,
-    arena: Arena,
+    arena: arena::Arena,
     ropes: Vec<steps::RopeTable>,
     kv: Option<kv::KvCache>,
     step: steps::Step,
@@ -120,7 +121,7 @@ impl CpuOps {
             pool: pool::Pool::new(config.threads, &config.pin)?,
             buffers: buffers::Buffers::default(),
             weights: Vec::new(),
-            arena: Arena::default(),
+            arena: arena::Arena::default(),
             ropes: Vec::new(),
             kv: None,
             step: steps::Step::default(),

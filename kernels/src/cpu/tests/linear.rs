@@ -1,7 +1,11 @@
 //! Products, exact sums, embedding.
 
 use super::*;
-use crate::{arena::Arena, cpu::simd::NARROW_LIMIT, layout::Packed, reference};
+use crate::{
+    cpu::{arena::Arena, simd::NARROW_LIMIT},
+    layout::Packed,
+    reference,
+};
 
 pub(super) fn linear(ops: &mut CpuOps, x: &[f32], n_rows: usize, matrix: &Matrix) -> Vec<f32> {
     let weight = ops.load_linear(matrix.source()).expect("valid");

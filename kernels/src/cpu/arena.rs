@@ -5,7 +5,8 @@
 
 use std::{ptr::NonNull, sync::Arc};
 
-use crate::{cpu::pages::prefer_large, error::KernelError, tensor::Aligned};
+use super::pages::prefer_large;
+use crate::{error::KernelError, tensor::Aligned};
 
 /// Bytes of a chunk. What is not used of it is not touched, thus takes no memory.
 const CHUNK: usize = 32 << 20;
