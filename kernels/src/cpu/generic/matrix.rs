@@ -31,7 +31,7 @@ fn of_group<const R: usize>(sums: &mut QuantSums<R>, group: usize) -> *mut i32 {
 }
 
 /// A tile and a block of `R` rows on their way through the unit.
-struct Products<const R: usize> {
+struct Pipeline<const R: usize> {
     w: Weights,
     x: Inputs,
     /// Behind the last level.
@@ -39,7 +39,7 @@ struct Products<const R: usize> {
     ring: [QuantSums<R>; RING],
 }
 
-impl<const R: usize> Products<R> {
+impl<const R: usize> Pipeline<R> {
     /// Begins with level `first`.
     ///
     /// # Safety
@@ -93,13 +93,13 @@ pub(crate) unsafe fn sums<S: Dots, Q: Quantized, const R: usize, const T: usize>
     out: &mut Sums<R, T>,
 ) {
     let levels = steps.start * x.n_levels..steps.end * x.n_levels;
-    let mut products = Products { w, x, end: levels.end, ring: [const { QuantSums::<R>::uninit() }; RING] };
+    let mut pipeline = Pipeline { w, x, end: levels.end, ring: [const { QuantSums::<R>::uninit() }; RING] };
     // SAFETY: the contract above; levels lie one after another.
     unsafe {
         let mut acc = start::<S, R, T>(goes_on, out)[0];
         if !levels.is_empty() {
-            products.start::<S, Q>(levels.start);
-            products.add::<S, Q>(levels, &mut acc);
+            pipeline.start::<S, Q>(levels.start);
+            pipeline.add::<S, Q>(levels, &mut acc);
         }
         for r in 0..R {
             S::store(out.0[0][r].as_mut_ptr(), acc[r]);
@@ -119,16 +119,16 @@ pub(crate) unsafe fn fixed<S: Dots, Q: Quantized, const R: usize, const T: usize
     out: &mut FixedSums<R, T>,
 ) {
     let end = w.n_steps * x.n_levels;
-    let mut products = Products { w, x, end, ring: [const { QuantSums::<R>::uninit() }; RING] };
+    let mut pipeline = Pipeline { w, x, end, ring: [const { QuantSums::<R>::uninit() }; RING] };
     let mut sum = |steps: Range<usize>, is_start: bool, slice: &mut Sums<R, T>| {
         let levels = steps.start * x.n_levels..steps.end * x.n_levels;
         // SAFETY: the contract above.
         unsafe {
             let mut acc = [S::splat(0.0); R];
             if is_start {
-                products.start::<S, Q>(levels.start);
+                pipeline.start::<S, Q>(levels.start);
             }
-            products.add::<S, Q>(levels, &mut acc);
+            pipeline.add::<S, Q>(levels, &mut acc);
             for r in 0..R {
                 S::store(slice.0[0][r].as_mut_ptr(), acc[r]);
             }
