@@ -6,8 +6,8 @@ use bytemuck::Pod;
 
 use crate::error::KernelError;
 
-/// A cache line, the unit of allocation.
-const LINE: usize = 64;
+/// Bytes of a cache line, the unit of allocation.
+pub(crate) const CACHE_LINE: usize = 64;
 
 /// What memory is asked for in. Its alignment is one that the allocator gives anyway: for larger ones Rust clears the
 /// memory by writing to it, which touches gigabytes of pages that may never be used.
@@ -28,10 +28,10 @@ impl<T: Pod> Aligned<T> {
     pub fn zeroed(what: &'static str, len: usize) -> Result<Self, KernelError> {
         let out_of_memory = |bytes: usize| KernelError::OutOfMemory { what, bytes: bytes as u64, device: "cpu".into() };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(usize::MAX))?;
-        let n_units = bytes.div_ceil(LINE) * (LINE / size_of::<Unit>());
-        let spare = if n_units > 0 { LINE / size_of::<Unit>() - 1 } else { 0 };
+        let n_units = bytes.div_ceil(CACHE_LINE) * (CACHE_LINE / size_of::<Unit>());
+        let spare = if n_units > 0 { CACHE_LINE / size_of::<Unit>() - 1 } else { 0 };
         let units: Vec<Unit> = bytemuck::try_zeroed_vec(n_units + spare).map_err(|()| out_of_memory(bytes))?;
-        let start = units.as_ptr().align_offset(LINE).min(spare);
+        let start = units.as_ptr().align_offset(CACHE_LINE).min(spare);
         Ok(Self { units, used: start..start + n_units, len, element: PhantomData })
     }
 

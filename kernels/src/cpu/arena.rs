@@ -6,13 +6,13 @@
 use std::{ptr::NonNull, sync::Arc};
 
 use super::pages::prefer_large;
-use crate::{error::KernelError, tensor::Aligned};
+use crate::{
+    error::KernelError,
+    tensor::{Aligned, CACHE_LINE},
+};
 
 /// Bytes of a chunk. What is not used of it is not touched, thus takes no memory.
 const CHUNK: usize = 32 << 20;
-
-/// A cache line, on whose boundaries regions begin.
-const LINE: usize = 64;
 
 /// Where regions are taken from: chunks, one after another. A chunk lives as long as one of its regions.
 #[derive(Debug, Default)]
@@ -36,7 +36,7 @@ unsafe impl Send for Chunk {}
 // SAFETY: as above.
 unsafe impl Sync for Chunk {}
 
-/// Part of a chunk: zeros at first, on a 64-byte boundary.
+/// Part of a chunk: zeros at first, from the start of a cache line on.
 #[derive(Debug, Default)]
 pub(crate) struct Region {
     /// None: no bytes.
@@ -60,7 +60,7 @@ impl Arena {
             }
         };
         let start = self.used;
-        self.used = chunk.len.min((start + len).next_multiple_of(LINE));
+        self.used = chunk.len.min((start + len).next_multiple_of(CACHE_LINE));
         Ok(Region { chunk: Some(chunk), start, len })
     }
 }
@@ -85,7 +85,7 @@ impl Region {
 
     /// Bytes of memory taken.
     pub fn bytes(&self) -> u64 {
-        self.len.next_multiple_of(LINE) as u64
+        self.len.next_multiple_of(CACHE_LINE) as u64
     }
 
     /// The bytes.
@@ -114,7 +114,7 @@ mod tests {
         for (i, region) in regions.iter_mut().enumerate() {
             assert_eq!(region.as_slice().len(), lens[i]);
             assert!(region.as_slice().iter().all(|byte| *byte == 0), "region {i}");
-            assert!(lens[i] == 0 || region.as_slice().as_ptr().addr().is_multiple_of(LINE));
+            assert!(lens[i] == 0 || region.as_slice().as_ptr().addr().is_multiple_of(CACHE_LINE));
             region.as_mut_slice().fill(i as u8 + 1);
         }
         for (i, region) in regions.iter().enumerate() {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    generic::quantize::{QuantGroup, TINY},
+    generic::quantize::{QuantGroup, ROUND, TINY},
     matrix::MatrixUnit,
     simd::{Dots, FIXED_LIMIT, NARROW_LIMIT, Simd},
 };
@@ -66,9 +66,8 @@ impl<U> Simd for Avx512<U> {
     unsafe fn load_i32(p: *const i32, plus: i32) -> __m512 {
         // In the low bits of a large number, from which that is taken away: additions, for while AMX works one port alone converts.
         unsafe {
-            const LARGE: f32 = 12_582_912.0;
-            let bits = _mm512_add_epi32(_mm512_loadu_si512(p.cast()), _mm512_set1_epi32(LARGE.to_bits() as i32 + plus));
-            _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(LARGE))
+            let bits = _mm512_add_epi32(_mm512_loadu_si512(p.cast()), _mm512_set1_epi32(ROUND.to_bits() as i32 + plus));
+            _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(ROUND))
         }
     }
     #[inline(always)]

@@ -14,9 +14,6 @@ use crate::layout::GROUP;
 /// Lanes of a vector, which is also the number of output rows in a tile of weights.
 pub(crate) const LANES: usize = 16;
 
-/// Bytes of a cache line.
-pub(crate) const CACHE_LINE: usize = 64;
-
 /// Fixed-point sums are clamped to this many units of 2^-24 either way before they are added: 2^51.
 pub(crate) const FIXED_LIMIT: f32 = 2_251_799_813_685_248.0;
 

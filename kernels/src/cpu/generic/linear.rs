@@ -6,11 +6,12 @@ use std::ops::Range;
 use super::{
     super::{
         matrix::MatrixUnit,
-        simd::{CACHE_LINE, Dots, LANES, Line},
+        simd::{Dots, LANES, Line},
     },
     quantize::Block,
     tile::{Ahead, FixedSums, Inputs, Sums, Tile, Weights},
 };
+use crate::tensor::CACHE_LINE;
 
 /// Where sums go.
 #[derive(Clone, Copy)]
@@ -151,7 +152,7 @@ const NEAR_TILES: usize = 16;
 
 /// Activations that blocks of rows may have which meet each tile one after another as it is: they stay in the first-level cache.
 const NEAR_BYTES: usize = 32 << 10;
-/// Blocks that are worth it: fewer would ask for too much of the next tile at once.
+/// Blocks from which on this is done: fewer take all tiles of a task one after another.
 const MANY_BLOCKS: usize = 4;
 
 /// Does a task.
@@ -342,6 +343,30 @@ unsafe fn row_block<S: Apart, K: Tile, const R: usize>(task: &LinearTask, first_
     }
 }
 
+/// Reads the sums of earlier parts from the outputs `out`.
+///
+/// # Safety
+/// As [`tiles`].
+#[inline(always)]
+unsafe fn earlier<N: Copy, const R: usize, const T: usize>(
+    task: &LinearTask,
+    out: *const N,
+    first_row: usize,
+    first_tile: usize,
+    sums: &mut [[[N; LANES]; R]; T],
+) {
+    for t in 0..T {
+        let (column, n) = task.columns(first_tile + t);
+        for r in 0..R {
+            // SAFETY: the contract above.
+            unsafe {
+                let at = out.add((first_row + r) * task.n_out + column);
+                at.copy_to_nonoverlapping(sums[t][r].as_mut_ptr(), n);
+            }
+        }
+    }
+}
+
 /// The products of the steps `part`.
 ///
 /// # Safety
@@ -364,13 +389,7 @@ unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
             Out::Floats(out) => {
                 let mut sums: Sums<R, T> = Line([[[0.0; LANES]; R]; T]);
                 if !is_first {
-                    for t in 0..T {
-                        let (column, n) = task.columns(first_tile + t);
-                        for r in 0..R {
-                            let at = out.add((first_row + r) * task.n_out + column);
-                            at.copy_to_nonoverlapping(sums.0[t][r].as_mut_ptr(), n);
-                        }
-                    }
+                    earlier(task, out, first_row, first_tile, &mut sums.0);
                 }
                 S::sums::<K, R, T>(w, x, !is_first, &mut sums);
                 for t in 0..T {
@@ -395,13 +414,7 @@ unsafe fn tiles<S: Apart, K: Tile, const R: usize, const T: usize>(
                 let start = S::FIXED_EXCESS.wrapping_mul(n_numbers as i64).wrapping_neg();
                 let mut fixed: FixedSums<R, T> = Line([[[start; LANES]; R]; T]);
                 if !is_first {
-                    for t in 0..T {
-                        let (column, n) = task.columns(first_tile + t);
-                        for r in 0..R {
-                            let at = out.add((first_row + r) * task.n_out + column);
-                            at.copy_to_nonoverlapping(fixed.0[t][r].as_mut_ptr(), n);
-                        }
-                    }
+                    earlier(task, out, first_row, first_tile, &mut fixed.0);
                 }
                 S::fixed::<K, R, T>(w, x, task.steps_per_slice, &mut fixed);
                 for t in 0..T {

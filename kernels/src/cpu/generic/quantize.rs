@@ -64,8 +64,8 @@ pub(crate) const QUANT_ROW_BYTES: usize = GROUP + 5 * 4;
 /// Activations below this magnitude are zero to quantization: 2^-100.
 pub(crate) const TINY: f32 = f32::from_bits((127 - 100) << 23);
 
-/// Adding and subtracting it rounds a small f32 to a whole number: 1.5 * 2^23.
-const ROUND: f32 = 12_582_912.0;
+/// Adding and subtracting it rounds a small f32 to a whole number, which is then in its low bits: 1.5 * 2^23.
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// 32 quantized activations.
 #[derive(Debug, Clone, Copy)]

@@ -9,7 +9,8 @@
 
 use std::{hint::black_box, ops::Range};
 
-use super::super::simd::{CACHE_LINE, Dots, LANES, Line, NARROW_TERMS, Simd};
+use super::super::simd::{Dots, LANES, Line, NARROW_TERMS, Simd};
+use crate::tensor::CACHE_LINE;
 
 /// Steps that share a head.
 pub(crate) use crate::layout::STEPS_PER_HEAD;
