@@ -5,15 +5,25 @@
 //! machine. It depends on neither instruction set nor layout of pages, and rows mean the same in whatever block they are.
 
 use crate::{
-    cpu::kv::{KvCache, element_bytes},
+    cpu::{
+        kv::{KvCache, element_bytes},
+        open_tiles::OpenTiles,
+    },
     error::KernelError,
     ops::{KvShape, Precision},
     slots::{KvRange, SlotSet},
 };
 
-/// Pages of all layers, in the layout of the CPU device. Memory is taken as blocks are written.
+/// Most bytes of rows that wait for others.
+const WAITING_BYTES: usize = 32 << 20;
+
+/// Pages of all layers, in the layout of the CPU device. Memory is taken as blocks are written. Rows that come one at a time wait until
+/// those beside them are there, up to 32 MiB of them.
 #[derive(Debug)]
-pub struct KvPages(pub(crate) KvCache);
+pub struct KvPages {
+    pub(crate) cache: KvCache,
+    open: OpenTiles,
+}
 
 impl KvPages {
     /// Zeroed pages.
@@ -21,22 +31,22 @@ impl KvPages {
     /// # Errors
     /// If the shape is none that a device takes, or there is no memory.
     pub fn new(shape: KvShape, precision: Precision) -> Result<Self, KernelError> {
-        Ok(Self(KvCache::new(shape, precision)?))
+        Ok(Self { cache: KvCache::new(shape, precision)?, open: OpenTiles::new(WAITING_BYTES) })
     }
 
     /// Their shape.
     pub fn shape(&self) -> KvShape {
-        self.0.shape
+        self.cache.shape
     }
 
     /// Bytes of one block in all layers.
     pub fn block_bytes(&self) -> usize {
-        self.0.page_bytes().saturating_mul(self.0.shape.n_layers)
+        self.cache.page_bytes().saturating_mul(self.cache.shape.n_layers)
     }
 
     /// Slots that have been written.
     pub fn written(&self) -> &SlotSet {
-        &self.0.written
+        &self.cache.written
     }
 
     /// Writes rows to the slots of `ranges`.
@@ -44,20 +54,29 @@ impl KvPages {
     /// # Errors
     /// If a range lies outside of the pages or `rows` has not the length of all ranges; nothing is written then.
     pub fn write(&mut self, ranges: &[KvRange], rows: &[u8]) -> Result<(), KernelError> {
-        self.0.write_rows(ranges, rows)
+        self.cache.check_rows(ranges, rows)?;
+        self.open.write(&mut self.cache, ranges, rows);
+        Ok(())
     }
 
     /// Touches pages that are likely to be written soon, about 2 MiB; `false` if there is no more to do.
     pub fn prefault(&mut self) -> bool {
-        self.0.prefault(false)
+        self.cache.prefault(false)
     }
 
     /// Appends the rows of `ranges` to `rows`.
     ///
     /// # Errors
     /// If a range lies outside of the pages.
-    pub fn read(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
-        self.0.read_rows(ranges, rows)
+    pub fn read(&mut self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
+        self.open.close_all(&mut self.cache);
+        self.cache.read_rows(ranges, rows)
+    }
+
+    /// For a device, with all rows where they belong.
+    pub(crate) fn into_cache(mut self) -> KvCache {
+        self.open.close_all(&mut self.cache);
+        self.cache
     }
 }
 

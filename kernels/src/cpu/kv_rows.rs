@@ -3,6 +3,7 @@
 
 use super::{
     kv::{KvCache, element_bytes},
+    open_tiles::Part,
     shape_error,
 };
 use crate::{
@@ -26,19 +27,22 @@ impl KvCache {
         Ok(())
     }
 
-    /// Writes rows in the format of [`crate::pages`].
-    pub fn write_rows(&mut self, ranges: &[KvRange], rows: &[u8]) -> Result<(), KernelError> {
+    /// Checks rows that are to be written to the slots of `ranges`.
+    pub fn check_rows(&self, ranges: &[KvRange], rows: &[u8]) -> Result<(), KernelError> {
         let op = "write_kv";
         let len = self.check_ranges(op, ranges)?;
         if rows.len() != len {
             return Err(shape_error(op, format!("{len} bytes for {} rows", n_rows(ranges)), rows.len().to_string()));
         }
-        match self.precision {
-            Precision::Auto => self.write::<2>(ranges, rows),
-            Precision::Float32 => self.write::<4>(ranges, rows),
-        }
-        ranges.iter().for_each(|range| self.note(*range));
         Ok(())
+    }
+
+    /// Writes rows that have been checked, and are those of one tile.
+    pub(super) fn write_part(&mut self, part: Part<'_>) {
+        match self.precision {
+            Precision::Auto => self.write::<2>(part),
+            Precision::Float32 => self.write::<4>(part),
+        }
     }
 
     /// Bytes of the rows of all ranges, if all lie in the pages.
@@ -83,27 +87,25 @@ impl KvCache {
     }
 
     /// Copies rows, whose elements have `N` bytes, to pages.
-    fn write<const N: usize>(&mut self, ranges: &[KvRange], rows: &[u8]) {
+    fn write<const N: usize>(&mut self, part: Part<'_>) {
         let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
-        let (mut rows, _) = rows.as_chunks::<N>();
-        for range in ranges {
-            let (first, n) = (range.first as usize, range.n_rows as usize);
-            for layer in 0..self.shape.n_layers {
-                for head in 0..self.shape.n_kv_heads {
-                    let Some([keys, values]) = self.head_mut::<N>(layer, range.block, head) else { return };
-                    let (from, rest) = rows.split_at(2 * n * head_dim);
-                    rows = rest;
-                    let (from_keys, from_values) = from.split_at(n * head_dim);
-                    for (slot, row) in (first..).zip(from_keys.chunks_exact(head_dim)) {
-                        let (tile, _) = keys[slot / TILE * head_dim * TILE..].as_chunks_mut::<TILE>();
-                        for (from, of_element) in row.iter().zip(tile) {
-                            of_element[slot % TILE] = *from;
-                        }
+        let (block, first, n) = (part.slots.block, part.slots.first as usize, part.slots.n_rows as usize);
+        let (rows, _) = part.rows.as_chunks::<N>();
+        let mut parts = rows.chunks_exact(part.n_rows * head_dim);
+        for layer in 0..self.shape.n_layers {
+            for head in 0..self.shape.n_kv_heads {
+                let Some([keys, values]) = self.head_mut::<N>(layer, block, head) else { return };
+                let (Some(from_keys), Some(from_values)) = (parts.next(), parts.next()) else { return };
+                let wanted = part.first_row * head_dim..(part.first_row + n) * head_dim;
+                let (tile, _) = keys[first / TILE * head_dim * TILE..].as_chunks_mut::<TILE>();
+                for (slot, row) in (first % TILE..).zip(from_keys[wanted.clone()].chunks_exact(head_dim)) {
+                    for (from, of_element) in row.iter().zip(&mut *tile) {
+                        of_element[slot] = *from;
                     }
-                    let values = values[first * width..].chunks_exact_mut(width);
-                    for (row, value) in from_values.chunks_exact(head_dim).zip(values) {
-                        value[..head_dim].copy_from_slice(row);
-                    }
+                }
+                let values = values[first * width..].chunks_exact_mut(width);
+                for (row, value) in from_values[wanted].chunks_exact(head_dim).zip(values) {
+                    value[..head_dim].copy_from_slice(row);
                 }
             }
         }

@@ -33,6 +33,7 @@ pub(crate) mod kv;
 mod kv_rows;
 mod linear;
 mod matrix;
+pub(crate) mod open_tiles;
 mod ops;
 pub(crate) mod pages;
 mod pool;

@@ -125,15 +125,15 @@ impl Ops for CpuOps {
     }
 
     fn adopt_kv(&mut self, pages: KvPages) -> Result<(), KernelError> {
-        if pages.0.precision != self.precision {
+        if pages.cache.precision != self.precision {
             return Err(shape_error(
                 "adopt_kv",
                 format!("pages in {:?}", self.precision),
-                format!("{:?}", pages.0.precision),
+                format!("{:?}", pages.cache.precision),
             ));
         }
         self.step.clear();
-        self.kv = Some(pages.0);
+        self.kv = Some(pages.into_cache());
         Ok(())
     }
 

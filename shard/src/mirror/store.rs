@@ -300,8 +300,8 @@ impl Lent {
     /// Appends the rows of `ranges` to `rows`.
     pub(super) fn read(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), StoreError> {
         let rank = self.group.ranks.get(self.rank).ok_or(StoreError::Unwanted)?;
-        let copy = lock(&rank.copy);
-        Ok(copy.pages.as_ref().ok_or(StoreError::Unwanted)?.read(ranges, rows)?)
+        let mut copy = lock(&rank.copy);
+        Ok(copy.pages.as_mut().ok_or(StoreError::Unwanted)?.read(ranges, rows)?)
     }
 }
 

@@ -303,7 +303,7 @@ proptest! {
         }
         let claimed = store.progress();
         let Some(adopted) = store.adopt(Taking { sealed_kv: true, ..taking(0) }) else { return Ok(()) };
-        let pages = adopted.pages.expect("pages");
+        let mut pages = adopted.pages.expect("pages");
         // A sealed block is as it was after the step that its seal names, all of it.
         for (block, seal) in adopted.seals {
             let sealed_by = (1..=rank.step).find(|step| Seal::of(&[*step as u32; 16], 16) == seal);

@@ -2,7 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::{attention::Case, *};
+use super::{
+    super::{kv::KvCache, open_tiles::OpenTiles},
+    attention::Case,
+    *,
+};
 use crate::{
     ops::KvShape,
     pages::{KvPages, row_bytes},
@@ -15,7 +19,7 @@ fn range(block: u32, first: u32, n_rows: u32) -> KvRange {
     KvRange { block, first, n_rows }
 }
 
-fn read(pages: &KvPages, ranges: &[KvRange]) -> Vec<u8> {
+fn read(pages: &mut KvPages, ranges: &[KvRange]) -> Vec<u8> {
     let mut rows = Vec::new();
     pages.read(ranges, &mut rows).expect("in the pages");
     rows
@@ -69,7 +73,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
             assert!(pages.write(&[range(0, 0, 1)], &vec![1; len]).is_err());
         }
         assert!(pages.written().is_empty());
-        assert!(read(&pages, &[range(0, 0, 16), range(1, 0, 16), range(2, 0, 16)]).iter().all(|&byte| byte == 0));
+        assert!(read(&mut pages, &[range(0, 0, 16), range(1, 0, 16), range(2, 0, 16)]).iter().all(|&byte| byte == 0));
     }
     let other = KvPages::new(shape, Precision::Float32).expect("memory");
     let mut ops = CpuOps::new(CpuConfig::new(Precision::Auto)).expect("cpu");
@@ -86,28 +90,28 @@ fn turns(mut prefault: impl FnMut() -> bool) -> usize {
 fn pages_are_touched_ahead_of_what_is_written() {
     let shape = KvShape { n_layers: 3, n_blocks: 40, block_size: 64, n_kv_heads: 2, head_dim: 256 };
     let mut pages = KvPages::new(shape, Precision::Auto).expect("memory");
-    assert_eq!(pages.0.page_bytes(), 128 << 10, "16 of them are a stretch");
+    assert_eq!(pages.cache.page_bytes(), 128 << 10, "16 of them are a stretch");
     let rows = vec![7; row_bytes(shape, Precision::Auto)];
-    assert_eq!(turns(|| pages.0.prefault(false)), 3, "a stretch of each layer");
-    assert_eq!(turns(|| pages.0.prefault(true)), 0, "and no more before anything is written");
+    assert_eq!(turns(|| pages.cache.prefault(false)), 3, "a stretch of each layer");
+    assert_eq!(turns(|| pages.cache.prefault(true)), 0, "and no more before anything is written");
 
     pages.write(&[range(0, 5, 1)], &rows).expect("in the pages");
-    assert_eq!(turns(|| pages.0.prefault(false)), 0, "half a stretch is left");
-    assert_eq!(turns(|| pages.0.prefault(true)), 3);
+    assert_eq!(turns(|| pages.cache.prefault(false)), 0, "half a stretch is left");
+    assert_eq!(turns(|| pages.cache.prefault(true)), 3);
     pages.write(&[range(23, 0, 1)], &rows).expect("in the pages");
-    assert_eq!(turns(|| pages.0.prefault(false)), 0, "half a stretch is left of the second");
+    assert_eq!(turns(|| pages.cache.prefault(false)), 0, "half a stretch is left of the second");
     pages.write(&[range(24, 0, 1)], &rows).expect("in the pages");
-    assert_eq!(turns(|| pages.0.prefault(false)), 3);
-    assert_eq!(turns(|| pages.0.prefault(true)), 0, "these are all");
+    assert_eq!(turns(|| pages.cache.prefault(false)), 3);
+    assert_eq!(turns(|| pages.cache.prefault(true)), 0, "these are all");
 
     let written = [range(0, 5, 1), range(23, 0, 1), range(24, 0, 1)];
-    assert!(read(&pages, &written).iter().all(|&byte| byte == 7));
+    assert!(read(&mut pages, &written).iter().all(|&byte| byte == 7));
     assert_eq!(pages.written().len(), 3);
 
     // Pages that were written from elsewhere are as good as touched.
     let mut pages = KvPages::new(shape, Precision::Auto).expect("memory");
     pages.write(&[range(25, 0, 1)], &rows).expect("in the pages");
-    assert_eq!(turns(|| pages.0.prefault(true)), 6, "from the second stretch on");
+    assert_eq!(turns(|| pages.cache.prefault(true)), 6, "from the second stretch on");
 }
 
 #[test]
@@ -175,17 +179,51 @@ proptest! {
         let rows: Vec<u8> =
             (0..n_rows(&ranges) * row_bytes(shape, precision)).map(|_| random.below(255) as u8 + 1).collect();
         pages.write(&ranges, &rows).expect("in the pages");
-        prop_assert_eq!(&read(&pages, &ranges), &rows);
+        prop_assert_eq!(&read(&mut pages, &ranges), &rows);
         // Nothing else was written.
         let all: Vec<KvRange> = (0..6).map(|block| range(block, 0, block_size as u32)).collect();
-        let n_bytes = read(&pages, &all).into_iter().filter(|&byte| byte != 0).count();
+        let n_bytes = read(&mut pages, &all).into_iter().filter(|&byte| byte != 0).count();
         prop_assert_eq!(n_bytes, rows.len());
         prop_assert_eq!(pages.written().len(), n_rows(&ranges));
         // Row by row it is the same as in one go.
         let single: Vec<KvRange> =
             ranges.iter().flat_map(|r| (r.first..r.first + r.n_rows).map(|slot| range(r.block, slot, 1))).collect();
         let mut copy = KvPages::new(shape, precision).expect("memory");
-        copy.write(&single, &read(&pages, &single)).expect("in the pages");
-        prop_assert_eq!(&read(&copy, &ranges), &rows);
+        copy.write(&single, &read(&mut pages, &single)).expect("in the pages");
+        prop_assert_eq!(&read(&mut copy, &ranges), &rows);
+    }
+
+    #[test]
+    fn pages_hold_what_was_written_last_however_few_tiles_may_wait(
+        seed in any::<u64>(),
+        n_waiting in 0..4usize,
+        precision in prop::sample::select(PRECISIONS.to_vec()),
+        (n_layers, n_kv_heads, head_dim) in (1..3usize, 1..3usize, 1..20usize),
+        // Mostly single rows, one behind the other in a few blocks, as sequences write them.
+        writes in prop::collection::vec((0..4u32, 0..32u32, prop::sample::select(vec![1u32, 1, 1, 2, 15, 16, 17, 32])), 1..120),
+    ) {
+        let shape = KvShape { n_layers, n_blocks: 4, block_size: 32, n_kv_heads, head_dim };
+        let row_bytes = row_bytes(shape, precision);
+        let mut pages = KvCache::new(shape, precision).expect("memory");
+        let mut open = OpenTiles::new(n_waiting * 16 * row_bytes);
+        let mut random = Random(seed);
+        let mut want = vec![vec![0; row_bytes]; 4 * 32];
+        for (block, first, n) in writes {
+            let range = range(block, first, n.min(32 - first));
+            let rows: Vec<u8> = (0..range.n_rows as usize * row_bytes).map(|_| random.below(256) as u8).collect();
+            pages.check_rows(&[range], &rows).expect("in the pages");
+            open.write(&mut pages, &[range], &rows);
+            // A range of rows holds each head's rows one behind the other, a row all of its heads'.
+            let part = row_bytes / (2 * n_layers * n_kv_heads);
+            for row in 0..range.n_rows as usize {
+                let parts = rows.chunks_exact(part * range.n_rows as usize).map(|rows| &rows[row * part..(row + 1) * part]);
+                want[block as usize * 32 + first as usize + row] = parts.flatten().copied().collect();
+            }
+        }
+        open.close_all(&mut pages);
+        let single: Vec<KvRange> = (0..4).flat_map(|block| (0..32).map(move |slot| range(block, slot, 1))).collect();
+        let mut rows = Vec::new();
+        pages.read_rows(&single, &mut rows).expect("in the pages");
+        prop_assert_eq!(rows, want.concat());
     }
 }

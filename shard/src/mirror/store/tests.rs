@@ -28,9 +28,9 @@ fn rows(fill: u8) -> Vec<u8> {
     vec![fill; 2 * row_bytes(shape, precision)]
 }
 
-fn read(adopted: &Adopted, range: KvRange) -> Vec<u8> {
+fn read(adopted: &mut Adopted, range: KvRange) -> Vec<u8> {
     let mut rows = Vec::new();
-    adopted.pages.as_ref().expect("pages").read(&[range], &mut rows).expect("in the pages");
+    adopted.pages.as_mut().expect("pages").read(&[range], &mut rows).expect("in the pages");
     rows
 }
 
