@@ -61,9 +61,9 @@ fn rows_are_given_away_once_and_for_their_epoch_only() {
         (store, writer)
     };
     let (store, writer) = written();
-    let adopted = store.adopt(taking(2, 4, 1)).expect("rows");
+    let mut adopted = store.adopt(taking(2, 4, 1)).expect("rows");
     assert_eq!((adopted.through_step, adopted.source), (Some(7), source(4, 1)));
-    assert_eq!(read(&adopted, range(1)), rows(9));
+    assert_eq!(read(&mut adopted, range(1)), rows(9));
     assert!(matches!(writer.write(says(&[range(1)], Some(8)), &rows(1)), Err(StoreError::Unwanted)));
     assert!(store.adopt(taking(2, 4, 1)).is_none());
     assert!(written().0.adopt(taking(2, 5, 1)).is_none());
@@ -136,8 +136,8 @@ fn a_second_connection_takes_over_and_begins_anew() {
     let second = store.begin(&source(4, 0)).expect("welcome");
     assert!(matches!(first.write(says(&[range(1)], Some(4)), &rows(2)), Err(StoreError::Unwanted)));
     second.write(says(&[range(2)], Some(5)), &rows(3)).expect("room");
-    let adopted = store.adopt(taking(1, 4, 0)).expect("rows");
-    assert_eq!((read(&adopted, range(1)), read(&adopted, range(2))), (rows(1), rows(3)));
+    let mut adopted = store.adopt(taking(1, 4, 0)).expect("rows");
+    assert_eq!((read(&mut adopted, range(1)), read(&mut adopted, range(2))), (rows(1), rows(3)));
 }
 
 #[test]
