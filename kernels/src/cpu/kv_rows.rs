@@ -3,7 +3,6 @@
 
 use super::{
     kv::{KvCache, element_bytes},
-    open_tiles::Part,
     shape_error,
 };
 use crate::{
@@ -13,6 +12,19 @@ use crate::{
     pages::row_bytes,
     slots::{KvRange, n_rows},
 };
+
+/// Rows for a part of a tile, or for all of it.
+#[derive(Clone, Copy)]
+pub(super) struct Part<'a> {
+    /// Where they belong.
+    pub slots: KvRange,
+    /// Where they are, in the format of [`crate::pages`]: rows of one range,
+    pub rows: &'a [u8],
+    /// of so many,
+    pub n_rows: usize,
+    /// from this one on.
+    pub first_row: usize,
+}
 
 impl KvCache {
     /// Appends the rows of `ranges`, in the format of [`crate::pages`].

@@ -5,21 +5,11 @@
 
 use std::collections::BTreeMap;
 
-use super::kv::{KvCache, element_bytes};
+use super::{
+    kv::{KvCache, element_bytes},
+    kv_rows::Part,
+};
 use crate::{layout::TILE, pages::row_bytes, slots::KvRange};
-
-/// Rows for a part of a tile, or for all of it.
-#[derive(Clone, Copy)]
-pub(super) struct Part<'a> {
-    /// Where they belong.
-    pub slots: KvRange,
-    /// Where they are, in the format of [`crate::pages`]: rows of one range,
-    pub rows: &'a [u8],
-    /// of so many,
-    pub n_rows: usize,
-    /// from this one on.
-    pub first_row: usize,
-}
 
 /// Tiles of which some rows are not there yet.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ use super::{
     *,
 };
 use crate::{
+    layout::TILE,
     ops::KvShape,
     pages::{KvPages, row_bytes},
     slots::{KvRange, n_rows},
@@ -205,7 +206,7 @@ proptest! {
         let shape = KvShape { n_layers, n_blocks: 4, block_size: 32, n_kv_heads, head_dim };
         let row_bytes = row_bytes(shape, precision);
         let mut pages = KvCache::new(shape, precision).expect("memory");
-        let mut open = OpenTiles::new(n_waiting * 16 * row_bytes);
+        let mut open = OpenTiles::new(n_waiting * TILE * row_bytes);
         let mut random = Random(seed);
         let mut want = vec![vec![0; row_bytes]; 4 * 32];
         for (block, first, n) in writes {
