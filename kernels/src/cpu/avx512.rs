@@ -113,13 +113,8 @@ impl<U> Simd for Avx512<U> {
     #[inline(always)]
     unsafe fn scale2(p: __m512, n: __m512) -> __m512 {
         unsafe {
-            let n = _mm512_cvtps_epi32(n);
-            let n1 = _mm512_srai_epi32::<1>(n);
-            let n2 = _mm512_sub_epi32(n, n1);
-            let bias = _mm512_set1_epi32(127);
-            let s1 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(n1, bias)));
-            let s2 = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(n2, bias)));
-            _mm512_mul_ps(_mm512_mul_ps(p, s1), s2)
+            // Rounds once, as the second of two products does: the first one is exact.
+            _mm512_scalef_ps(p, n)
         }
     }
     #[inline(always)]

@@ -9,6 +9,7 @@ use super::{
         quantize::{Block, QUANT_ROW_BYTES, QuantPlace},
     },
     input::InputRows,
+    pool::share_of,
     table::LinearFn,
 };
 use crate::{
@@ -22,17 +23,48 @@ const TASK_BYTES: usize = 256 << 10;
 /// Tasks for each thread, so that one that is late takes fewer.
 const TASKS_PER_THREAD: usize = 4;
 
+/// Rows that each thread must have for a product to be cut by rows: with fewer, weights that each of them unpacks cost more
+/// than rows that lie in another core's caches.
+const SHARE_ROWS: usize = 64;
+
 /// One matrix of a product, and how it is cut.
 pub(super) struct Product {
     /// With all tiles and rows.
     task: LinearTask,
     run: LinearFn,
     tiles_per_task: usize,
-    row_blocks_per_task: usize,
     /// Bytes of what is unpacked at a time; 0 if nothing is.
     unpacked_bytes: usize,
+    cut: Cut,
     /// Tasks over tiles, and over rows.
     n_tasks: [usize; 2],
+}
+
+/// What a thread's share of a product is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// Some tiles, for all rows: each weight is read by one thread.
+    Tiles,
+    /// Some rows, for all tiles: the same rows in every operation.
+    Rows,
+}
+
+impl Product {
+    fn n_tasks(&self) -> usize {
+        self.n_tasks[0] * self.n_tasks[1]
+    }
+
+    /// A task of it.
+    fn task(&self, index: usize) -> LinearTask {
+        let [tile_tasks, row_tasks] = self.n_tasks;
+        let (tile, rows) = match self.cut {
+            Cut::Tiles => (index / row_tasks, index % row_tasks),
+            Cut::Rows => (index % tile_tasks, index / tile_tasks),
+        };
+        let (first_tile, all) = (tile * self.tiles_per_task, &self.task);
+        let tiles = first_tile..all.tiles.end.min(first_tile + self.tiles_per_task);
+        LinearTask { tiles, row_blocks: share_of(all.row_blocks.end, row_tasks, rows), ..all.clone() }
+    }
 }
 
 impl CpuOps {
@@ -71,6 +103,7 @@ impl CpuOps {
         }
         let n_blocks = Block::count(n_rows, self.table.products.rows);
         let n_threads = self.pool.n_threads();
+        let cut = if n_rows >= SHARE_ROWS * n_threads { Cut::Rows } else { Cut::Tiles };
         let mut products = std::mem::take(&mut self.products);
         products.clear();
         for (index, out) in outputs {
@@ -80,7 +113,10 @@ impl CpuOps {
                 Out::Floats(_) => weight.n_steps(),
                 Out::Fixed(_) => weight.slice_width.unwrap_or(n_in) / weight.kind.step_width(),
             };
-            let fair = n_tiles.div_ceil(TASKS_PER_THREAD * n_threads);
+            let fair = match cut {
+                Cut::Tiles => n_tiles.div_ceil(TASKS_PER_THREAD * n_threads),
+                Cut::Rows => n_tiles.div_ceil(TASKS_PER_THREAD),
+            };
             // One row alone takes two tiles at once.
             let fair = if n_rows == 1 { fair.next_multiple_of(2) } else { fair };
             // Tiles that are unpacked are read once for many blocks.
@@ -88,9 +124,12 @@ impl CpuOps {
             let cached = if n_blocks == 1 || unpacks { n_tiles } else { (TASK_BYTES / weight.tile_bytes()).max(1) };
             let tiles_per_task = fair.min(cached);
             let tile_tasks = n_tiles.div_ceil(tiles_per_task);
-            let row_tasks = (TASKS_PER_THREAD * n_threads).div_ceil(tile_tasks).min(n_blocks);
-            let row_blocks_per_task = if n_threads == 1 { n_blocks } else { n_blocks.div_ceil(row_tasks) };
-            let unpacks = unpacks && row_blocks_per_task >= self.table.products.unpack_blocks;
+            let row_tasks = match cut {
+                _ if n_threads == 1 => 1,
+                Cut::Tiles => (TASKS_PER_THREAD * n_threads).div_ceil(tile_tasks).min(n_blocks),
+                Cut::Rows => n_threads,
+            };
+            let unpacks = unpacks && n_blocks / row_tasks >= self.table.products.unpack_blocks;
             let unpacked_bytes = steps_per_part(weight.n_steps(), out.unit(steps_per_slice)) * UNPACKED_STEP_BYTES;
             let packed = match (weight.kind.is_quantized(), in_place) {
                 (true, _) => self.quantized.as_slice().as_ptr(),
@@ -116,27 +155,30 @@ impl CpuOps {
                 unpacked_bytes: if unpacks { unpacked_bytes } else { 0 },
                 run: (self.table.products.linear)(weight.kind),
                 tiles_per_task,
-                row_blocks_per_task,
-                n_tasks: [tile_tasks, n_blocks.div_ceil(row_blocks_per_task)],
+                cut,
+                n_tasks: [tile_tasks, row_tasks],
             });
         }
         let room = products.iter().map(|p| p.unpacked_bytes).max().unwrap_or(0).next_multiple_of(64);
         self.unpacked.reserve("unpacked weights", n_threads * room)?;
         let unpacked = Shared(self.unpacked.as_mut_slice().as_mut_ptr());
-        let n_tasks = products.iter().map(|p| p.n_tasks[0] * p.n_tasks[1]).sum();
+        let n_tasks = products.iter().map(Product::n_tasks).sum();
+        // A share of each product: a thread's part of the last one's output is a part of this one's input.
+        let first_of = |thread| products.iter().map(|p| share_of(p.n_tasks(), n_threads, thread).start).sum();
         let shared = Shared(products.as_slice());
-        self.pool.run(n_tasks, &|mut index, thread| {
-            for product in shared.get() {
-                let [tile_tasks, row_tasks] = product.n_tasks;
-                if index >= tile_tasks * row_tasks {
-                    index -= tile_tasks * row_tasks;
+        self.pool.run_shares(n_tasks, &first_of, &|index, thread| {
+            let products = shared.get();
+            let first_of =
+                |share| products.iter().map(|p| share_of(p.n_tasks(), n_threads, share).start).sum::<usize>();
+            let Some(share) = (0..n_threads).rfind(|&share| first_of(share) <= index) else { return };
+            let mut index = index - first_of(share);
+            for product in products {
+                let of_share = share_of(product.n_tasks(), n_threads, share);
+                if index >= of_share.len() {
+                    index -= of_share.len();
                     continue;
                 }
-                let tile = index / row_tasks * product.tiles_per_task;
-                let block = index % row_tasks * product.row_blocks_per_task;
-                let mut task = product.task.clone();
-                task.tiles = tile..task.tiles.end.min(tile + product.tiles_per_task);
-                task.row_blocks = block..task.row_blocks.end.min(block + product.row_blocks_per_task);
+                let mut task = product.task(of_share.start + index);
                 // SAFETY: the contract above; tasks are disjoint in tiles or in rows, hence in outputs; each thread unpacks
                 // to its own room.
                 unsafe {

@@ -369,7 +369,8 @@ impl Ops for CpuOps {
         let out = self.buffers.pointer(op, out, len)?;
 
         let (n_threads, together) = (self.pool.n_threads(), self.table.queries);
-        let n_queries = self.step.n_rows * attention.n_heads;
+        let n_rows = self.step.n_rows;
+        let n_queries = n_rows * attention.n_heads;
         // Whole register blocks, unless there are too few for all threads.
         let per_task = match n_queries / (4 * n_threads) {
             n if n >= together => n.min(8 * together) / together * together,
@@ -412,9 +413,12 @@ impl Ops for CpuOps {
                 first_head += group.len();
             }
         }
-        // The task that the same thread will take next, if all take as long.
-        for next in n_threads..tasks.len() {
-            tasks[next - n_threads].then = tasks[next].then;
+        // A thread's rows are those that it has in other operations.
+        let share = |task: &AttentionTask| (task.first_row + task.queries.start / task.group) * n_threads / n_rows;
+        tasks.sort_unstable_by_key(|task| (share(task), task.first_row, task.first_head, task.queries.start));
+        // The task that the same thread will most likely take next.
+        for next in 1..tasks.len() {
+            tasks[next - 1].then = tasks[next].then;
         }
         let stretch = (self.table.attention_scratch_len)(max_len).next_multiple_of(16);
         self.scores.reserve("attention scores", stretch * n_threads)?;
@@ -424,7 +428,8 @@ impl Ops for CpuOps {
             Precision::Float32 => self.table.attention_f32,
         };
         let shared = Shared(tasks.as_slice());
-        self.pool.run(tasks.len(), &|index, thread| {
+        let first_of = |thread| tasks.partition_point(|task| share(task) < thread);
+        self.pool.run_shares(tasks.len(), &first_of, &|index, thread| {
             // SAFETY: `begin_step` checked the blocks, lengths are checked above, each task has its own queries and each
             // thread its own stretch of scratch; the CPU has the table.
             unsafe { kernel(&shared.get()[index], scratch.get().add(thread * stretch)) };

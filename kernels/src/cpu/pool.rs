@@ -2,11 +2,16 @@
 //!
 //! The calling thread works too, and an operation ends when its tasks are done: a thread that wakes up late finds the
 //! job closed, and nobody waits for it. Which thread does a task never decides a bit, for tasks write disjoint outputs.
+//!
+//! Each thread has a share of the tasks, the same part of every operation, and helps others when its own is done: what it
+//! wrote in one operation lies in its core's caches in the next. Two threads that took tasks as they came had 1.3 to 1.6
+//! times the speed of one, where two processes side by side have twice that.
 #![allow(unsafe_code)]
 
 use std::{
     any::Any,
     cell::UnsafeCell,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, PoisonError,
@@ -16,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::simd::Line;
 use crate::error::KernelError;
 
 /// How long a thread spins for the next operation before it sleeps. Within a step operations follow within a few µs.
@@ -30,17 +36,22 @@ const STOP: u64 = 1 << 17;
 /// The number of the job counts in the bits from here up.
 const EPOCH: u64 = 1 << 18;
 
-/// A job: calls `task(index, thread)` for each index below `n_tasks`.
+/// A job: calls `task(index, thread)` for each index of all shares.
 #[derive(Clone, Copy)]
 struct Job {
     task: *const (dyn Fn(usize, usize) + Sync),
-    n_tasks: usize,
+}
+
+/// A thread's part of a job: the tasks from `next` to before `end`.
+struct Share {
+    next: AtomicUsize,
+    end: AtomicUsize,
 }
 
 struct Shared {
     state: AtomicU64,
-    /// Next task to take.
-    next: AtomicUsize,
+    /// Of each thread.
+    shares: Vec<Line<Share>>,
     job: UnsafeCell<Option<Job>>,
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
@@ -56,6 +67,18 @@ struct Shared {
 unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
+
+impl Shared {
+    /// Lets nobody begin another task.
+    fn leave_tasks(&self) {
+        self.shares.iter().for_each(|Line(share)| share.next.store(usize::MAX / 2, Ordering::Relaxed));
+    }
+}
+
+/// The part of `n` tasks that is a thread's share if all have as many.
+pub(crate) fn share_of(n: usize, n_threads: usize, thread: usize) -> Range<usize> {
+    n * thread / n_threads..n * (thread + 1) / n_threads
+}
 
 /// A number of threads, the caller's among them.
 pub(crate) struct Pool {
@@ -73,7 +96,9 @@ impl Pool {
         }
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..n_threads)
+                .map(|_| Line(Share { next: AtomicUsize::new(0), end: AtomicUsize::new(0) }))
+                .collect(),
             job: UnsafeCell::new(None),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
@@ -102,8 +127,20 @@ impl Pool {
     }
 
     /// Calls `task(index, thread)` once for each `index` below `n_tasks`; returns when all are done. No two calls that
-    /// run at the same time have the same `thread`, which is below [`Pool::n_threads`]. A panic in a task is passed on.
+    /// run at the same time have the same `thread`, which is below [`Pool::n_threads`]. Tasks are shared out evenly.
+    /// A panic in a task is passed on.
     pub fn run(&mut self, n_tasks: usize, task: &(dyn Fn(usize, usize) + Sync)) {
+        let n_threads = self.n_threads();
+        self.run_shares(n_tasks, &|thread| share_of(n_tasks, n_threads, thread).start, task);
+    }
+
+    /// As [`Pool::run`]. `first_of(thread)`, which ascends, is the first task of that thread's share.
+    pub fn run_shares(
+        &mut self,
+        n_tasks: usize,
+        first_of: &dyn Fn(usize) -> usize,
+        task: &(dyn Fn(usize, usize) + Sync),
+    ) {
         if self.threads.is_empty() || n_tasks <= 1 {
             (0..n_tasks).for_each(|index| task(index, 0));
             return;
@@ -112,8 +149,15 @@ impl Pool {
         // SAFETY: only the lifetime changes; `Close` waits, before this function ends, for every thread that entered.
         let task: &'static (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(task) };
         // SAFETY: `&mut self`, and the last job was closed and left by all, so nobody else reads or writes it.
-        unsafe { *shared.job.get() = Some(Job { task, n_tasks }) };
-        shared.next.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Some(Job { task }) };
+        let mut end = n_tasks;
+        for (thread, Line(share)) in shared.shares.iter().enumerate().rev() {
+            // Whatever it says, each task is in one share.
+            let first = if thread == 0 { 0 } else { first_of(thread).min(end) };
+            share.next.store(first, Ordering::Relaxed);
+            share.end.store(end, Ordering::Relaxed);
+            end = first;
+        }
         let last = shared.state.load(Ordering::Relaxed);
         shared.state.store((last & !ACTIVE) + EPOCH + OPEN, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
@@ -122,7 +166,7 @@ impl Pool {
         }
         {
             let _close = Close(shared);
-            take_tasks(shared, Job { task, n_tasks }, 0);
+            take_tasks(shared, Job { task }, 0);
         }
         if let Some(payload) = lock(&shared.panic).take() {
             resume_unwind(payload);
@@ -148,8 +192,9 @@ struct Close<'a>(&'a Shared);
 impl Drop for Close<'_> {
     fn drop(&mut self) {
         let shared = self.0;
-        // After a panic nobody shall begin another task.
-        shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+        if std::thread::panicking() {
+            shared.leave_tasks();
+        }
         if shared.state.fetch_and(!OPEN, Ordering::AcqRel) & ACTIVE == 0 {
             return;
         }
@@ -184,7 +229,7 @@ fn serve(shared: &Shared, thread: usize) {
             if let Some(job) = job
                 && let Err(payload) = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, job, thread)))
             {
-                shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+                shared.leave_tasks();
                 lock(&shared.panic).get_or_insert(payload);
             }
             let before = shared.state.fetch_sub(1, Ordering::AcqRel);
@@ -211,13 +256,17 @@ fn serve(shared: &Shared, thread: usize) {
 }
 
 fn take_tasks(shared: &Shared, job: Job, thread: usize) {
-    loop {
-        let index = shared.next.fetch_add(1, Ordering::Relaxed);
-        if index >= job.n_tasks {
-            return;
+    let (before, from_here) = shared.shares.split_at(thread);
+    for Line(share) in from_here.iter().chain(before) {
+        // Asked first, for counting takes the line away from whoever else does.
+        while share.next.load(Ordering::Relaxed) < share.end.load(Ordering::Relaxed) {
+            let index = share.next.fetch_add(1, Ordering::Relaxed);
+            if index >= share.end.load(Ordering::Relaxed) {
+                break;
+            }
+            // SAFETY: the caller's reference lives until all threads that entered have left; this one is among them.
+            unsafe { (*job.task)(index, thread) };
         }
-        // SAFETY: the caller's reference lives until all threads that entered have left; this one is among them.
-        unsafe { (*job.task)(index, thread) };
     }
 }
 

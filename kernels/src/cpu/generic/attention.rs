@@ -366,11 +366,23 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, len: usize) -> f32 {
         let mut lanes = Line([0.0f32; LANES]);
         S::store(lanes.0.as_mut_ptr(), largest);
         let largest = lanes.0.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        // Weights of 0 are not computed: a product that is too small for a number takes as long as a hundred others.
+        for p in len..end {
+            *scores.add(p) = largest;
+        }
         let mut sums = S::splat(0.0);
         for p in (0..end).step_by(LANES) {
             let weight = exp::<S>(S::sub(S::load(scores.add(p)), S::splat(largest)));
             S::store(scores.add(p), weight);
-            sums = S::add(sums, weight);
+            if p + LANES <= len {
+                sums = S::add(sums, weight);
+            }
+        }
+        if len < end {
+            for p in len..end {
+                *scores.add(p) = 0.0;
+            }
+            sums = S::add(sums, S::load(scores.add(end - LANES)));
         }
         S::store(lanes.0.as_mut_ptr(), sums);
         fold_sum(lanes.0)
