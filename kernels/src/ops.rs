@@ -291,7 +291,7 @@ pub trait Ops: Send {
     fn written_kv(&self) -> Option<&SlotSet>;
 
     /// Appends the rows of all layers of these slots to `rows`, in the format of [`crate::pages`].
-    fn read_kv(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError>;
+    fn read_kv(&mut self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError>;
 
     // ---- a step ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ use crate::{
     cpu::{
         kv::{KvCache, element_bytes},
         open_tiles::OpenTiles,
+        pool::Pool,
     },
     error::KernelError,
     ops::{KvShape, Precision},
@@ -70,7 +71,7 @@ impl KvPages {
     /// If a range lies outside of the pages.
     pub fn read(&mut self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
         self.open.close_all(&mut self.cache);
-        self.cache.read_rows(ranges, rows)
+        self.cache.read_rows(ranges, rows, &mut Pool::new(1, &[])?)
     }
 
     /// For a device, with all rows where they belong.

@@ -28,7 +28,7 @@ use crate::{
     engine::EngineError,
     host,
     layer::scratch::{PASS_ROWS, Scratch},
-    mirror::{Mirrors, Pages, RowsIdentity, Source, Target},
+    mirror::{Mirrors, RowsIdentity, Source, Target},
     model::{self, LoadError},
     step::{Executor, Limits, seals::Seals},
 };
@@ -196,8 +196,7 @@ impl LocalGroup {
                     }
                     if has_run {
                         executor.seal_step();
-                        let pages = Pages { ops: executor.ops(), seals: executor.seals() };
-                        if mirrors.step_done(step, executor.last_chunks(), pages).is_err() {
+                        if mirrors.step_done(step, &mut executor.pages()).is_err() {
                             return;
                         }
                     }

@@ -1,9 +1,15 @@
 //! Copies rows out of pages and into them. The format of rows: [`crate::pages`]; the layout of pages:
 //! `generic/attention.rs`.
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
 
 use super::{
+    Shared,
     kv::{KvCache, element_bytes},
+    pool::Pool,
     shape_error,
+    simd::prefetch,
 };
 use crate::{
     error::KernelError,
@@ -11,6 +17,7 @@ use crate::{
     ops::Precision,
     pages::row_bytes,
     slots::{KvRange, n_rows},
+    tensor::CACHE_LINE,
 };
 
 /// Rows for a part of a tile, or for all of it.
@@ -18,24 +25,48 @@ use crate::{
 pub(super) struct Part<'a> {
     /// Where they belong.
     pub slots: KvRange,
-    /// Where they are, in the format of [`crate::pages`]: rows of one range,
-    pub rows: &'a [u8],
-    /// of so many,
-    pub n_rows: usize,
-    /// from this one on.
-    pub first_row: usize,
+    /// Where they are.
+    pub rows: Rows<'a>,
+}
+
+/// Where some rows lie: one piece for each layer, head, and keys or values, and in each piece one row after another; or one row
+/// after another, and in each all of its pieces.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    /// From the first one's first piece on.
+    pub bytes: &'a [u8],
+    /// From row to row.
+    pub row_stride: usize,
+    /// From piece to piece.
+    pub piece_stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows from `first` on of a range of `n_rows`, in the format of [`crate::pages`].
+    pub fn of_range(bytes: &'a [u8], n_rows: usize, first: usize, piece_bytes: usize) -> Self {
+        let bytes = &bytes[first * piece_bytes..];
+        Self { bytes, row_stride: piece_bytes, piece_stride: n_rows * piece_bytes }
+    }
+
+    /// A row's part of a piece.
+    pub fn part(&self, row: usize, piece: usize, piece_bytes: usize) -> &'a [u8] {
+        &self.bytes[row * self.row_stride + piece * self.piece_stride..][..piece_bytes]
+    }
 }
 
 impl KvCache {
     /// Appends the rows of `ranges`, in the format of [`crate::pages`].
-    pub fn read_rows(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
+    pub fn read_rows(&self, ranges: &[KvRange], rows: &mut Vec<u8>, pool: &mut Pool) -> Result<(), KernelError> {
         let len = self.check_ranges("read_kv", ranges)?;
-        let begun = rows.len();
-        rows.resize(begun + len, 0);
+        rows.reserve(len);
+        // Not cleared first: that takes a third as long as all the rest.
+        let room = &mut rows.spare_capacity_mut()[..len];
         match self.precision {
-            Precision::Auto => self.read::<2>(ranges, &mut rows[begun..]),
-            Precision::Float32 => self.read::<4>(ranges, &mut rows[begun..]),
+            Precision::Auto => self.read::<2>(ranges, room, pool),
+            Precision::Float32 => self.read::<4>(ranges, room, pool),
         }
+        // SAFETY: the room has been reserved, and `read` has written every byte of it: `len` is that of all ranges.
+        unsafe { rows.set_len(rows.len() + len) };
         Ok(())
     }
 
@@ -71,30 +102,64 @@ impl KvCache {
         bytes.ok_or_else(|| shape_error(op, "rows whose bytes can be counted", n_rows(ranges).to_string()))
     }
 
-    /// Copies pages to rows, whose elements have `N` bytes.
-    fn read<const N: usize>(&self, ranges: &[KvRange], rows: &mut [u8]) {
+    /// Copies pages to rows, whose elements have `N` bytes, a task for each layer. Writes all of `rows`.
+    fn read<const N: usize>(&self, ranges: &[KvRange], rows: &mut [MaybeUninit<u8>], pool: &mut Pool) {
+        let (head_dim, n_heads, n_layers) = (self.shape.head_dim, self.shape.n_kv_heads, self.shape.n_layers);
+        let (rows, _) = rows.as_chunks_mut::<N>();
+        let len = rows.len();
+        let rows = Shared(rows.as_mut_ptr());
+        pool.run(n_layers, &|layer, _| {
+            let mut range_from = 0;
+            for (i, range) in ranges.iter().enumerate() {
+                let of_layer = 2 * range.n_rows as usize * n_heads * head_dim;
+                let from = range_from + layer * of_layer;
+                range_from += n_layers * of_layer;
+                assert!(from + of_layer <= len, "rows of all ranges and layers");
+                // SAFETY: within `rows`, as has just been asserted; each task has the parts of its own layer.
+                let to = unsafe { std::slice::from_raw_parts_mut(rows.get().add(from), of_layer) };
+                let then = ranges.get(i + 1).map_or((*range, layer + 1), |range| (*range, layer));
+                self.read_layer(*range, layer, to, then);
+            }
+        });
+    }
+
+    /// Copies a range's keys and values in one layer, and writes all of `to`. Panics if pages have not what a checked range
+    /// has: nothing is left out. `then`: what is likely to be read next.
+    fn read_layer<const N: usize>(
+        &self,
+        range: KvRange,
+        layer: usize,
+        to: &mut [[MaybeUninit<u8>; N]],
+        then: (KvRange, usize),
+    ) {
         let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
-        let (mut rows, _) = rows.as_chunks_mut::<N>();
-        for range in ranges {
-            let (first, n) = (range.first as usize, range.n_rows as usize);
-            for layer in 0..self.shape.n_layers {
-                for head in 0..self.shape.n_kv_heads {
-                    let Some([keys, values]) = self.head::<N>(layer, range.block, head) else { return };
-                    let (to, rest) = rows.split_at_mut(2 * n * head_dim);
-                    rows = rest;
-                    let (to_keys, to_values) = to.split_at_mut(n * head_dim);
-                    for (slot, row) in (first..).zip(to_keys.chunks_exact_mut(head_dim)) {
-                        let (tile, _) = keys[slot / TILE * head_dim * TILE..].as_chunks::<TILE>();
-                        for (to, of_element) in row.iter_mut().zip(tile) {
-                            *to = of_element[slot % TILE];
-                        }
-                    }
-                    let values = values[first * width..].chunks_exact(width);
-                    for (row, value) in to_values.chunks_exact_mut(head_dim).zip(values) {
-                        row.copy_from_slice(&value[..head_dim]);
-                    }
+        let (first, n) = (range.first as usize, range.n_rows as usize);
+        for (head, to) in to.chunks_exact_mut((2 * n * head_dim).max(1)).enumerate() {
+            self.fetch_head::<N>(then, head);
+            let [keys, values] = self.head::<N>(layer, range.block, head).expect("ranges have been checked");
+            let (to_keys, to_values) = to.split_at_mut(n * head_dim);
+            for (slot, row) in (first..).zip(to_keys.chunks_exact_mut(head_dim)) {
+                let (tile, _) = keys[slot / TILE * head_dim * TILE..].as_chunks::<TILE>();
+                for (to, of_element) in row.iter_mut().zip(&tile[..head_dim]) {
+                    *to = of_element[slot % TILE].map(MaybeUninit::new);
                 }
             }
+            for (slot, row) in (first..).zip(to_values.chunks_exact_mut(head_dim)) {
+                for (to, from) in row.iter_mut().zip(&values[slot * width..][..head_dim]) {
+                    *to = from.map(MaybeUninit::new);
+                }
+            }
+        }
+    }
+
+    /// Fetches a head's first tile of keys in a range and its first values: tiles are too short for the hardware to do it.
+    fn fetch_head<const N: usize>(&self, (range, layer): (KvRange, usize), head: usize) {
+        let Some([keys, values]) = self.head::<N>(layer, range.block, head) else { return };
+        let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
+        let first = range.first as usize;
+        let (tile, _) = keys[first / TILE * head_dim * TILE..].split_at(head_dim * TILE);
+        for elements in [tile, &values[first * width..][..head_dim]] {
+            elements.chunks(CACHE_LINE / N).for_each(|line| prefetch(line.as_ptr().cast()));
         }
     }
 
@@ -102,22 +167,20 @@ impl KvCache {
     fn write<const N: usize>(&mut self, part: Part<'_>) {
         let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
         let (block, first, n) = (part.slots.block, part.slots.first as usize, part.slots.n_rows as usize);
-        let (rows, _) = part.rows.as_chunks::<N>();
-        let mut parts = rows.chunks_exact(part.n_rows * head_dim);
         for layer in 0..self.shape.n_layers {
             for head in 0..self.shape.n_kv_heads {
+                let piece = 2 * (layer * self.shape.n_kv_heads + head);
                 let Some([keys, values]) = self.head_mut::<N>(layer, block, head) else { return };
-                let (Some(from_keys), Some(from_values)) = (parts.next(), parts.next()) else { return };
-                let wanted = part.first_row * head_dim..(part.first_row + n) * head_dim;
                 let (tile, _) = keys[first / TILE * head_dim * TILE..].as_chunks_mut::<TILE>();
-                for (slot, row) in (first % TILE..).zip(from_keys[wanted.clone()].chunks_exact(head_dim)) {
-                    for (from, of_element) in row.iter().zip(&mut *tile) {
-                        of_element[slot] = *from;
+                for row in 0..n {
+                    let (from, _) = part.rows.part(row, piece, head_dim * N).as_chunks::<N>();
+                    for (from, of_element) in from.iter().zip(&mut *tile) {
+                        of_element[first % TILE + row] = *from;
                     }
                 }
-                let values = values[first * width..].chunks_exact_mut(width);
-                for (row, value) in from_values[wanted].chunks_exact(head_dim).zip(values) {
-                    value[..head_dim].copy_from_slice(row);
+                for (row, value) in values[first * width..].chunks_exact_mut(width).take(n).enumerate() {
+                    let (from, _) = part.rows.part(row, piece + 1, head_dim * N).as_chunks::<N>();
+                    value[..head_dim].copy_from_slice(from);
                 }
             }
         }

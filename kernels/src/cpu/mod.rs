@@ -36,7 +36,7 @@ mod matrix;
 pub(crate) mod open_tiles;
 mod ops;
 pub(crate) mod pages;
-mod pool;
+pub(crate) mod pool;
 mod prefault;
 mod rows;
 mod scalar;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use super::{
     kv::{KvCache, element_bytes},
-    kv_rows::Part,
+    kv_rows::{Part, Rows},
 };
 use crate::{layout::TILE, pages::row_bytes, slots::KvRange};
 
@@ -26,7 +26,7 @@ pub(crate) struct OpenTiles {
 
 #[derive(Debug)]
 struct OpenTile {
-    /// A range of all its rows, in the format of [`crate::pages`].
+    /// One row after another, each as a range of its own in the format of [`crate::pages`].
     rows: Vec<u8>,
     /// Which of them are there, a bit each.
     there: u16,
@@ -46,6 +46,7 @@ impl OpenTiles {
     /// Takes rows in that have been checked. Tiles that are whole go to the pages.
     pub fn write(&mut self, pages: &mut KvCache, ranges: &[KvRange], rows: &[u8]) {
         let row_bytes = row_bytes(pages.shape, pages.precision);
+        let piece_bytes = pages.shape.head_dim * element_bytes(pages.precision);
         let mut rest = rows;
         for range in ranges {
             let n_rows = range.n_rows as usize;
@@ -55,8 +56,8 @@ impl OpenTiles {
             while first < end {
                 let next = end.min((first / TILE as u32 + 1) * TILE as u32);
                 let slots = KvRange { block: range.block, first, n_rows: next - first };
-                let part = Part { slots, rows, n_rows, first_row: (first - range.first) as usize };
-                self.write_part(pages, part);
+                let rows = Rows::of_range(rows, n_rows, (first - range.first) as usize, piece_bytes);
+                self.write_part(pages, Part { slots, rows });
                 first = next;
             }
             pages.note(*range);
@@ -85,7 +86,7 @@ impl OpenTiles {
             self.tiles.insert(place, OpenTile { rows, there: 0, number: self.n_opened });
         }
         let Some(tile) = self.tiles.get_mut(&place) else { return };
-        tile.take(pages, part);
+        tile.take(part, row_bytes(pages.shape, pages.precision), pages.shape.head_dim * element_bytes(pages.precision));
         if tile.there == ALL
             && let Some(tile) = self.tiles.remove(&place)
         {
@@ -114,13 +115,17 @@ impl OpenTiles {
 
 impl OpenTile {
     /// Copies rows of this tile.
-    fn take(&mut self, pages: &KvCache, part: Part<'_>) {
-        let head_bytes = pages.shape.head_dim * element_bytes(pages.precision);
+    fn take(&mut self, part: Part<'_>, row_bytes: usize, piece_bytes: usize) {
         let (first, n) = (part.slots.first as usize % TILE, part.slots.n_rows as usize);
-        let (from, to) = (part.first_row * head_bytes, first * head_bytes);
-        let parts = part.rows.chunks_exact(part.n_rows * head_bytes);
-        for (rows, room) in parts.zip(self.rows.chunks_exact_mut(TILE * head_bytes)) {
-            room[to..to + n * head_bytes].copy_from_slice(&rows[from..from + n * head_bytes]);
+        for (row, room) in self.rows.chunks_exact_mut(row_bytes).skip(first).take(n).enumerate() {
+            if part.rows.piece_stride == piece_bytes {
+                // A row alone lies as it is to lie here.
+                room.copy_from_slice(part.rows.part(row, 0, row_bytes));
+                continue;
+            }
+            for (piece, room) in room.chunks_exact_mut(piece_bytes).enumerate() {
+                room.copy_from_slice(part.rows.part(row, piece, piece_bytes));
+            }
         }
         self.there |= ALL >> (TILE - n) << first;
     }
@@ -128,12 +133,15 @@ impl OpenTile {
 
 /// Brings the rows that are there to the pages.
 fn close(pages: &mut KvCache, (block, number): (u32, u32), tile: &OpenTile) {
+    let row_stride = row_bytes(pages.shape, pages.precision);
+    let piece_stride = pages.shape.head_dim * element_bytes(pages.precision);
     let mut left = tile.there;
     while left != 0 {
         let first_row = left.trailing_zeros();
         let n_rows = (left >> first_row).trailing_ones();
         left &= !(ALL >> (TILE as u32 - n_rows) << first_row);
         let slots = KvRange { block, first: number * TILE as u32 + first_row, n_rows };
-        pages.write_part(Part { slots, rows: &tile.rows, n_rows: TILE, first_row: first_row as usize });
+        let bytes = &tile.rows[first_row as usize * row_stride..];
+        pages.write_part(Part { slots, rows: Rows { bytes, row_stride, piece_stride } });
     }
 }

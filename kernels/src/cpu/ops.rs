@@ -149,9 +149,9 @@ impl Ops for CpuOps {
         self.kv.as_ref().map(|kv| &kv.written)
     }
 
-    fn read_kv(&self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
+    fn read_kv(&mut self, ranges: &[KvRange], rows: &mut Vec<u8>) -> Result<(), KernelError> {
         match &self.kv {
-            Some(kv) => kv.read_rows(ranges, rows),
+            Some(kv) => kv.read_rows(ranges, rows, &mut self.pool),
             None => Err(shape_error("read_kv", "a KV cache: call alloc_kv first", "none")),
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use phalanx_kernels::{
     collective::AbortFlag,
     error::KernelError,
-    ops::{KvShape, Precision, RowChunk},
+    ops::{KvShape, Precision},
 };
 use phalanx_proto::v1::{Form, MirrorTarget};
 
@@ -15,9 +15,9 @@ use super::{
     slice::{Key, Weights},
 };
 use crate::{
-    mirror::{self, Adopted, FetchError, Mirrors, Pages, RowsIdentity, Source, Store, Taking, Target},
+    mirror::{self, Adopted, FetchError, Mirrors, RowsIdentity, Source, Store, Taking, Target},
     model::LoadError,
-    step::seals::Seals,
+    step::{executor::Pages, seals::Seals},
 };
 
 fn target(mirror: &MirrorTarget) -> Target {
@@ -62,13 +62,13 @@ impl Mirroring {
     }
 
     /// A step has written its rows.
-    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], pages: Pages<'_>) {
-        self.attempt(|mirrors| mirrors.step_done(step, chunks, pages));
+    pub fn step_done(&mut self, step: u64, mut pages: Pages<'_>) {
+        self.attempt(|mirrors| mirrors.step_done(step, &mut pages));
     }
 
     /// There is no step to run.
-    pub fn catch_up(&mut self, pages: Pages<'_>) {
-        self.attempt(|mirrors| mirrors.catch_up(pages));
+    pub fn catch_up(&mut self, mut pages: Pages<'_>) {
+        self.attempt(|mirrors| mirrors.catch_up(&mut pages));
     }
 
     /// When to catch up next if there is no step to run.

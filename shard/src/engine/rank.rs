@@ -23,7 +23,7 @@ use super::{
 use crate::{
     device::DeviceConfig,
     memory::{self, KvDemand},
-    mirror::{Pages, Store},
+    mirror::Store,
     model::{LoadError, RankShape, loader::Progress},
     step::{Executor, Limits, StepError, grammar::Grammars, seals::Seals},
 };
@@ -288,8 +288,7 @@ impl Rank {
     pub(super) fn after_step(&mut self) {
         if let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights {
             executor.seal_step();
-            let pages = Pages { ops: executor.ops(), seals: executor.seals() };
-            self.mirrors.step_done(self.last_step, executor.last_chunks(), pages);
+            self.mirrors.step_done(self.last_step, executor.pages());
             executor.prefault(false);
         }
     }
@@ -304,8 +303,8 @@ impl Rank {
 
     /// Copies some of the rows that mirrors lack; when there is no step to run.
     pub(super) fn mirror_catch_up(&mut self) {
-        if let WeightsOrExecutor::Executor(executor, ..) = &self.weights {
-            self.mirrors.catch_up(Pages { ops: executor.ops(), seals: executor.seals() });
+        if let WeightsOrExecutor::Executor(executor, ..) = &mut self.weights {
+            self.mirrors.catch_up(executor.pages());
         }
     }
 

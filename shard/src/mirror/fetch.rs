@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, Read, Write},
+    io::{self, Read},
     net::TcpStream,
 };
 
@@ -66,15 +66,15 @@ impl Frames {
     where
         E: From<io::Error> + From<FrameError>,
     {
-        let mut head = [0; HEADER_BYTES];
-        link.read_exact(&mut head)?;
+        let (mut head, mut hasher) = ([0; HEADER_BYTES], crc32fast::Hasher::new());
+        frame::receive(&mut head, &mut hasher, link)?;
         let header = Header::parse(&head, &self.stream)?;
         let lens = header.lens();
         self.bytes.resize(lens.iter().sum(), 0);
-        link.read_exact(&mut self.bytes)?;
+        frame::receive(&mut self.bytes, &mut hasher, link)?;
         let mut trailer = [0; TRAILER_BYTES];
         link.read_exact(&mut trailer)?;
-        frame::check_sum([&head, &self.bytes], trailer)?;
+        frame::check_sum(hasher, trailer)?;
         let [of_ranges, of_seals, _] = lens;
         let (ranges, rest) = self.bytes.split_at(of_ranges);
         let (seals, rows) = rest.split_at(of_seals);
@@ -100,14 +100,12 @@ pub(super) fn give(link: &mut TcpStream, mut lent: Lent) -> Result<(), super::re
         written.take(stream.most_rows().min(MOST_RANGES), &mut ranges);
         Header::begin(&stream, Content { ranges: &ranges, ..nothing }, &mut bytes);
         lent.read(&ranges, &mut bytes)?;
-        frame::finish(&mut bytes);
-        link.write_all(&bytes)?;
+        frame::send(&mut bytes, link)?;
     }
     let of_seals = lent.seals.chunks(MOST_SEALS).map(|seals| Content { seals, ..nothing });
     for content in of_seals.chain([Content { through: Some(step), ..nothing }]) {
         Header::begin(&stream, content, &mut bytes);
-        frame::finish(&mut bytes);
-        link.write_all(&bytes)?;
+        frame::send(&mut bytes, link)?;
     }
     Ok(())
 }

@@ -11,6 +11,8 @@
 //! A block of the ranges has no seal any more, unless the same frame has one for it: a seal says that with this frame the
 //! mirror has all rows of its block.
 
+use std::io::{self, Read, Write};
+
 use phalanx_cluster::seal::{SEAL_BYTES, Seal};
 use phalanx_kernels::slots::{self, KvRange};
 
@@ -25,7 +27,9 @@ const SEALED_BYTES: usize = 4 + SEAL_BYTES;
 pub(super) const TRAILER_BYTES: usize = 4;
 
 /// Most bytes of rows in a frame, unless one row has more.
-pub(super) const MOST_ROW_BYTES: usize = 4 << 20;
+pub(super) const MOST_ROW_BYTES: usize = 512 << 10;
+/// What is summed up and sent or received at a time: it stays in the second-level cache in between.
+const PIECE_BYTES: usize = 128 << 10;
 /// Most ranges in a frame.
 pub(super) const MOST_RANGES: usize = 8192;
 /// Most seals in a frame.
@@ -126,7 +130,7 @@ pub(super) struct Content<'a> {
 }
 
 impl Header {
-    /// Begins a frame in an empty buffer; rows are appended to it, then [`finish`] ends it.
+    /// Begins a frame in an empty buffer; rows are appended to it, then [`send`] ends it.
     pub(super) fn begin(stream: &Stream, content: Content<'_>, frame: &mut Vec<u8>) {
         let Content { step, through, ranges, seals } = content;
         let row_bytes = slots::n_rows(ranges) * stream.row_bytes;
@@ -239,16 +243,32 @@ pub(super) fn parse_seals(bytes: &[u8], stream: &Stream, seals: &mut Vec<(u32, S
     Ok(())
 }
 
-/// Ends a frame.
-pub(super) fn finish(frame: &mut Vec<u8>) {
-    let sum = crc32fast::hash(frame);
-    frame.extend_from_slice(&sum.to_le_bytes());
+/// Ends a frame and sends it.
+pub(super) fn send(frame: &mut Vec<u8>, to: &mut impl Write) -> io::Result<()> {
+    let mut hasher = crc32fast::Hasher::new();
+    let mut sent = 0;
+    while frame.len() - sent > PIECE_BYTES {
+        let piece = &frame[sent..sent + PIECE_BYTES];
+        hasher.update(piece);
+        to.write_all(piece)?;
+        sent += PIECE_BYTES;
+    }
+    hasher.update(&frame[sent..]);
+    frame.extend_from_slice(&hasher.finalize().to_le_bytes());
+    to.write_all(&frame[sent..])
 }
 
-/// Checks the trailer of a frame that came in these parts.
-pub(super) fn check_sum(parts: [&[u8]; 2], trailer: [u8; TRAILER_BYTES]) -> Result<(), FrameError> {
-    let mut hasher = crc32fast::Hasher::new();
-    parts.into_iter().for_each(|part| hasher.update(part));
+/// Reads all of `bytes` and counts them in.
+pub(super) fn receive(bytes: &mut [u8], hasher: &mut crc32fast::Hasher, from: &mut impl Read) -> io::Result<()> {
+    for piece in bytes.chunks_mut(PIECE_BYTES) {
+        from.read_exact(piece)?;
+        hasher.update(piece);
+    }
+    Ok(())
+}
+
+/// Checks the trailer of a frame, whose bytes have been counted.
+pub(super) fn check_sum(hasher: crc32fast::Hasher, trailer: [u8; TRAILER_BYTES]) -> Result<(), FrameError> {
     let (got, want) = (u32::from_le_bytes(trailer), hasher.finalize());
     if got == want { Ok(()) } else { Err(FrameError::Checksum { got, want }) }
 }
@@ -291,8 +311,9 @@ mod tests {
         let mut frame = Vec::new();
         Header::begin(&STREAM, Content { step: 9, through: Some(8), ranges, seals }, &mut frame);
         frame.extend((0..slots::n_rows(ranges) * STREAM.row_bytes).map(|i| i as u8));
-        finish(&mut frame);
-        frame
+        let mut sent = Vec::new();
+        send(&mut frame, &mut sent).expect("a vector takes all");
+        sent
     }
 
     /// As a receiver does.
@@ -303,7 +324,10 @@ mod tests {
         let [of_ranges, of_seals, of_rows] = header.lens();
         let (body, rest) = rest.split_at_checked(of_ranges + of_seals + of_rows).ok_or_else(short)?;
         let (trailer, _) = rest.split_first_chunk().ok_or_else(short)?;
-        check_sum([head, body], *trailer)?;
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(head);
+        hasher.update(body);
+        check_sum(hasher, *trailer)?;
         let (mut ranges, mut seals) = (Vec::new(), Vec::new());
         header.parse_ranges(&body[..of_ranges], &STREAM, &mut ranges)?;
         parse_seals(&body[of_ranges..of_ranges + of_seals], &STREAM, &mut seals)?;
@@ -316,6 +340,21 @@ mod tests {
 
     fn range(block: u32, first: u32, n_rows: u32) -> KvRange {
         KvRange { block, first, n_rows }
+    }
+
+    #[test]
+    fn pieces_are_summed_up_as_one() {
+        for len in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
+            let (mut sent, mut came) = (Vec::new(), vec![0; len]);
+            send(&mut bytes.clone(), &mut sent).expect("a vector takes all");
+            let (mut hasher, mut link) = (crc32fast::Hasher::new(), &sent[..]);
+            receive(&mut came, &mut hasher, &mut link).expect("as long as it is");
+            assert_eq!(came, bytes);
+            let trailer: [u8; TRAILER_BYTES] = link.try_into().expect("the trailer is left");
+            assert_eq!(u32::from_le_bytes(trailer), crc32fast::hash(&bytes));
+            assert_eq!(check_sum(hasher, trailer), Ok(()));
+        }
     }
 
     #[test]

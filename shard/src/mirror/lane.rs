@@ -2,7 +2,6 @@
 
 use std::{
     collections::VecDeque,
-    io::Write,
     net::{TcpStream, ToSocketAddrs},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
@@ -242,8 +241,7 @@ impl Sender {
                 Next::Over => return End::Over,
             };
             let n_bytes = bytes.len();
-            frame::finish(&mut bytes);
-            let sent = link.write_all(&bytes);
+            let sent = frame::send(&mut bytes, &mut link);
             let mut state = self.shared.lock();
             state.queued_bytes = state.queued_bytes.saturating_sub(n_bytes);
             state.recycle(bytes);

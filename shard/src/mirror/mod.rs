@@ -23,5 +23,5 @@ pub use fetch::{FetchError, fetch};
 pub use handshake::{RowsIdentity, Source};
 pub use lane::Target;
 pub use receiver::Receiver;
-pub use sender::{Mirrors, Pages};
+pub use sender::Mirrors;
 pub use store::{Adopted, Copied, Progress, Store, Taking};

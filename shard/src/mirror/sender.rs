@@ -7,13 +7,12 @@
 
 use std::{
     collections::BTreeSet,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use phalanx_cluster::seal::Seal;
 use phalanx_kernels::{
     error::KernelError,
-    ops::{Ops, RowChunk},
     slots::{self, KvRange, SlotSet},
 };
 
@@ -22,11 +21,12 @@ use super::{
     handshake::Source,
     lane::{Lane, Target},
 };
-use crate::step::seals::Seals;
+use crate::step::{executor::Pages, seals::Seals};
 
-/// Rows of steps that follow each other within this time leave together: every frame wakes two threads, which on hosts whose
-/// cores all compute costs each step some tenths of a millisecond. After a loss they are computed again.
-const GATHER: Duration = Duration::from_millis(30);
+/// Rows of steps that follow each other within this time leave together: a row alone touches as many cache lines as those beside
+/// it in its tile, and every frame wakes two threads, which costs steps on hosts whose cores all compute. After a loss they
+/// are computed again.
+const GATHER: Duration = Duration::from_millis(60);
 /// Bytes of missing rows that are copied after one step, for each microsecond since the one before: about a twentieth of
 /// that time goes into it.
 const CATCH_UP_PER_US: u128 = 50;
@@ -38,15 +38,6 @@ const MOST_CATCH_UP_BYTES: usize = 8 << 20;
 const SOON: Duration = Duration::from_millis(2);
 /// and while none is, for mirrors that connect anew.
 const LATER: Duration = Duration::from_millis(200);
-
-/// What a rank has to copy.
-#[derive(Clone, Copy)]
-pub struct Pages<'a> {
-    /// The device that has the pages.
-    pub ops: &'a dyn Ops,
-    /// What blocks hold.
-    pub seals: &'a Seals,
-}
 
 /// The mirrors of a rank.
 #[derive(Debug)]
@@ -71,8 +62,8 @@ struct Outgoing {
     untold: BTreeSet<u32>,
     /// Rows of steps since a frame was queued,
     gathered: usize,
-    /// and when that was.
-    queued: Option<Instant>,
+    /// and in which turn that was.
+    queued: Option<u128>,
     /// The last step that the mirror has whole.
     told: Option<u64>,
 }
@@ -91,18 +82,18 @@ impl Mirrors {
         Self { stream: source.stream(), lanes, step: 0, stepped: Instant::now(), ranges: Vec::new() }
     }
 
-    /// Copies the rows that a step wrote. `chunks`: the step's; `pages`: theirs, with the seals of after the step.
+    /// Copies the rows that a step wrote. `pages`: as they are after it.
     ///
     /// # Errors
     /// If the device can't read its pages.
-    pub fn step_done(&mut self, step: u64, chunks: &[RowChunk], pages: Pages<'_>) -> Result<(), KernelError> {
+    pub fn step_done(&mut self, step: u64, pages: &mut Pages<'_>) -> Result<(), KernelError> {
         self.step = step;
         let took = self.stepped.elapsed();
         self.stepped += took;
         let catch_up = usize::try_from(took.as_micros() * CATCH_UP_PER_US).unwrap_or(usize::MAX);
         let catch_up = catch_up.clamp(CATCH_UP_BYTES, MOST_CATCH_UP_BYTES);
         self.ranges.clear();
-        for chunk in chunks.iter().filter(|_| self.stream.row_bytes > 0) {
+        for chunk in pages.last_chunks.iter().filter(|_| self.stream.row_bytes > 0) {
             let positions = chunk.start..chunk.start + chunk.n_rows;
             self.ranges.extend(KvRange::of_positions(&chunk.blocks, positions, self.stream.block_size));
         }
@@ -116,7 +107,7 @@ impl Mirrors {
     ///
     /// # Errors
     /// If the device can't read its pages.
-    pub fn catch_up(&mut self, pages: Pages<'_>) -> Result<(), KernelError> {
+    pub fn catch_up(&mut self, pages: &mut Pages<'_>) -> Result<(), KernelError> {
         for outgoing in &mut self.lanes {
             outgoing.catch_up(&self.stream, self.step, CATCH_UP_BYTES, pages)?;
         }
@@ -140,6 +131,13 @@ impl Mirrors {
     }
 }
 
+/// Which [`GATHER`] of the wall clock it is: one that ranks have in common, so that they copy after the same step. Each waits for
+/// the slowest in the next one.
+fn turn() -> u128 {
+    // A clock that jumps makes a turn shorter or longer.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() / GATHER.as_millis()
+}
+
 impl Outgoing {
     fn new(lane: Lane) -> Self {
         let (missing, untold) = (SlotSet::default(), BTreeSet::new());
@@ -154,7 +152,7 @@ impl Outgoing {
         step: u64,
         ranges: &[KvRange],
         catch_up: usize,
-        pages: Pages<'_>,
+        pages: &mut Pages<'_>,
     ) -> Result<(), KernelError> {
         // A new connection lacks this step's rows with all others.
         let is_new = self.look_at_connection(pages);
@@ -166,14 +164,14 @@ impl Outgoing {
             self.untold.extend(pages.seals.newly_sealed());
             self.gathered += slots::n_rows(ranges);
         }
-        match self.queued.is_some_and(|at| at.elapsed() < GATHER) {
+        match self.queued == Some(turn()) {
             true => Ok(()),
             false => self.send_missing(stream, step, catch_up + self.gathered * stream.row_bytes, pages),
         }
     }
 
     /// Sends about so many bytes of missing rows, or else says that there are none.
-    fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, pages: Pages<'_>) -> Result<(), KernelError> {
+    fn catch_up(&mut self, stream: &Stream, step: u64, bytes: usize, pages: &mut Pages<'_>) -> Result<(), KernelError> {
         self.look_at_connection(pages);
         match self.connection {
             Some(_) => self.send_missing(stream, step, bytes, pages),
@@ -181,7 +179,13 @@ impl Outgoing {
         }
     }
 
-    fn send_missing(&mut self, stream: &Stream, step: u64, bytes: usize, pages: Pages<'_>) -> Result<(), KernelError> {
+    fn send_missing(
+        &mut self,
+        stream: &Stream,
+        step: u64,
+        bytes: usize,
+        pages: &mut Pages<'_>,
+    ) -> Result<(), KernelError> {
         let mut left = (bytes / stream.row_bytes.max(1)).max(1);
         while left > 0 && !self.missing.is_empty() {
             let mut ranges = Vec::new();
@@ -198,7 +202,7 @@ impl Outgoing {
     }
 
     /// Whether the connection is a new one, which lacks all rows that were ever written.
-    fn look_at_connection(&mut self, pages: Pages<'_>) -> bool {
+    fn look_at_connection(&mut self, pages: &Pages<'_>) -> bool {
         let connection = self.lane.connection();
         let is_new = connection.is_some() && connection != self.connection;
         self.connection = connection;
@@ -218,7 +222,13 @@ impl Outgoing {
     }
 
     /// Copies rows into a frame and queues it. Returns whether there was room; without, the rows are missing.
-    fn send(&mut self, stream: &Stream, step: u64, ranges: &[KvRange], pages: Pages<'_>) -> Result<bool, KernelError> {
+    fn send(
+        &mut self,
+        stream: &Stream,
+        step: u64,
+        ranges: &[KvRange],
+        pages: &mut Pages<'_>,
+    ) -> Result<bool, KernelError> {
         let Some(connection) = self.connection else { return Ok(false) };
         let Some(mut bytes) = self.lane.buffer(slots::n_rows(ranges) * stream.row_bytes) else {
             ranges.iter().for_each(|range| self.missing.insert(*range));
@@ -240,7 +250,7 @@ impl Outgoing {
         }
         self.lane.send(connection, bytes, step, through);
         self.told = through;
-        (self.gathered, self.queued) = (0, Some(Instant::now()));
+        (self.gathered, self.queued) = (0, Some(turn()));
         Ok(true)
     }
 }

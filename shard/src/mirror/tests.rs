@@ -18,10 +18,13 @@ use phalanx_kernels::{
 use proptest::prelude::*;
 
 use super::{
-    FetchError, Mirrors, Pages, Progress, Receiver, Source, Store, Taking, Target, fetch,
+    FetchError, Mirrors, Progress, Receiver, Source, Store, Taking, Target, fetch,
     handshake::{self, Purpose, Verdict},
 };
-use crate::step::seals::{SealedPrefix, Seals};
+use crate::step::{
+    executor::Pages,
+    seals::{SealedPrefix, Seals},
+};
 
 /// Far longer than anything here takes.
 const AMPLE: Duration = Duration::from_secs(60);
@@ -65,8 +68,8 @@ impl TestRank {
 
     /// Between steps, as the engine does.
     fn catch_up(&mut self) {
-        let pages = Pages { ops: &self.ops, seals: &self.seals };
-        self.mirrors.catch_up(pages).expect("readable pages");
+        let mut pages = Pages { ops: &mut self.ops, seals: &self.seals, last_chunks: &[] };
+        self.mirrors.catch_up(&mut pages).expect("readable pages");
     }
 
     /// A step that writes these slots, other values each time.
@@ -98,8 +101,8 @@ impl TestRank {
                 self.seals.seal(&mut SealedPrefix::default(), &tokens, &chunk.blocks, shape.block_size);
             }
         }
-        let pages = Pages { ops: &self.ops, seals: &self.seals };
-        self.mirrors.step_done(self.step, &rows.chunks, pages).expect("readable pages");
+        let mut pages = Pages { ops: &mut self.ops, seals: &self.seals, last_chunks: &rows.chunks };
+        self.mirrors.step_done(self.step, &mut pages).expect("readable pages");
     }
 
     /// As the engine does while there is no step.
@@ -113,7 +116,7 @@ impl TestRank {
     }
 
     /// All rows, as bytes.
-    fn rows(&self) -> Vec<u8> {
+    fn rows(&mut self) -> Vec<u8> {
         let mut rows = Vec::new();
         self.ops.read_kv(&all(self.source.shape), &mut rows).expect("readable pages");
         rows
@@ -129,7 +132,7 @@ fn taking(rank: u32) -> Taking {
     Taking { term: 1, epoch: 6, rank, kv_of_epoch: 5, sealed_kv: false }
 }
 
-fn assert_adopted(store: &Store, rank: &TestRank) {
+fn assert_adopted(store: &Store, rank: &mut TestRank) {
     let adopted = store.adopt(taking(rank.source.rank)).expect("rows");
     assert_eq!((adopted.source, adopted.through_step), (rank.source, Some(rank.step)));
     assert_eq!(adopted.seals, rank.seals.iter().collect());
@@ -161,7 +164,7 @@ fn a_mirror_has_the_rows_of_all_ranks() {
         third.catch_up();
         thread::yield_now();
     }
-    assert_adopted(&store, &ranks[1]);
+    assert_adopted(&store, &mut ranks[1]);
     assert_eq!(store.progress(), None);
 }
 
@@ -176,7 +179,7 @@ fn rows_of_before_are_sent_to_a_mirror_that_comes_later() {
     rank.step = 0;
     rank.step(&[]);
     rank.idle_until(|| store.progress() == at(1));
-    assert_adopted(&store, &rank);
+    assert_adopted(&store, &mut rank);
 }
 
 #[test]
@@ -191,7 +194,7 @@ fn a_broken_connection_is_dialled_again() {
     }
     rank.step(&[(9, 1, 1)]);
     rank.idle_until(|| store.progress() == at(4));
-    assert_adopted(&store, &rank);
+    assert_adopted(&store, &mut rank);
 }
 
 #[test]
@@ -224,7 +227,7 @@ fn a_slow_mirror_delays_no_step_and_gets_all_rows_in_the_end() {
     assert_eq!(store.progress(), None);
     go.send(()).expect("the mirror waits");
     rank.idle_until(|| store.progress() == at(8));
-    assert_adopted(&store, &rank);
+    assert_adopted(&store, &mut rank);
     drop(rank);
     assert!(mirror.join().expect("no panic").is_err());
 }
@@ -242,7 +245,7 @@ fn a_mirror_that_vanishes_holds_nothing_up() {
     (2..40).for_each(|block| rank.step(&[(block % 12, 0, 16)]));
     rank.idle_until(|| store.progress() == at(39));
     assert_ne!(lost.progress(), at(39));
-    assert_adopted(&store, &rank);
+    assert_adopted(&store, &mut rank);
 }
 
 /// What happens to a rank and its mirror.

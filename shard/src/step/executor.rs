@@ -34,6 +34,16 @@ use crate::{
     model::LoadedModel,
 };
 
+/// The KV pages of a rank, between two steps.
+pub struct Pages<'a> {
+    /// The device that has them.
+    pub ops: &'a mut dyn Ops,
+    /// What blocks hold.
+    pub seals: &'a Seals,
+    /// The rows that the last step wrote.
+    pub last_chunks: &'a [RowChunk],
+}
+
 /// Executes plans on one rank.
 pub struct Executor {
     ops: Box<dyn Ops>,
@@ -148,24 +158,14 @@ impl Executor {
         }
     }
 
-    /// The device.
-    pub fn ops(&self) -> &dyn Ops {
-        self.ops.as_ref()
+    /// The pages, and what is known of them.
+    pub fn pages(&mut self) -> Pages<'_> {
+        Pages { ops: self.ops.as_mut(), seals: &self.seals, last_chunks: &self.rows.chunks }
     }
 
     /// [`Ops::prefault`].
     pub fn prefault(&mut self, is_idle: bool) -> bool {
         self.ops.prefault(is_idle)
-    }
-
-    /// What blocks of the pages hold.
-    pub fn seals(&self) -> &Seals {
-        &self.seals
-    }
-
-    /// The rows of the last step, in the pages that they were written to.
-    pub fn last_chunks(&self) -> &[RowChunk] {
-        &self.rows.chunks
     }
 
     /// Executes a plan; all ranks do so with the same plan. Rank 0's result has the tokens.

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::{
-    super::{kv::KvCache, open_tiles::OpenTiles},
+    super::{kv::KvCache, open_tiles::OpenTiles, pool::Pool},
     attention::Case,
     *,
 };
@@ -224,7 +224,7 @@ proptest! {
         open.close_all(&mut pages);
         let single: Vec<KvRange> = (0..4).flat_map(|block| (0..32).map(move |slot| range(block, slot, 1))).collect();
         let mut rows = Vec::new();
-        pages.read_rows(&single, &mut rows).expect("in the pages");
+        pages.read_rows(&single, &mut rows, &mut Pool::new(1, &[]).expect("no thread")).expect("in the pages");
         prop_assert_eq!(rows, want.concat());
     }
 }
