@@ -26,7 +26,7 @@ use crate::step::{executor::Pages, seals::Seals};
 /// Rows of steps that follow each other within this time leave together: a row alone touches as many cache lines as those beside
 /// it in its tile, and every frame wakes two threads, which costs steps on hosts whose cores all compute. After a loss they
 /// are computed again.
-const GATHER: Duration = Duration::from_millis(60);
+const GATHER: Duration = Duration::from_millis(100);
 /// Bytes of missing rows that are copied after one step, for each microsecond since the one before: about a twentieth of
 /// that time goes into it.
 const CATCH_UP_PER_US: u128 = 50;
