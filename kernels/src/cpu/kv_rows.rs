@@ -9,7 +9,6 @@ use super::{
     kv::{KvCache, element_bytes},
     pool::Pool,
     shape_error,
-    simd::prefetch,
 };
 use crate::{
     error::KernelError,
@@ -17,7 +16,6 @@ use crate::{
     ops::Precision,
     pages::row_bytes,
     slots::{KvRange, n_rows},
-    tensor::CACHE_LINE,
 };
 
 /// Rows for a part of a tile, or for all of it.
@@ -110,32 +108,24 @@ impl KvCache {
         let rows = Shared(rows.as_mut_ptr());
         pool.run(n_layers, &|layer, _| {
             let mut range_from = 0;
-            for (i, range) in ranges.iter().enumerate() {
+            for range in ranges {
                 let of_layer = 2 * range.n_rows as usize * n_heads * head_dim;
                 let from = range_from + layer * of_layer;
                 range_from += n_layers * of_layer;
                 assert!(from + of_layer <= len, "rows of all ranges and layers");
                 // SAFETY: within `rows`, as has just been asserted; each task has the parts of its own layer.
                 let to = unsafe { std::slice::from_raw_parts_mut(rows.get().add(from), of_layer) };
-                let then = ranges.get(i + 1).map_or((*range, layer + 1), |range| (*range, layer));
-                self.read_layer(*range, layer, to, then);
+                self.read_layer(*range, layer, to);
             }
         });
     }
 
     /// Copies a range's keys and values in one layer, and writes all of `to`. Panics if pages have not what a checked range
-    /// has: nothing is left out. `then`: what is likely to be read next.
-    fn read_layer<const N: usize>(
-        &self,
-        range: KvRange,
-        layer: usize,
-        to: &mut [[MaybeUninit<u8>; N]],
-        then: (KvRange, usize),
-    ) {
+    /// has: nothing is left out.
+    fn read_layer<const N: usize>(&self, range: KvRange, layer: usize, to: &mut [[MaybeUninit<u8>; N]]) {
         let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
         let (first, n) = (range.first as usize, range.n_rows as usize);
         for (head, to) in to.chunks_exact_mut((2 * n * head_dim).max(1)).enumerate() {
-            self.fetch_head::<N>(then, head);
             let [keys, values] = self.head::<N>(layer, range.block, head).expect("ranges have been checked");
             let (to_keys, to_values) = to.split_at_mut(n * head_dim);
             for (slot, row) in (first..).zip(to_keys.chunks_exact_mut(head_dim)) {
@@ -149,17 +139,6 @@ impl KvCache {
                     *to = from.map(MaybeUninit::new);
                 }
             }
-        }
-    }
-
-    /// Fetches a head's first tile of keys in a range and its first values: tiles are too short for the hardware to do it.
-    fn fetch_head<const N: usize>(&self, (range, layer): (KvRange, usize), head: usize) {
-        let Some([keys, values]) = self.head::<N>(layer, range.block, head) else { return };
-        let (head_dim, width) = (self.shape.head_dim, self.shape.head_dim.next_multiple_of(TILE));
-        let first = range.first as usize;
-        let (tile, _) = keys[first / TILE * head_dim * TILE..].split_at(head_dim * TILE);
-        for elements in [tile, &values[first * width..][..head_dim]] {
-            elements.chunks(CACHE_LINE / N).for_each(|line| prefetch(line.as_ptr().cast()));
         }
     }
 

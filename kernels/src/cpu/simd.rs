@@ -22,18 +22,6 @@ pub(crate) const NARROW_TERMS: usize = 4;
 /// See there.
 pub(crate) const NARROW_LIMIT: f32 = 32.0;
 
-/// Hints that the cache line at `p` (any address) will be read.
-#[inline(always)]
-pub(crate) fn prefetch(p: *const u8) {
-    // SAFETY: every x86-64 has the instruction, and it takes any address.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
-}
-
 /// An array on a cache-line boundary.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
